@@ -1,0 +1,1 @@
+"""Complete models, composed from :mod:`fastris.nn`."""

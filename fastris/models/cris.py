@@ -1,0 +1,163 @@
+"""CRIS (CVPR 2022, arXiv 2111.15174): an image and a phrase in, a mask of the phrase's object out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from fastris.models.config import CRISConfig
+from fastris.nn.clip import CLIPBackbone
+from fastris.nn.decoder import TransformerDecoder
+from fastris.nn.losses import TextToPixelContrastiveLoss
+from fastris.nn.neck import FPN
+from fastris.nn.projector import Projector
+from fastris.reference import resize_target
+
+
+class ImageFeatures(NamedTuple):
+    """What a batch of images contributes to every expression about them: the neck's projected maps.
+
+    For RN50 at 416x416: ``f3`` (B, 256, 26, 26), ``f4`` (B, 512, 26, 26), ``f5`` (B, 1024, 13, 13).
+    """
+
+    f3: Tensor
+    f4: Tensor
+    f5: Tensor
+
+    def select(self, index: Tensor | None) -> ImageFeatures:
+        """The features of the images that ``index`` (E,) names, in its order; all of them for None."""
+        return self if index is None else ImageFeatures(*(level[index] for level in self))
+
+
+class CRIS(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="fastris",
+    license="mit",
+    tags=["referring-image-segmentation", "cris"],
+    pipeline_tag="image-segmentation",
+):
+    """CRIS with the published state-dict keys, shapes and values.
+
+    ``model(img, word, mask)`` follows the published contract: in training mode ``(pred.detach(), target, loss)``, where
+    ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, H/4, W/4), detached.
+
+    Several expressions about one image share its encoding::
+
+        features = model.encode_image(images)               # (B, 3, H, W)
+        logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
+
+    ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors and config.json).
+    """
+
+    def __init__(self, config: CRISConfig):
+        super().__init__()
+        self.config = config
+        clip = config.clip
+        self.backbone = CLIPBackbone(
+            clip.embed_dim,
+            clip.image_resolution,
+            clip.vision_layers,
+            clip.vision_width,
+            clip.context_length,
+            clip.vocab_size,
+            clip.transformer_width,
+            clip.transformer_heads,
+            clip.transformer_layers,
+        )
+        self.neck = FPN(config.fpn_in, config.fpn_out)
+        self.decoder = TransformerDecoder(
+            config.num_layers, config.vis_dim, config.num_head, config.dim_ffn, config.dropout, config.intermediate
+        )
+        self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
+        self._loss = TextToPixelContrastiveLoss()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> CRIS:
+        """As huggingface_hub's, but weights that do not fit are an error unless ``strict=False``."""
+        return super().from_pretrained(*args, strict=strict, **kwargs)
+
+    def encode_image(self, images: Tensor) -> ImageFeatures:
+        """Everything that depends on the images (B, 3, H, W) alone. H and W must be multiples of 32 pixels."""
+        _check_images(images)
+        return ImageFeatures(*self.neck.project(self.backbone.encode_image(images)))
+
+    def segment(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Logits (E, 1, H/4, W/4) of the expressions ``tokens`` (E, L) about encoded images.
+
+        ``index`` (E,) int64 says which image each expression belongs to; without it the expressions and images
+        correspond one to one. Token ids are CLIP's: 0 is padding, the largest id ends the sentence.
+        """
+        _check_tokens(tokens, self.config)
+        _check_index(index, len(features.f3), len(tokens))
+        words, state = self.backbone.encode_text(tokens)
+        fused = self.neck.fuse(features.select(index), state)
+        batch, dim, height, width = fused.shape
+        decoded = self.decoder(fused, words, tokens == 0)
+        if isinstance(decoded, list):
+            decoded = decoded[-1]
+        return self.proj(decoded.reshape(batch, dim, height, width), state)
+
+    def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W)."""
+        if self.training:
+            _check_mask(mask, img)
+        logits = self.segment(self.encode_image(img), word)
+        if not self.training:
+            return logits.detach()
+        assert mask is not None
+        target = resize_target(mask, logits.shape[-2:])
+        return logits.detach(), target, self._loss(logits, target)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"img must be (B, 3, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    if height % 32 or width % 32 or not height or not width:
+        raise ValueError(
+            f"img is {height}x{width} pixels, but height and width must be multiples of 32; "
+            "letterbox it first (fastris.data.letterbox)"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"img must be floating point and normalised with CLIP's mean and std, got {images.dtype}")
+
+
+def _check_tokens(tokens: Tensor, config: CRISConfig) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"word must be token ids (B, L), got {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"word must hold integer token ids, got {tokens.dtype}")
+    if not 1 <= tokens.shape[1] <= config.clip.context_length:
+        raise ValueError(
+            f"word has {tokens.shape[1]} tokens a sentence, but CLIP knows positions for 1 to "
+            f"{config.clip.context_length}; cut it with fastris.data.tokens.tokenize(sentences, word_len)"
+        )
+
+
+def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
+    if index is None:
+        if images != expressions:
+            raise ValueError(
+                f"there are {images} images and {expressions} expressions; pass index (E,) to say which image each "
+                "expression belongs to"
+            )
+        return
+    if index.shape != (expressions,) or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"index must be int64 of shape ({expressions},), got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < images:
+        raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
+
+
+def _check_mask(mask: Tensor | None, images: Tensor) -> None:
+    if mask is None:
+        raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
+    if mask.ndim != 4 or mask.shape[:2] != (images.shape[0], 1):
+        raise ValueError(f"mask must be ({images.shape[0]}, 1, H, W), got {tuple(mask.shape)}")
+    if not mask.is_floating_point():
+        raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")

@@ -1,0 +1,35 @@
+"""The two building bricks of the published neck and projector, under their published state-dict names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastris import reference
+
+
+def conv_layer(in_dim: int, out_dim: int, kernel_size: int = 1, padding: int = 0, stride: int = 1) -> nn.Sequential:
+    """Convolution without bias, BatchNorm, ReLU: keys ``0.*`` and ``1.*``."""
+    return nn.Sequential(
+        nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding, bias=False),
+        nn.BatchNorm2d(out_dim),
+        nn.ReLU(True),
+    )
+
+
+def linear_layer(in_dim: int, out_dim: int, bias: bool = False) -> nn.Sequential:
+    """Linear, BatchNorm over the batch, ReLU: keys ``0.*`` and ``1.*``."""
+    return nn.Sequential(nn.Linear(in_dim, out_dim, bias), nn.BatchNorm1d(out_dim), nn.ReLU(True))
+
+
+class CoordConv(nn.Module):
+    """A convolution that knows where it is: x and y in [-1, 1] are appended as two channels (x first).
+
+    (B, in_channels, H, W) -> (B, out_channels, H, W). Source: CRIS section 3.2; published ``CoordConv``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, padding: int = 1, stride: int = 1):
+        super().__init__()
+        self.conv1 = conv_layer(in_channels + 2, out_channels, kernel_size, padding, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(reference.append_coordinates(x))

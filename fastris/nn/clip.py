@@ -1,0 +1,139 @@
+"""CLIP's ResNet and text transformer as CRIS uses them: dense maps instead of one vector, every word instead of one.
+
+Built from open_clip's modules, so that parameter names, initialisation and numerics are CLIP's own. What CRIS changes
+is the attention pool (no pooling: every pixel attends to every pixel) and what is returned.
+Source: CRIS section 3.1; published file ``model/clip.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.transformer import LayerNorm, QuickGELU, Transformer
+from torch import Tensor, nn
+
+
+class DenseAttentionPool(AttentionPool2d):
+    """CLIP's attention pool without pooling, plus CRIS's residual ``connect``: (B, C, H, W) -> (B, E, H, W).
+
+    The learned positions (without the class position) are resized bicubically from the training grid to H x W.
+    ``connect`` (1x1 convolution and BatchNorm) is CRIS's own and absent from CLIP's weights.
+    """
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int):
+        super().__init__(spacial_dim, embed_dim, num_heads, output_dim)
+        self.spacial_dim = spacial_dim
+        self.connect = nn.Sequential(nn.Conv2d(embed_dim, output_dim, 1, bias=False), nn.BatchNorm2d(output_dim))
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Positions for a grid of height x width: (1, C, height*width)."""
+        grid = self.positional_embedding[1:].T.reshape(1, -1, self.spacial_dim, self.spacial_dim)
+        return F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        tokens = x.flatten(2)
+        tokens = (tokens + self.positions(height, width).to(x.dtype)).permute(2, 0, 1)
+        attended, _ = F.multi_head_attention_forward(
+            tokens,
+            tokens,
+            tokens,
+            embed_dim_to_check=tokens.shape[-1],
+            num_heads=self.num_heads,
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias,
+            training=self.training,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )
+        attended = attended.permute(1, 2, 0).reshape(batch, -1, height, width)
+        return F.relu(attended + self.connect(x))
+
+
+class DenseResNet(ModifiedResNet):
+    """CLIP's ModifiedResNet, returning C3 (layer2), C4 (layer3) and C5 (attention pool) at strides 8, 16 and 32.
+
+    For RN50 and 416x416: 512@52x52, 1024@26x26, 1024@13x13.
+    """
+
+    def __init__(self, layers: tuple[int, ...], output_dim: int, heads: int, image_size: int, width: int):
+        super().__init__(list(layers), output_dim, heads, image_size, width)
+        self.attnpool = DenseAttentionPool(image_size // 32, width * 32, heads, output_dim)
+        self.init_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c3 = self.layer2(self.layer1(self.stem(x)))
+        c4 = self.layer3(c3)
+        return c3, c4, self.attnpool(self.layer4(c4))
+
+
+class CLIPBackbone(nn.Module):
+    """CRIS's two encoders under one roof, with CLIP's parameter names.
+
+    Args mirror CLIP's: ``embed_dim`` is the width of ``state`` and of C5; ``image_resolution`` is the resolution the
+    attention pool's positions were trained at (224 for RN50 and RN101), not the one to run at.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: tuple[int, ...],
+        vision_width: int,
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_heads: int,
+        transformer_layers: int,
+    ):
+        super().__init__()
+        vision_heads = vision_width * 32 // 64
+        self.visual = DenseResNet(vision_layers, embed_dim, vision_heads, image_resolution, vision_width)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, act_layer=QuickGELU)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # in the checkpoints; CRIS does not use it
+        self._init_text()
+
+    def _init_text(self) -> None:
+        """CLIP's initialisation of the text encoder, for training without its weights."""
+        width, depth = self.transformer.width, self.transformer.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        residual_std = (2 * width * depth) ** -0.5
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) -> C3 (B, 8w, H/8, W/8), C4 (B, 16w, H/16, W/16), C5 (B, E, H/32, W/32)."""
+        return self.visual(image)
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) -> every word (B, L, D), and the sentence ``state`` (B, E) read at the end token.
+
+        The end token has the largest id of the vocabulary, so argmax finds it.
+        """
+        length = text.shape[1]
+        x = self.token_embedding(text) + self.positional_embedding[:length]
+        causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        words = self.ln_final(self.transformer(x, attn_mask=causal))
+        end = words[torch.arange(len(words), device=words.device), text.argmax(dim=-1)]
+        return words, end @ self.text_projection
