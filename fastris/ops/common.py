@@ -1,0 +1,44 @@
+"""What the operators share at their public boundary: dtype rules under autocast, and checks that name the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(first: Tensor) -> torch.dtype:
+    """The dtype an operator computes and answers in: autocast's where it is on for the device, else the input's."""
+    kind = first.device.type
+    if first.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return first.dtype
+
+
+def check_tensors(operator: str, **tensors: Tensor | None) -> None:
+    """All on one device, all floating point, and of one dtype unless autocast will make them so."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    autocast = torch.is_autocast_enabled(first.device.type)
+    for name, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device} but {first_name} is on {first.device}; "
+                "move them to one device"
+            )
+        if tensor.dtype != first.dtype and not autocast:
+            raise TypeError(
+                f"{operator}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; "
+                "convert them to one dtype or run under torch.autocast"
+            )
+
+
+def check_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """``expected`` holds a size, or a letter where any size goes."""
+    fits = tensor.ndim == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{operator}: {name} must be ({wanted}), got {tuple(tensor.shape)}")

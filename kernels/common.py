@@ -1,0 +1,35 @@
+"""What every kernel file shares: how to launch on the right device, and the arithmetic helpers used inside kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Make the tensor's GPU current, so that kernels launch where the data is; nothing to do on a CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` for tl.dot: IEEE for float32, so that TF32 never enters unasked."""
+    return "ieee" if dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+@triton.jit
+def uniform_from_index(seed, index):
+    """One uniform number in [0, 1) per logical int64 ``index``, from Philox: the same for any tiling.
+
+    The index's upper half goes into the counter's second word, so that streams past 2^32 elements do not repeat.
+    """
+    low = (index & 0xFFFFFFFF).to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    zero = low * 0
+    bits, _, _, _ = tl.philox(seed, low, high, zero, zero)
+    return tl.uint_to_uniform_float(bits)
