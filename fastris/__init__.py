@@ -14,11 +14,13 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "use_impl": "fastris.dispatch",
 }
 
-__all__ = ["CRIS", "CLIPConfig", "CRISConfig", "ImageFeatures", "Segmenter", "__version__"]
+__all__ = ["CRIS", "CLIPConfig", "CRISConfig", "ImageFeatures", "Segmenter", "__version__", "use_impl"]
 
 if TYPE_CHECKING:
+    from fastris.dispatch import use_impl
     from fastris.models.config import CLIPConfig, CRISConfig
     from fastris.models.cris import CRIS, ImageFeatures
     from fastris.predict import Segmenter

@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastris import CRIS, CRISConfig
+from fastris import CRIS, CRISConfig, use_impl
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = ["cris_tiny_square", "cris_tiny_wide"]
 
 
-def assert_within_scale(actual: torch.Tensor, expected: torch.Tensor, name: str, relative: float = 1e-5) -> None:
-    """The largest error is at most ``relative`` times the largest expected magnitude."""
-    scale = expected.abs().max().clamp_min(1e-12)
+def assert_within_scale(
+    actual: torch.Tensor, expected: torch.Tensor, name: str, relative: float = 1e-5, like: torch.Tensor | None = None
+) -> None:
+    """The largest error is at most ``relative`` times the largest magnitude of ``like``, by default of ``expected``."""
+    scale = (expected if like is None else like).abs().max().clamp_min(1e-12)
     error = (actual.double() - expected.double()).abs().max() / scale
     assert actual.shape == expected.shape and error <= relative, f"{name}: relative error {error:.2e}"
 
@@ -38,6 +40,17 @@ class Golden:
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix + "/"): v for k, v in self.tensors.items() if k.startswith(prefix + "/")}
+
+
+@pytest.fixture(autouse=True)
+def _published_arithmetic():
+    """The published operations in the published order: one rounding more or less in a BatchNorm over three samples
+    moves some gradients by 4e-4 of their scale, so the sums must be split over as many threads as they were then."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with use_impl("reference"):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=GOLDEN)
@@ -70,8 +83,12 @@ def test_training_step_matches_the_published_code_in_loss_gradients_and_statisti
 
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == golden.group("train/grad").keys()
-    for name, gradient in golden.group("train/grad").items():
-        assert_within_scale(gradients[name], gradient, f"gradient of {name}")
+    published = golden.group("train/grad")
+    for name, gradient in published.items():
+        # A key's bias shifts all scores of a query alike, so its gradient is zero and both sides hold rounding noise:
+        # the noise is measured against the query bias's gradient.
+        like = published.get(name.replace("k_proj.bias", "q_proj.bias"))
+        assert_within_scale(gradients[name], gradient, f"gradient of {name}", like=like)
     buffers = dict(model.named_buffers())
     for name, buffer in golden.group("train/buffer").items():
         assert_within_scale(buffers[name].float(), buffer.float(), f"buffer {name}")

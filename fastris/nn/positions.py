@@ -1,0 +1,32 @@
+"""The decoder's fixed position tables, computed once per size and device instead of nine times a forward pass."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastris import reference
+
+
+def pixel_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """The 2-D table (height*width, dim), float32, on ``device``."""
+    if torch.compiler.is_compiling():
+        return reference.sine_positions_2d(height, width, dim, device)
+    return _cached(height, width, dim, device)
+
+
+def word_positions(length: int, dim: int, device: torch.device) -> Tensor:
+    """The 1-D table (length, dim), float32, on ``device``."""
+    if torch.compiler.is_compiling():
+        return reference.sine_positions_1d(length, dim, device)
+    return _cached(length, None, dim, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached(length: int, width: int | None, dim: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a table made under inference mode could not take part in training later
+        if width is None:
+            return reference.sine_positions_1d(length, dim).to(device)
+        return reference.sine_positions_2d(length, width, dim).to(device)
