@@ -74,6 +74,16 @@ class CLIPConfig:
             raise ValueError(f"unknown CLIP model {name!r}; known ResNets are {', '.join(CLIP_PRESETS)}")
         return cls(**CLIP_PRESETS[name])
 
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> CLIPConfig:
+        """Build from a plain mapping; a key that is unknown or missing is named in a ValueError."""
+        names = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+        unknown = sorted(set(mapping) - set(names))
+        missing = sorted(name for name, needed in names.items() if needed and name not in mapping)
+        if unknown or missing:
+            raise ValueError(f"clip has unknown keys {unknown} and lacks {missing}; its keys are {', '.join(names)}")
+        return cls(**mapping)
+
 
 @dataclass
 class CRISConfig:
@@ -99,7 +109,7 @@ class CRISConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
-            self.clip = CLIPConfig(**self.clip)
+            self.clip = CLIPConfig.from_dict(self.clip)
         self.fpn_in, self.fpn_out = tuple(self.fpn_in), tuple(self.fpn_out)
         self._validate()
 

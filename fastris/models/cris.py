@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,12 @@ class CRIS(
 
     def __init__(self, config: CRISConfig):
         super().__init__()
+        if isinstance(config, Mapping):  # as huggingface_hub hands over the contents of config.json
+            config = CRISConfig.from_dict(config, source="config.json")
+        if not isinstance(config, CRISConfig):
+            raise TypeError(
+                f'config must be a CRISConfig such as CRISConfig.preset("cris_r50"), got {type(config).__name__}'
+            )
         self.config = config
         clip = config.clip
         self.backbone = CLIPBackbone(

@@ -1,0 +1,167 @@
+"""One option's value: from the text of the command line, or from what YAML made of it, to the annotated type."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TRUE = frozenset({"true", "yes", "on", "1"})
+FALSE = frozenset({"false", "no", "off", "0"})
+_NOTHING = frozenset({"null", "none", "~", ""})
+_UNIONS = (typing.Union, types.UnionType)
+
+
+class Mismatch(ValueError):
+    """A value that is not of the type asked for. Its text is the mend where there is one to tell, else empty."""
+
+
+def type_name(kind: Any) -> str:
+    """A type as a user reads it: ``int``, ``true|false``, ``text or none``, ``list of int``, ``a|b``."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        return " or ".join(type_name(a) for a in args)
+    if origin is typing.Literal:
+        return "|".join(str(a) for a in args)
+    if origin is tuple and args[-1] is not Ellipsis:
+        return "(" + ", ".join(type_name(a) for a in args) + ")"
+    if origin in (tuple, list):
+        return f"list of {type_name(args[0])}"
+    names = {bool: "true|false", str: "text", Path: "path", dict: "mapping", type(None): "none", Any: "any"}
+    return names.get(origin or kind) or str(getattr(kind, "__name__", kind))
+
+
+def shown(value: Any) -> str:
+    """A value and its type, short enough for one line of an error message."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type_name(type(value))})"
+
+
+def accepts(kind: Any, member: type) -> bool:
+    """Whether ``member`` is the type ``kind``, or one of the types that it unites."""
+    if typing.get_origin(kind) in _UNIONS:
+        return any(accepts(a, member) for a in typing.get_args(kind))
+    return (typing.get_origin(kind) or kind) is member
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``: a scalar type, ``Path``, ``Literal``, a union, ``tuple``, ``list``, ``dict`` or ``Any``.
+
+    Text is read as YAML wherever the type is not text itself. Raises :class:`Mismatch`.
+    """
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in _UNIONS:
+        return _convert_union(value, args)
+    if origin is typing.Literal:
+        return _convert_literal(value, args)
+    if origin in (tuple, list):
+        return _convert_sequence(value, origin, args or (Any, ...))
+    if origin in (dict, Any):
+        value = _from_yaml(value) if isinstance(value, str) else value
+        if origin is dict and not isinstance(value, dict):
+            raise Mismatch
+        return value
+    try:
+        return _SCALARS[kind](value)
+    except (ValueError, OverflowError) as error:
+        raise error if isinstance(error, Mismatch) else Mismatch() from None
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise Mismatch("it is not valid YAML") from None
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = float(value)  # "1e5"
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Mismatch
+    return value
+
+
+def _to_float(value: Any) -> float:
+    """YAML 1.1 reads ``1e-4`` as text, so text that spells a number is one; YAML spells infinity ``.inf``."""
+    if isinstance(value, str):
+        value = float(value.lower().replace(".inf", "inf"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise Mismatch
+    return float(value)
+
+
+def _to_bool(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in TRUE | FALSE:
+        raise Mismatch
+    return text in TRUE
+
+
+def _to_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Mismatch("write it in quotes to make it text" if isinstance(value, bool | int | float) else "")
+    return value
+
+
+def _to_none(value: Any) -> None:
+    if value is not None and not (isinstance(value, str) and value.lower() in _NOTHING):
+        raise Mismatch
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    int: _to_int,
+    float: _to_float,
+    bool: _to_bool,
+    str: _to_text,
+    Path: lambda value: Path(_to_text(value)),
+    type(None): _to_none,
+}
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    """The first member that fits; text last, because every argument of the command line is text."""
+    mend = ""
+    for member in sorted(members, key=lambda m: (m in (str, Path), m is bool, m is Any)):
+        try:
+            return convert(value, member)
+        except Mismatch as error:
+            mend = str(error)
+    raise Mismatch(mend)
+
+
+def _convert_literal(value: Any, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        word = str(choice).lower()
+        if isinstance(value, bool) and word in TRUE | FALSE:  # YAML reads a bare off as false
+            matches = value == (word in TRUE)
+        else:
+            matches = str(value) == str(choice) or (isinstance(choice, bool) and str(value).lower() == word)
+        if matches:
+            return choice
+    raise Mismatch
+
+
+def _convert_sequence(value: Any, container: Any, kinds: tuple[Any, ...]) -> Any:
+    if isinstance(value, str):
+        value = _from_yaml(value)
+        if isinstance(value, str):  # "35,40"
+            value = [part.strip() for part in value.split(",")]
+    if value is None:
+        raise Mismatch
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if container is tuple and kinds[-1] is not Ellipsis:
+        if len(values) != len(kinds):
+            raise Mismatch
+        return tuple(convert(v, k) for v, k in zip(values, kinds, strict=True))
+    return container(convert(v, kinds[0]) for v in values)

@@ -1,0 +1,169 @@
+"""Writing files that are never half there, and reading PyTorch files without running what is in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import time
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_STALE_AFTER = 3600.0  # seconds
+
+
+def save_atomic(obj: Any, path: str | Path) -> None:
+    """``torch.save`` that never leaves half a file: the old file stays until the new one is complete and on disk.
+
+    The folder is created if it does not exist. Raises OSError when the disk is full or not writable, and TypeError when
+    ``obj`` holds something that :func:`load_torch` would refuse to read back; both leave the old file untouched.
+    """
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(obj, file)
+        with _numpy_scalars_allowed():
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(str(temporary))
+        if refused:
+            raise TypeError(
+                f"obj holds {', '.join(sorted(refused))}, which could not be read back safely; "
+                "put tensors, numbers, strings, or lists and dicts of them in its place"
+            )
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; on success it takes ``path``'s place, after fsync, in one step.
+
+    On any error, Ctrl-C included, the temporary file is removed and ``path`` is as before. What a killed process left
+    behind for the same ``path`` goes once it is an hour old. Raises OSError naming ``path``.
+    """
+    path = Path(path).expanduser()
+    path = path.resolve() if path.is_symlink() else path
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it, such as {path / 'last.pth'}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        failure = _os_error(error)
+        if failure is None:
+            raise
+        raise OSError(
+            failure.errno,
+            f"could not write {path}: {failure.strerror or failure}; what was there before is untouched; "
+            "free some space or choose another folder",
+        ) from error
+    with suppress(OSError):
+        _sync(path.parent)
+
+
+def load_torch(path: str | Path) -> Any:
+    """Read a file that ``torch.save`` wrote, on the CPU, without running any code that it holds.
+
+    NumPy numbers (a ``best_iou`` of ``numpy.float64``) are accepted beside what ``weights_only=True`` accepts.
+    Checksums are verified, which ``torch.load`` leaves out. Raises FileNotFoundError, or ValueError for a file that is
+    damaged, is no checkpoint, or holds Python objects.
+    """
+    path = existing_file(path)
+    try:
+        _verify_checksums(path)
+        with _numpy_scalars_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in PyTorch's unpickler, with any type
+        refused = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise ValueError(
+                f"{path} holds a Python object ({refused[1]}), and reading it could run any code, so it is refused; "
+                "save it again where it was made, as torch.save({'state_dict': model.state_dict()}, path)"
+            ) from None
+        raise damaged(path, "PyTorch checkpoint", error) from error
+
+
+def existing_file(path: str | Path) -> Path:
+    """``path`` with ``~`` expanded. Raises FileNotFoundError if there is no such file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a checkpoint")
+    return path
+
+
+def damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    """The one message for a file that cannot be read."""
+    reason = first_line(error).split(". This is")[0][:200]
+    return ValueError(f"{path} is damaged or no {kind} ({reason}); copy or download it again, or take another file")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough to stand inside another message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether the file is a TorchScript archive, as OpenAI's CLIP weights are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
+    """Let ``weights_only`` build NumPy's numbers, under NumPy 1's and NumPy 2's names, but no arrays or objects."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return torch.serialization.safe_globals([np.dtype, *kinds, *((scalar, name) for name in names)])
+
+
+def _verify_checksums(path: Path) -> None:
+    """Raise zipfile.BadZipFile where an entry of a zip file, torch.save's format, differs from its CRC-32.
+
+    Old torch.save files are no zip files, and an entry saved without checksum says 0: both pass.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.CRC:
+                with archive.open(info) as entry:
+                    while entry.read(1 << 20):
+                        pass
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    for leftover in path.parent.iterdir():
+        if leftover.name.startswith(f".{path.name}.") and leftover.suffix == ".tmp":
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > _STALE_AFTER:
+                    leftover.unlink()
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind ``error``: PyTorch's zip writer hides a full disk behind its own RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
