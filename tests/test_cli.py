@@ -1,0 +1,231 @@
+"""The command line as a user meets it: help, mistakes told in one line, exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import fastris
+from fastris import cli, doctor
+from fastris.config import option
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = cli.main(args)
+    return code, *capsys.readouterr()
+
+
+def subprocess_run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, **kwargs)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A command `bake` whose function is `bake.function`."""
+
+    @dataclass
+    class BakeConfig:
+        """Bakes a cake."""
+
+        minutes: float = option(12.5, "time in the oven", "min")
+
+    bake = SimpleNamespace(
+        BakeConfig=BakeConfig, function=lambda config: None, run=lambda config: bake.function(config)
+    )
+    monkeypatch.setitem(sys.modules, "fastris.bake", bake)
+    monkeypatch.setitem(cli.COMMANDS, "bake", cli.Command("fastris.bake", "BakeConfig", "bake a cake"))
+    monkeypatch.delenv("FASTRIS_DEBUG", raising=False)
+    return bake
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, errors = run(args, capsys)
+    assert (code, errors) == (0, "")
+    for name in ("demo", "train", "eval", "predict", "convert", "doctor"):
+        assert f"\n  {name} " in printed
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], capsys) == (0, f"fastris {fastris.__version__}\n", "")
+
+
+def test_an_unknown_command_lists_the_closest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, errors = run(["trian"], capsys)
+    assert (code, printed) == (2, "")
+    assert "unknown command 'trian'; did you mean train? Commands: train, demo, eval" in errors
+    assert "did you mean" not in run(["xyz"], capsys)[2]
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_exists_and_describes_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = cli.COMMANDS[name]
+    assert callable(getattr(importlib.import_module(entry.module), entry.function))
+    code, printed, errors = run([name, "--help"], capsys)
+    assert (code, errors) == (0, "")
+    assert printed.startswith(f"usage: fastris {name} ")
+    assert "options:" in printed
+    assert f"{entry.config}(" not in printed, "the config class lacks a docstring"
+
+
+def test_options_reach_the_command_and_its_result_is_the_exit_code(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    command.function = lambda config: seen.append(config.minutes) or 3
+    assert run(["bake", "minutes=20"], capsys)[0] == 3
+    command.function = lambda config: seen.append(config.minutes)
+    assert run(["bake"], capsys)[0] == 0
+    assert seen == [20.0, 12.5]
+
+
+def test_help_tells_type_unit_and_default(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(["bake", "minutes=oops", "--help"], capsys)[1]
+    assert "Bakes a cake." in printed
+    assert "minutes  float  12.5  time in the oven [min]" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("the oven is cold"), "the oven is cold"),
+        (RuntimeError("no power"), "no power"),
+        (OSError(28, "No space left on device", "cake.png"), "cake.png: No space left on device"),
+        (FileNotFoundError("no file cake.yaml; give one"), "no file cake.yaml; give one"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    error: Exception, line: str, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Any) -> None:
+        raise error
+
+    command.function = fail
+    assert run(["bake"], capsys) == (2, "", f"fastris bake: {line}\n")
+
+
+def test_a_wrong_option_is_one_line_and_exit_code_2(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bake", "minutes=soon"], capsys) == (
+        2,
+        "",
+        "fastris bake: minutes must be float (min), got 'soon'\n",
+    )
+
+
+def test_debug_shows_the_traceback(command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRIS_DEBUG", "1")
+    with pytest.raises(ValueError, match="minutes"):
+        cli.main(["bake", "minutes=soon"])
+
+
+@pytest.mark.parametrize("bug", [TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RecursionError])
+def test_a_bug_keeps_its_traceback(bug: type[Exception], command: SimpleNamespace) -> None:
+    def fail(config: Any) -> None:
+        raise bug("bug")
+
+    command.function = fail
+    with pytest.raises(bug):
+        cli.main(["bake"])
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    command.function = fail
+    assert run(["bake"], capsys) == (130, "", "fastris bake: stopped\n")
+
+
+def test_warnings_are_one_line_each_and_the_users_settings_return(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = warnings.showwarning
+    command.function = lambda config: warnings.warn("a little burnt", stacklevel=1)
+    code, printed, errors = run(["bake"], capsys)
+    assert (code, printed, errors) == (0, "", "fastris bake: warning: a little burnt\n")
+    assert warnings.showwarning is show
+
+
+def test_only_the_chosen_commands_module_is_imported() -> None:
+    program = (
+        "import sys; from fastris.cli import main; main(['--help'])\n"
+        "assert not {'torch', 'cv2', 'open_clip', 'fastris.train', 'fastris.predict'} & set(sys.modules)"
+    )
+    assert subprocess_run([sys.executable, "-c", program]).stderr == ""
+
+
+def test_a_real_process_says_its_mistake_and_exits_with_2(tmp_path: Path) -> None:
+    found = subprocess_run([sys.executable, "-m", "fastris", "doctor", "jsn=true"], cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "fastris doctor: unknown option jsn; did you mean json?\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = (
+        "import sys, os; from fastris import cli, config\n"
+        "sys.stdin.read()\n"  # the reader's end is closed by now
+        "sys.exit(cli.main(['doctor', '--help']))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with subprocess.Popen([sys.executable, "-c", program], env=env, text=True, **pipe) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
+
+
+def test_doctor_reports_versions_devices_and_the_path_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(["doctor", "--json"], capsys)
+    found = json.loads(printed)
+    assert code == 0
+    assert found["versions"]["fastris"] == fastris.__version__
+    assert {"python", "system", "torch", "open_clip", "numpy"} <= set(found["versions"])
+    assert "triton" in found["optional"] and "cores" in found["devices"]["cpu"]
+    for operator in ("text_to_pixel_similarity", "cross_attention", "upsample2x_conv3x3"):
+        path, reason = found["operators"]["cpu"][operator].split(": ", 1)
+        assert path in ("reference", "torch", "triton") and reason
+    page = run(["doctor"], capsys)[1]
+    assert "operators on cpu\n" in page and fastris.__version__ in page
+
+
+def test_doctor_reports_what_is_broken_and_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_package.py").write_text("raise OSError('libcuda.so.1:\\n cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"broken_package": "broken", "no_such_package": "none"})
+
+    def fail() -> dict[str, str]:
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(doctor, "_devices", fail)
+    code, printed, _ = run(["doctor"], capsys)
+    assert code == 0
+    assert "broken: OSError: libcuda.so.1: cannot open (pip install --force-reinstall broken)" in printed
+    assert "not installed (pip install none)" in printed
+    assert "broken  " in printed and "RuntimeError: driver too old" in printed
+    assert "operators on cpu" in printed
+
+
+def test_doctor_tells_a_wrong_choice_of_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRIS_IMPL", "fastest")
+    found = subprocess_run([sys.executable, "-m", "fastris", "doctor"])
+    assert found.returncode == 0
+    assert "FASTRIS_IMPL" in found.stdout and "fastest" in found.stdout
