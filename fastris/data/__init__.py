@@ -1,0 +1,49 @@
+"""Data sets of referring expressions, and what turns them into the model's input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastris.data.base import DataError, Reference, ReferringDataset
+
+__all__ = ["DATASETS", "DataError", "Reference", "ReferringDataset", "load_dataset"]
+
+DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g")
+
+
+def load_dataset(
+    name: str,
+    split: str,
+    root: str | Path | None = None,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    **options: Any,
+) -> ReferringDataset:
+    """Open one split of a data set by name.
+
+    Args:
+        name: "synthetic" (made on the fly, no files), or one of the REFER layout: "refcoco", "refcoco+",
+            "refcocog_u" (the UMD split, `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`).
+        split: the split's name in that data set, for instance "train", "val", "testA", "testB", "test".
+        root: the folder that holds the REFER layout; not used by "synthetic".
+        on_error: "raise" for an error that names the first reference that is unusable, "skip" to leave such
+            references out and list them in `.skipped`.
+        options: passed on to `SyntheticExpressions` or `ReferDataset`.
+
+    Raises:
+        DataError: unknown name or split, missing `root`, or missing or unusable files.
+    """
+    if name not in DATASETS:
+        raise DataError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error={on_error!r} is unknown; choose 'raise' or 'skip'")
+    if name == "synthetic":
+        from fastris.data.synthetic import SyntheticExpressions
+
+        return SyntheticExpressions(split, **options)
+    if root is None:
+        raise DataError(f"dataset={name!r} needs root= (data_root), the folder that holds the REFER layout")
+    from fastris.data.refer import ReferDataset
+
+    return ReferDataset(name, split, root, on_error=on_error, **options)

@@ -1,0 +1,122 @@
+"""COCO segmentations, polygons and run lengths, to masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+MAX_PIXELS = 89_478_485  # Pillow's limit, beyond which it suspects a decompression bomb; COCO has 0.4 million
+
+
+class BadAnnotation(ValueError):
+    """A segmentation that cannot be a mask of its image; the message says why."""
+
+
+class WrongSize(BadAnnotation):
+    """A segmentation made for an image of another size."""
+
+
+def checked(segmentation: Any, height: int, width: int) -> list[Any]:
+    """The form of a COCO segmentation checked, in pure Python and without making a mask.
+
+    Args:
+        segmentation: polygons `[[x1, y1, x2, y2, ...], ...]`, whose union counts; or, for crowds, run lengths
+            `{"size": [height, width], "counts": ...}` with counts as a list of ints or as COCO's compressed string.
+        height, width: of the image, in pixels.
+
+    Returns:
+        the polygons that enclose something (fewer than three points do not), or the run lengths; [] if nothing is left.
+
+    Raises:
+        BadAnnotation: not of that form; `WrongSize` if made for an image of another size.
+    """
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise BadAnnotation(f"an image of {height} x {width} pixels (height x width) is out of bounds")
+    if not segmentation:
+        return []
+    if isinstance(segmentation, dict):
+        return _checked_counts(segmentation, height, width)
+    if isinstance(segmentation, list):
+        return _checked_polygons(segmentation, height, width)
+    raise BadAnnotation(f"the segmentation is {type(segmentation).__name__}, neither polygons nor run lengths")
+
+
+def encode(segmentation: Any, height: int, width: int) -> Any:
+    """A COCO segmentation as one run-length code of pycocotools; no pixel is decoded.
+
+    Polygons are merged; the published loader adds them up, so that overlaps wrap. Arguments and errors are those of
+    `checked`.
+
+    Returns:
+        the code, or None where no pixel is enclosed.
+    """
+    from pycocotools import mask
+
+    parts = checked(segmentation, height, width)
+    if not parts:
+        return None
+    if isinstance(segmentation, dict):
+        code = mask.frPyObjects({"size": [height, width], "counts": parts}, height, width)
+    else:
+        code = mask.merge(mask.frPyObjects(parts, height, width))
+    return code if mask.area(code) else None
+
+
+def decode(code: Any) -> np.ndarray:
+    """The mask of a code that `encode` returned: (H, W) bool."""
+    from pycocotools import mask
+
+    return mask.decode(code).astype(bool, order="C")
+
+
+def _checked_polygons(polygons: list[Any], height: int, width: int) -> list[list[float]]:
+    """The polygons that enclose something, after a check of their form."""
+    for number, polygon in enumerate(polygons):
+        if not isinstance(polygon, list):
+            raise BadAnnotation(f"polygon {number} is {type(polygon).__name__}, but must be a list of numbers")
+        if len(polygon) % 2 or not all(type(value) in (int, float) for value in polygon):
+            raise BadAnnotation(f"polygon {number} is not a list x1, y1, x2, y2, ... of numbers")
+        for name, values, side in (("x", polygon[::2], width), ("y", polygon[1::2], height)):
+            if not all(-side <= value <= 2 * side for value in values):
+                raise BadAnnotation(f"polygon {number} lies outside of its {height} x {width} image ({name})")
+    return [polygon for polygon in polygons if len(polygon) >= 6]
+
+
+def _checked_counts(runs: dict[Any, Any], height: int, width: int) -> list[int]:
+    """Run lengths as a list that covers the image exactly: pycocotools leaves memory unset where they fall short."""
+    size, counts = runs.get("size"), runs.get("counts")
+    if size != [height, width]:
+        raise WrongSize(f"run lengths for size {size!r}, but the image is {[height, width]} (height, width)")
+    if isinstance(counts, str):
+        counts = _decompress(counts)
+    elif not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        raise BadAnnotation("the run lengths' counts are neither a list of ints nor a compressed string")
+    if min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise BadAnnotation(f"the run lengths do not add up to the image's {height * width} pixels")
+    return counts
+
+
+def _decompress(text: str) -> list[int]:
+    """Counts from COCO's compressed string.
+
+    Each number is written in digits of 5 bits, lowest first, as characters from "0" on; 32 marks that more digits
+    follow, and the last digit's 16 is the sign. From the fourth on, numbers are differences to the one two before.
+    """
+    counts: list[int] = []
+    number = shift = 0
+    for character in text:
+        digit = ord(character) - ord("0")
+        if not 0 <= digit < 64 or shift > 30:
+            raise BadAnnotation("the run lengths' compressed counts are damaged")
+        number |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            number -= 1 << shift
+        counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+        number = shift = 0
+    if shift:
+        raise BadAnnotation("the run lengths' compressed counts end inside a number")
+    return counts

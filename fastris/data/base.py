@@ -1,0 +1,70 @@
+"""What every source of referring expressions offers, whatever stands behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Something in the user's data is wrong; the message names the reference or file and says what to do."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One object of one image, and the sentences that refer to it.
+
+    Attributes:
+        ref_id: the reference's id in its data set.
+        image_id: the image's id; references with equal ids share the image.
+        sentences: the referring expressions, as the data set spells them; at least one.
+        file_name: the image's file name, or "" where there is no file.
+    """
+
+    ref_id: int | str
+    image_id: int | str
+    sentences: tuple[str, ...]
+    file_name: str = ""
+
+
+class ReferringDataset(ABC):
+    """References by index: the expressions, the image and the mask of the object that they refer to.
+
+    Subclasses set `name` and `split`, and implement `__len__`, `reference`, `image` and `mask`. Nothing is
+    normalised or resized here: images and masks come at the image's own size.
+
+    Attributes:
+        name: the data set's name, as `load_dataset` takes it.
+        split: the split's name.
+        skipped: problem -> ids of the references that were left out because of it; empty unless the user asked
+            for `on_error="skip"`.
+    """
+
+    name: str
+    split: str
+    skipped: dict[str, list[int | str]]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of references, that is of objects (the counts that papers give), not of sentences."""
+
+    @abstractmethod
+    def reference(self, index: int) -> Reference:
+        """The sentences and ids of reference `index`; decodes nothing."""
+
+    @abstractmethod
+    def image(self, index: int) -> np.ndarray:
+        """The image of reference `index`: (H, W, 3) uint8, RGB."""
+
+    @abstractmethod
+    def mask(self, index: int) -> np.ndarray:
+        """The object of reference `index`: (H, W) bool, at the size of its image."""
+
+    def by_image(self) -> list[list[int]]:
+        """Indices of the references, grouped by image, images and references in order of first appearance."""
+        groups: dict[int | str, list[int]] = {}
+        for index in range(len(self)):
+            groups.setdefault(self.reference(index).image_id, []).append(index)
+        return list(groups.values())

@@ -1,0 +1,204 @@
+"""Data sets to the tensors that training and evaluation take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fastris.data.base import ReferringDataset
+from fastris.data.letterbox import letterbox
+from fastris.data.tokens import tokenize
+
+
+def worker_init(worker_id: int) -> None:
+    """For `DataLoader(worker_init_fn=worker_init)`: one OpenCV thread in each worker process.
+
+    As published; here and not at import, so that the process that imports fastris keeps its own setting.
+    """
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def _digest(*numbers: int) -> int:
+    """64 bits that depend on every one of the numbers, the same on every machine and Python."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _count_truncated(dataset: ReferringDataset, word_len: int, first_only: bool = False) -> int:
+    """Number of sentences of a data set that `tokenize` cuts; tokenises all of them."""
+    count = 0
+    for index in range(len(dataset)):
+        sentences = dataset.reference(index).sentences
+        count += sum(tokenize(sentences[:1] if first_only else sentences, word_len).truncated)
+    return count
+
+
+class TrainSamples(Dataset[dict[str, Any]]):
+    """One item per reference, with one of its sentences: another one each epoch.
+
+    Which sentence is decided by (seed, epoch, index) alone: workers, their number, the order of the items and a
+    resumed run change nothing. Persistent workers see `set_epoch` too.
+
+    Args:
+        dataset: where references, images and masks come from.
+        input_size: side S of the letterboxed square, in pixels.
+        word_len: L, tokens per sentence.
+        seed: of the choice of sentences.
+    """
+
+    def __init__(self, dataset: ReferringDataset, input_size: int = 416, word_len: int = 17, seed: int = 0):
+        self.dataset = dataset
+        self.input_size = input_size
+        self.word_len = word_len
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the sentences of this epoch; call it before the loader's iterator is made."""
+        self._epoch.fill_(epoch)
+
+    @cached_property
+    def truncated(self) -> int:
+        """Number of sentences of the whole data set, read in any epoch, that are cut to `word_len`.
+
+        Counted at first use by tokenising all of them: seconds for RefCOCO's training split.
+        """
+        return _count_truncated(self.dataset, self.word_len)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reference `index`: image (3, S, S) float32, tokens (L,) int64, mask (1, S, S) float32 in [0, 1], index."""
+        sentences = self.dataset.reference(index).sentences
+        sentence = sentences[_digest(self.seed, int(self._epoch), index) % len(sentences)]
+        image = self.dataset.image(index)
+        warp = letterbox(image.shape[0], image.shape[1], self.input_size)
+        return {
+            "image": warp.warp_image(image),
+            "tokens": tokenize(sentence, self.word_len).tokens[0],
+            "mask": warp.warp_mask(self.dataset.mask(index)),
+            "index": index,
+        }
+
+
+class EvalSamples(Dataset[dict[str, Any]]):
+    """One item per image, with every expression about it, so that the image is read and encoded once.
+
+    Args:
+        dataset: where references and images come from.
+        input_size: side S of the letterboxed square, in pixels.
+        word_len: L, tokens per sentence.
+        sentences: "all" of each reference, or only its "first".
+
+    Raises:
+        ValueError: another value of `sentences`.
+    """
+
+    def __init__(
+        self,
+        dataset: ReferringDataset,
+        input_size: int = 416,
+        word_len: int = 17,
+        sentences: Literal["all", "first"] = "all",
+    ):
+        if sentences not in ("all", "first"):
+            raise ValueError(f"sentences={sentences!r} is unknown; choose 'all' or 'first'")
+        self.dataset = dataset
+        self.input_size = input_size
+        self.word_len = word_len
+        self.sentences = sentences
+        self.groups = dataset.by_image()
+
+    @cached_property
+    def truncated(self) -> int:
+        """Number of scored sentences that are cut to `word_len`; counted at first use."""
+        return _count_truncated(self.dataset, self.word_len, self.sentences == "first")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """Image number `position`, in order of first appearance in the data set.
+
+        Returns:
+            image: (3, S, S) float32.
+            letterbox: the `Letterbox` whose `unwarp` leads back to the image's own size.
+            items: a list of (index of the reference in the data set, number of the sentence in its reference,
+                the sentence, its tokens (L,) int64).
+        """
+        group = self.groups[position]
+        expressions: list[tuple[int, int, str]] = []
+        for index in group:
+            sentences = self.dataset.reference(index).sentences
+            chosen = sentences[:1] if self.sentences == "first" else sentences
+            expressions += [(index, number, sentence) for number, sentence in enumerate(chosen)]
+        tokens = tokenize([sentence for *_, sentence in expressions], self.word_len).tokens
+        image = self.dataset.image(group[0])
+        warp = letterbox(image.shape[0], image.shape[1], self.input_size)
+        return {
+            "image": warp.warp_image(image),
+            "letterbox": warp,
+            "items": [(*expression, row) for expression, row in zip(expressions, tokens, strict=True)],
+        }
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of indices, for `DataLoader(batch_sampler=...)`: a permutation that (seed, epoch) decides alone.
+
+    An epoch can be entered at any batch, so a run that was interrupted inside one goes on with exactly the batches
+    that it would have seen.
+
+    Args:
+        n: number of samples.
+        seed: of the permutations.
+        batch_size: samples per batch.
+        drop_last: leave the last batch out if it is not full; with `n` below `batch_size` there is none then.
+
+    Raises:
+        ValueError: `batch_size` below 1.
+    """
+
+    def __init__(self, n: int, seed: int, batch_size: int, drop_last: bool = True):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.n = n
+        self.seed = seed
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.start_batch = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of a whole epoch, wherever this one starts."""
+        full, rest = divmod(self.n, self.batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch, and the batch of it to begin with; call it before the loader's iterator is made.
+
+        Raises:
+            ValueError: `start_batch` is not in 0..`batches_per_epoch`.
+        """
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch={start_batch} must lie in 0..{self.batches_per_epoch}, an epoch's batches")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(_digest(self.seed, self.epoch) >> 1)
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for batch in range(self.start_batch, self.batches_per_epoch):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __len__(self) -> int:
+        """Batches that iterating yields: those of the epoch from `start_batch` on."""
+        return self.batches_per_epoch - self.start_batch

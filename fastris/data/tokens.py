@@ -1,0 +1,85 @@
+"""Sentences to CLIP's token ids, cut to the model's length as published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+START, END, PAD = 49406, 49407, 0
+CONTEXT_LENGTH = 77
+MAX_CHARACTERS = 1000  # the time of byte-pair encoding grows with the square of a word's length
+
+
+class TokenBatch(NamedTuple):
+    """Token ids of N sentences.
+
+    Attributes:
+        tokens: (N, L) int64: start, the sentence's byte pairs, end, zeros.
+        truncated: per sentence, whether it was longer than L and lost its last byte pairs.
+    """
+
+    tokens: torch.Tensor
+    truncated: list[bool]
+
+
+@cache
+def _tokenizer() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+@lru_cache(maxsize=1 << 16)
+def _encode(sentence: str) -> tuple[int, ...]:
+    return tuple(_tokenizer().encode(sentence))
+
+
+def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
+    """Encode sentences with CLIP's byte-pair vocabulary.
+
+    Every row is the start token 49406, the sentence, the end token 49407, then zeros. A sentence that does not fit
+    is cut so that the last of the `word_len` tokens is the end token, and flagged in `truncated`. (0 is also the id of
+    "!" glued to rarer punctuation; the model takes that for padding, as published.)
+
+    Args:
+        sentences: one sentence or N of them.
+        word_len: L, the number of tokens per row, 3 to 77; published are 17 (RefCOCO, RefCOCO+) and 22 (RefCOCOg).
+
+    Returns:
+        TokenBatch: tokens (N, L) int64 on the CPU, and the flags of the sentences that were cut.
+
+    Raises:
+        ValueError: `word_len` is out of range, or a sentence is empty or only white space, longer than 1000
+            characters, or spells one of the vocabulary's marks; the message quotes it.
+        TypeError: a sentence is not a string.
+
+    Source: `tokenize` in the published `utils/dataset.py`, which is CLIP's own with truncation.
+    """
+    if isinstance(sentences, str):
+        sentences = [sentences]
+    if not 3 <= word_len <= CONTEXT_LENGTH:
+        raise ValueError(f"word_len={word_len} must lie in 3..{CONTEXT_LENGTH}: start, one or more words, end")
+    tokens = torch.full((len(sentences), word_len), PAD, dtype=torch.int64)
+    truncated = []
+    for row, sentence in enumerate(sentences):
+        words = _checked_words(f"sentences[{row}]", sentence)
+        ids = [START, *words[: word_len - 2], END]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        truncated.append(len(words) > word_len - 2)
+    return TokenBatch(tokens, truncated)
+
+
+def _checked_words(name: str, sentence: str) -> tuple[int, ...]:
+    if not isinstance(sentence, str):
+        raise TypeError(f"{name} is {type(sentence).__name__}, but must be a string")
+    if len(sentence) > MAX_CHARACTERS:
+        raise ValueError(f"{name} has {len(sentence)} characters, but may have {MAX_CHARACTERS}; give a short phrase")
+    words = _encode(sentence)
+    if not words:
+        raise ValueError(f"{name}={sentence!r} holds no word; give an expression that names the object")
+    if START in words or END in words:
+        raise ValueError(f"{name}={sentence!r} spells a mark of the vocabulary (start or end of text); leave it out")
+    return words

@@ -1,0 +1,368 @@
+"""A reader for pickles of plain data that can run nothing.
+
+Python's own unpickler looks up and calls whatever a file names; refusing globals leaves memory bombs and crashes
+(a memo index of four billion, a key that is a million tuples deep). This one knows only the opcodes that build
+lists, dicts, tuples, strings, numbers, booleans and None, for protocols 0 to 5 of Python 2 and 3. Any other
+opcode is refused by name before it has an effect, and work and memory stay proportional to the size of the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastris.data.base import DataError
+
+MAX_BYTES = 128 << 20  # 50,000 references with 150,000 sentences take about 30 MB
+MAX_DEPTH = 32  # the REFER layout nests five deep
+MAX_NUMBER = 64  # bytes of one written number
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_BAD_KEY = "a dict key that is neither a string nor a number"
+_MEND = (
+    "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
+    "can run code. Download the file again, or save it with plain values (int(x) for a NumPy number)"
+)
+
+
+class _Malformed(ValueError):
+    """The bytes are not a pickle, or a damaged one."""
+
+
+def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Read a pickle file of plain data.
+
+    Strings that Python 2 wrote as bytes are decoded as UTF-8 and, where that fails, as Latin-1.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is refused unread.
+
+    Returns:
+        lists, dicts, tuples, str, int, float, bool and None, nested at most 32 deep.
+
+    Raises:
+        DataError: the file is too large or damaged, or it asks for anything but plain data; the message names the
+            file, what was refused, and the mend.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise DataError(f"{path} is larger than {max_bytes} bytes and was not read; refs of 50,000 objects take 30 MB")
+    return loads_plain(data, str(path))
+
+
+def loads_plain(data: bytes, source: str = "the pickle") -> Any:
+    """`load_plain` for bytes in memory; `source` is how error messages name them."""
+    machine = _Machine(data, source)
+    try:
+        value = machine.run()
+        _check_tree(value, [8 * len(data) + 1000])
+    except DataError:  # a ValueError too, but one that has said what is wrong
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
+        at = f"at byte {min(machine.position, len(data))} of {len(data)}"
+        reason = f"{type(error).__name__.lstrip('_')}: {error}"
+        raise DataError(f"{source} is not a whole pickle ({at}; {reason}). Download it again") from error
+    return value
+
+
+class _Machine:
+    """The pickle stack machine, without the opcodes that name, call or build objects."""
+
+    __slots__ = ("data", "marks", "memo", "position", "source", "stack")
+
+    def __init__(self, data: bytes, source: str):
+        self.data = data
+        self.source = source
+        self.position = 0
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        data, handlers = self.data, _HANDLERS
+        while True:
+            opcode = data[self.position]
+            self.position += 1
+            handler = handlers[opcode]
+            if handler is not None:
+                handler(self)
+            elif opcode == pickle.STOP[0]:
+                return self.stack.pop()
+            else:
+                self.refuse(opcode)
+
+    def line(self) -> bytes:
+        start = self.position
+        end = self.data.index(b"\n", start)
+        self.position = end + 1
+        return self.data[start:end]
+
+    def number(self) -> bytes:
+        line = self.line()
+        if len(line) > MAX_NUMBER:
+            raise _Malformed(f"a number of {len(line)} digits")
+        return line
+
+    def pop_mark(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.marks.pop()
+        return items
+
+    def top(self, kind: type) -> Any:
+        top = self.stack[-1]
+        if type(top) is not kind:
+            raise _Malformed(f"{kind.__name__} expected, {type(top).__name__} found")
+        return top
+
+    def refuse(self, opcode: int) -> NoReturn:
+        from pickletools import opcodes
+
+        name = {ord(known.code): known.name for known in opcodes}.get(opcode)
+        if name is None:
+            raise _Malformed(f"unknown opcode {opcode:#04x}")
+        if name in ("GLOBAL", "INST"):
+            what = f"the global {_text(self.line())}.{_text(self.line())}"
+        elif name == "STACK_GLOBAL":
+            what = "the global " + ".".join(str(part)[:200] for part in self.stack[-2:])
+        elif name == "PERSID":
+            what = f"the persistent id {_text(self.line())}"
+        else:
+            what = f"the pickle instruction {name}"
+        raise DataError(f"{self.source} asks for {what[:500]}, which was refused. {_MEND}")
+
+
+def _check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
+    """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    budget[0] -= len(value) + 1
+    if depth > MAX_DEPTH or budget[0] < 0:
+        raise _Malformed("the values contain themselves, nest too deep or repeat without end")
+    for item in value.values() if kind is dict else value:
+        _check_tree(item, budget, depth + 1)
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _line_int(line: bytes) -> int | bool:
+    return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line)
+
+
+def _quoted(line: bytes) -> str:
+    quoted = line.strip()
+    body = quoted[1:-1]
+    if len(quoted) < 2 or quoted[0] not in b"'\"" or quoted[-1] != quoted[0]:
+        raise _Malformed("a string without quotes")
+    return _text(codecs.escape_decode(body)[0] if b"\\" in body else body)  # type: ignore[attr-defined]
+
+
+def _long(raw: bytes) -> int:
+    if len(raw) > MAX_NUMBER:
+        raise _Malformed(f"an integer of {len(raw)} bytes")
+    return int.from_bytes(raw, "little", signed=True)
+
+
+_Handler = Callable[[_Machine], None]
+
+
+def _constant(value: Any) -> _Handler:
+    return lambda machine: machine.stack.append(value)
+
+
+def _empty(kind: Callable[[], Any]) -> _Handler:
+    return lambda machine: machine.stack.append(kind())
+
+
+def _written(convert: Callable[[bytes], Any]) -> _Handler:
+    """A value in text, up to the end of the line."""
+    return lambda machine: machine.stack.append(convert(machine.number()))
+
+
+def _reader(layout: str) -> Callable[[_Machine], Any]:
+    """Reads one number of a fixed size."""
+    form = struct.Struct(layout)
+    size, unpack = form.size, form.unpack_from
+
+    def read(machine: _Machine) -> Any:
+        start = machine.position
+        machine.position = start + size
+        return unpack(machine.data, start)[0]
+
+    return read
+
+
+def _fixed(layout: str) -> _Handler:
+    read = _reader(layout)
+    return lambda machine: machine.stack.append(read(machine))
+
+
+def _counted(layout: str, convert: Callable[[bytes], Any]) -> _Handler:
+    """A value of bytes, after their number."""
+    read = _reader(layout)
+
+    def handler(machine: _Machine) -> None:
+        count = read(machine)
+        start = machine.position
+        machine.position = end = start + count
+        if count < 0 or end > len(machine.data):
+            raise _Malformed(f"{count} bytes are announced, {len(machine.data) - start} are left")
+        machine.stack.append(convert(machine.data[start:end]))
+
+    return handler
+
+
+def _skip(count: int) -> _Handler:
+    def handler(machine: _Machine) -> None:
+        machine.position += count
+
+    return handler
+
+
+def _mark(machine: _Machine) -> None:
+    machine.marks.append(machine.stack)
+    machine.stack = []
+
+
+def _pop(machine: _Machine) -> None:
+    if machine.stack:
+        machine.stack.pop()
+    else:
+        machine.pop_mark()
+
+
+def _pop_mark(machine: _Machine) -> None:
+    machine.pop_mark()
+
+
+def _collect(kind: Callable[[list[Any]], Any]) -> _Handler:
+    """A container of everything since the last mark."""
+
+    def handler(machine: _Machine) -> None:
+        items = machine.pop_mark()
+        machine.stack.append(kind(items))
+
+    return handler
+
+
+def _tuple_of(count: int) -> _Handler:
+    def handler(machine: _Machine) -> None:
+        if len(machine.stack) < count:
+            raise _Malformed("too few values for a tuple")
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
+
+    return handler
+
+
+def _append(machine: _Machine) -> None:
+    item = machine.stack.pop()
+    machine.top(list).append(item)
+
+
+def _appends(machine: _Machine) -> None:
+    items = machine.pop_mark()
+    machine.top(list).extend(items)
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    keys, values = items[::2], items[1::2]
+    if len(keys) != len(values):
+        raise _Malformed("a key without a value")
+    if not _SCALARS.issuperset(map(type, keys)):
+        raise _Malformed(_BAD_KEY)
+    return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
+
+
+def _setitem(machine: _Machine) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    if type(key) not in _SCALARS:
+        raise _Malformed(_BAD_KEY)
+    machine.top(dict)[key] = value
+
+
+def _setitems(machine: _Machine) -> None:
+    items = machine.pop_mark()
+    machine.top(dict).update(_pairs(items))
+
+
+def _put(read: Callable[[_Machine], int]) -> _Handler:
+    def handler(machine: _Machine) -> None:
+        machine.memo[read(machine)] = machine.stack[-1]
+
+    return handler
+
+
+def _get(read: Callable[[_Machine], int]) -> _Handler:
+    return lambda machine: machine.stack.append(machine.memo[read(machine)])
+
+
+def _written_index(machine: _Machine) -> int:
+    return int(machine.number())
+
+
+_byte, _uint32 = _reader("<B"), _reader("<I")
+
+_OPCODES: dict[bytes, _Handler] = {
+    pickle.PROTO: _skip(1),
+    pickle.FRAME: _skip(8),
+    pickle.MARK: _mark,
+    pickle.POP: _pop,
+    pickle.POP_MARK: _pop_mark,
+    pickle.DUP: lambda machine: machine.stack.append(machine.stack[-1]),
+    pickle.NONE: _constant(None),
+    pickle.NEWTRUE: _constant(True),
+    pickle.NEWFALSE: _constant(False),
+    pickle.INT: _written(_line_int),
+    pickle.LONG: _written(lambda line: int(line.rstrip(b"L"))),
+    pickle.FLOAT: _written(float),
+    pickle.BININT: _fixed("<i"),
+    pickle.BININT1: _fixed("<B"),
+    pickle.BININT2: _fixed("<H"),
+    pickle.BINFLOAT: _fixed(">d"),
+    pickle.LONG1: _counted("<B", _long),
+    pickle.LONG4: _counted("<i", _long),
+    pickle.STRING: lambda machine: machine.stack.append(_quoted(machine.line())),
+    pickle.UNICODE: lambda machine: machine.stack.append(machine.line().decode("raw-unicode-escape")),
+    pickle.SHORT_BINSTRING: _counted("<B", _text),
+    pickle.BINSTRING: _counted("<i", _text),
+    pickle.SHORT_BINBYTES: _counted("<B", _text),
+    pickle.BINBYTES: _counted("<I", _text),
+    pickle.BINBYTES8: _counted("<Q", _text),
+    pickle.SHORT_BINUNICODE: _counted("<B", bytes.decode),
+    pickle.BINUNICODE: _counted("<I", bytes.decode),
+    pickle.BINUNICODE8: _counted("<Q", bytes.decode),
+    pickle.EMPTY_LIST: _empty(list),
+    pickle.EMPTY_DICT: _empty(dict),
+    pickle.EMPTY_TUPLE: _constant(()),
+    pickle.LIST: _collect(list),
+    pickle.TUPLE: _collect(tuple),
+    pickle.DICT: _collect(_pairs),
+    pickle.TUPLE1: _tuple_of(1),
+    pickle.TUPLE2: _tuple_of(2),
+    pickle.TUPLE3: _tuple_of(3),
+    pickle.APPEND: _append,
+    pickle.APPENDS: _appends,
+    pickle.SETITEM: _setitem,
+    pickle.SETITEMS: _setitems,
+    pickle.PUT: _put(_written_index),
+    pickle.BINPUT: _put(_byte),
+    pickle.LONG_BINPUT: _put(_uint32),
+    pickle.MEMOIZE: _put(lambda machine: len(machine.memo)),
+    pickle.GET: _get(_written_index),
+    pickle.BINGET: _get(_byte),
+    pickle.LONG_BINGET: _get(_uint32),
+}
+
+_HANDLERS: list[_Handler | None] = [_OPCODES.get(bytes([opcode])) for opcode in range(256)]
