@@ -1,0 +1,65 @@
+"""Ctrl-C that finishes what it is doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """A context in which the first SIGINT or SIGTERM asks to stop, and the second stops at once (KeyboardInterrupt).
+
+    `requested` says whether to stop after the current step. Inside :meth:`at_once` already the first signal raises, for
+    work that need not be finished. Outside Python's main thread, where signals cannot be caught, it does nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, message: str):
+        self.requested = False
+        self._message = message
+        self._at_once = False
+        self._pid = os.getpid()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this block a signal raises KeyboardInterrupt where it arrives."""
+        self._at_once = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a worker process that has just been forked
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.requested or self._at_once:
+            self.requested = True
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())  # print() could be under way
+
+
+def leave_signals_to_parent() -> None:
+    """For worker processes: Ctrl-C in a terminal reaches them too, but when to stop is the main process's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

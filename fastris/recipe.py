@@ -1,0 +1,140 @@
+"""The options of training: the published recipe as defaults, and which of them make a run the run that it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastris.config import extra_option, option
+from fastris.data import DATASETS, ReferringDataset
+from fastris.evaluate import Sentences
+from fastris.models.config import PUBLISHED_OTHER_KEYS, CRISConfig
+from fastris.optim import Amp
+
+
+def _model_keys() -> Iterable[str]:
+    """Model options that may stand on the command line beside those of :class:`TrainConfig`."""
+    own = {field.name for field in fields(TrainConfig)}
+    return [field.name for field in fields(CRISConfig) if field.name not in own]
+
+
+@dataclass
+class TrainConfig:
+    """Options under the names of the published YAML files, whose recipe is the default; model keys may be given too."""
+
+    model: str = option("", "cris_r50, cris_r101 or tiny; empty: the model keys of a YAML file, else cris_r50")
+    clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
+    weight: str | None = option(None, "CRIS weights to start from (path, folder or Hugging Face id)")
+    dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
+    data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
+    train_split: str = option("train", "split to train on")
+    val_split: str = option("val", "split to validate on")
+    val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
+    on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
+    input_size: int | None = option(
+        None, "side of the letterboxed square; none: the model's, 416 as published", "pixels"
+    )
+    word_len: int | None = option(None, "length a sentence is cut to; none: the model's, 17 as published", "tokens")
+
+    epochs: int = option(50, "passes over the training references, one sentence of each", "epochs")
+    batch_size: int = option(
+        64, "references per optimizer step; a last batch that is not full is dropped", "references"
+    )
+    accumulate: int = option(
+        1, "parts that a batch is split into to save memory; BatchNorm then sees one part", "parts"
+    )
+    base_lr: float = option(1e-4, "learning rate of all but the CLIP encoders")
+    lr_multi: float = option(0.1, "factor on base_lr for the CLIP encoders")
+    milestones: tuple[int, ...] = option((35,), "finished epochs after which the learning rate drops", "epochs")
+    lr_decay: float = option(0.1, "factor on the learning rate at each milestone")
+    weight_decay: float = option(0.0, "Adam's weight decay")
+    max_norm: float = option(0.0, "gradients are clipped to this norm; 0: no clipping")
+    published_first_epoch_quirk: bool = option(
+        False, "train the CLIP encoders at the full base_lr in the first epoch, as the published code does by accident"
+    )
+    manual_seed: int = option(0, "seed of weights, order, sentences and dropout")
+    amp: Amp = option("auto", "mixed precision; auto: bf16 or else fp16 on CUDA, off on the CPU")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+    workers: int | None = option(None, "that read training images; 0: no extra one; none: up to 4", "processes")
+    workers_val: int | None = option(None, "that read validation images; 0: no extra one; none: up to 4", "processes")
+    batch_size_val: int = option(64, "segmented at once in validation", "expressions")
+    evaluate: bool = option(True, "validate after every epoch, and keep the best weights")
+    limit_train: int = option(0, "train on the first so many references; 0: all", "references")
+    max_steps: int = option(0, "end the run after so many optimizer steps; 0: after the last epoch", "steps")
+
+    output_folder: Path = option(Path("runs/train"), "folder of the run")
+    exp_name: str = option("", "subfolder of output_folder for this run")
+    resume: bool | str | None = option(False, "go on with the run in the folder; auto: if there is one; or a path")
+    save_every_steps: int = option(500, "between writings of last.pth; 0: at the ends of epochs only", "steps")
+    print_freq: int = option(100, "between lines on the console; 0: none", "steps")
+    progress: bool = option(True, "show a progress bar on a terminal")
+    tensorboard: bool = option(False, "also write TensorBoard files (pip install 'fastris[tensorboard]')")
+    extra: dict[str, Any] = extra_option(_model_keys)
+
+    def __post_init__(self) -> None:
+        self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
+        at_least = {"epochs": 1, "accumulate": 1, "batch_size_val": 1, "workers": 0, "workers_val": 0, "max_norm": 0,
+                    "limit_train": 0, "max_steps": 0, "save_every_steps": 0, "print_freq": 0, "base_lr": 0,
+                    "lr_multi": 0, "weight_decay": 0}  # fmt: skip
+        for name, smallest in at_least.items():
+            if not (getattr(self, name) or 0) >= smallest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise ValueError(
+                f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of 2 "
+                "or more references, because BatchNorm needs two; change one of them"
+            )
+        if self.published_first_epoch_quirk and not self.lr_multi:
+            raise ValueError("published_first_epoch_quirk needs lr_multi above 0, got 0")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: `output_folder/exp_name`."""
+        return self.output_folder.expanduser() / self.exp_name
+
+
+def model_config(config: TrainConfig) -> CRISConfig:
+    """The preset or the YAML file's model keys, with the single options over it.
+
+    Raises:
+        ValueError: keys are missing or do not fit together.
+    """
+    own = {name: getattr(config, name) for name in ("input_size", "word_len") if getattr(config, name) is not None}
+    source = "the training configuration"
+    has_keys = bool(config.extra.keys() & set(_model_keys()))
+    if config.model or not has_keys:
+        base = CRISConfig.preset(config.model or "cris_r50").to_dict()
+    else:
+        base = {"clip_pretrain": config.clip_pretrain}
+        source += ", which names no preset (model=cris_r50),"
+    return CRISConfig.from_dict(base | config.extra | own, source)
+
+
+def passed_over(config: TrainConfig) -> list[str]:
+    """Keys of a published YAML file that are accepted, but that say nothing to one process on one device."""
+    return sorted(config.extra.keys() & PUBLISHED_OTHER_KEYS)
+
+
+def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
+    """What identifies the first `count` references: name, split, number, and a digest of a sample of their text."""
+    sample = [dataset.reference(index) for index in range(0, count, max(1, count // 16))]
+    text = repr([(str(r.ref_id), str(r.image_id), r.sentences) for r in sample])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return {"dataset": dataset.name, "train_split": dataset.split, "references": count, "text_digest": digest}
+
+
+def identity(config: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one that it goes on with.
+
+    Everything that changes a number on the way: not where files lie, how long to train, or what to log. `resolved`
+    replaces options by what they came to (amp=auto became bf16) and adds what only the data knows (its size).
+    """
+    names = ("accumulate", "batch_size", "base_lr", "lr_multi", "milestones", "lr_decay", "weight_decay", "max_norm",
+             "published_first_epoch_quirk", "manual_seed")  # fmt: skip
+    flat = model.to_dict()
+    flat.update({f"clip.{name}": value for name, value in flat.pop("clip").items()})
+    return {**{name: getattr(config, name) for name in names}, **flat, **resolved}

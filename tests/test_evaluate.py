@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from training_helpers import Boxes, model_config
+
+from fastris import CRIS
+from fastris.checkpoint import save_atomic
+from fastris.config import load_options
+from fastris.data.letterbox import CLIP_MEAN, CLIP_STD
+from fastris.data.tokens import tokenize
+from fastris.evaluate import EvalConfig, evaluate, run
+from fastris.metrics import read_per_sample, score
+
+SIZE, WORDS = 64, 12
+
+
+@pytest.fixture(scope="module")
+def model() -> CRIS:
+    """Random weights, with the last layer stretched and shifted so that about half of each image is predicted."""
+    torch.manual_seed(3)
+    model = CRIS(model_config()).eval()
+    images = torch.randn(3, 3, SIZE, SIZE)
+    tokens = tokenize(["left one", "right one", "the box"], WORDS).tokens
+    with torch.no_grad():
+        model.proj.txt.bias[-1] = 0.0
+        logits = model(images, tokens)
+        stretch = 2.0 / logits.std()
+        model.proj.txt.weight *= stretch
+        model.proj.txt.bias *= stretch
+        model.proj.txt.bias[-1] = np.log(0.35 / 0.65) - stretch * logits.median()
+    return model
+
+
+def one_by_one(model: CRIS, dataset: Boxes, first_only: bool) -> list[tuple[int, int, int, int]]:
+    """(reference, sentence number, intersection, union), an image and a sentence at a time, as the published loop."""
+    found = []
+    for index in range(len(dataset)):
+        image, mask = dataset.image(index), dataset.mask(index)
+        height, width = mask.shape
+        scale = min(SIZE / height, SIZE / width)
+        left, top = (SIZE - width * scale) / 2, (SIZE - height * scale) / 2
+        source = np.array([[0, 0], [width, 0], [0, height]], np.float32)
+        target = np.array([[left, top], [width * scale + left, top], [left, height * scale + top]], np.float32)
+        border = [255 * channel for channel in CLIP_MEAN]
+        matrix = cv2.getAffineTransform(source, target)
+        square = cv2.warpAffine(image, matrix, (SIZE, SIZE), flags=cv2.INTER_CUBIC, borderValue=border)
+        pixels = torch.from_numpy(((square / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)).float()[None]
+        sentences = dataset.reference(index).sentences
+        for number, sentence in enumerate(sentences[:1] if first_only else sentences):
+            with torch.no_grad():
+                probability = model(pixels, tokenize(sentence, WORDS).tokens).sigmoid()
+            probability = F.interpolate(probability, size=(SIZE, SIZE), mode="bicubic", align_corners=True)
+            inverse = cv2.getAffineTransform(target, source)
+            original = cv2.warpAffine(probability[0, 0].numpy(), inverse, (width, height), flags=cv2.INTER_CUBIC)
+            prediction = original > 0.35
+            found.append((index, number, int((prediction & mask).sum()), int((prediction | mask).sum())))
+    return found
+
+
+@pytest.mark.parametrize("sentences", ["all", "first"])
+@pytest.mark.parametrize(("batch_size", "images_per_batch", "workers"), [(1, 1, 0), (3, 2, 0), (32, 8, 2)])
+def test_evaluation_equals_a_loop_over_single_expressions(model, sentences, batch_size, images_per_batch, workers):
+    expected = one_by_one(model, Boxes(), sentences == "first")
+    result = evaluate(
+        model,
+        Boxes(),
+        sentences=sentences,
+        batch_size=batch_size,
+        images_per_batch=images_per_batch,
+        workers=workers,
+    )
+    assert [(s.index, s.sentence_number) for s in result.samples] == [row[:2] for row in expected]
+    for sample, (*_, intersection, union) in zip(result.samples, expected, strict=True):
+        assert abs(sample.intersection - intersection) <= 1  # one pixel may lie within rounding of the threshold
+        assert abs(sample.union - union) <= 1
+    partial = [s for s in result.samples if 0 < s.intersection < s.union]
+    assert len(partial) > len(expected) // 2, "the model predicts all or nothing, so this test sees nothing"
+    assert result.scores.conditions == f"rule cris, boxes val, {sentences} sentences"
+
+
+def test_images_are_encoded_once(model, monkeypatch):
+    encoded = []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda images: encoded.append(len(images)) or encode(images))
+    result = evaluate(model, Boxes(), images_per_batch=2)
+    assert (sum(encoded), result.images, result.references, result.scores.expressions) == (3, 3, 6, 12)
+
+
+def test_cut_expressions_and_skipped_references_are_reported(model):
+    result = evaluate(model, Boxes(), sentences="all")
+    assert result.truncated == 3
+    assert {s.sentence for s in result.samples if s.truncated} == {Boxes().reference(0).sentences[2]}
+    assert "3 expressions are longer than word_len=12 tokens and were cut" in result.summary()
+    assert "1 references left out: image is missing" in result.summary()
+
+
+def test_the_model_keeps_its_mode_and_its_numbers(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    model.train()
+    evaluate(model, Boxes(), workers=2)
+    assert model.training
+    model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_saved_samples_give_back_the_scores(model, tmp_path):
+    result = evaluate(model, Boxes())
+    result.save(tmp_path, model="somewhere.pth")
+    inter, union = read_per_sample(tmp_path / "per_sample.csv")
+    again = score(inter, union, rule="cris", dataset="boxes", split="val", sentences="all")
+    assert again == result.scores
+    with (tmp_path / "per_sample.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["ref_id"], row["image_id"], row["sentence_number"]) == ("100", "image 0", "0")
+    assert row["sentence"] == "the left box of picture 0"
+    assert float(row["iou"]) == result.samples[0].iou
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    wanted = {"mIoU", "oIoU", "Pr@50", "rule", "rule_text", "dataset", "split", "sentences", "images", "references",
+              "expressions", "truncated", "skipped", "versions", "model", "word_len", "input_size", "amp"}  # fmt: skip
+    assert wanted <= metrics.keys()
+    assert metrics["skipped"] == {"image is missing": 1}
+
+
+def test_bad_arguments_are_refused_by_name(model):
+    with pytest.raises(ValueError, match="rule='lavt' is unknown; choose one of cris"):
+        evaluate(model, Boxes(), rule="lavt")
+    with pytest.raises(ValueError, match="sentences='some' is unknown"):
+        evaluate(model, Boxes(), sentences="some")
+    with pytest.raises(ValueError, match="amp=fp16 needs a CUDA device"):
+        evaluate(model, Boxes(), amp="fp16")
+    empty = Boxes()
+    empty.sizes = ()
+    with pytest.raises(ValueError, match="boxes val is empty"):
+        evaluate(model, empty)
+
+
+def test_command_scores_a_checkpoint_and_writes_both_files(model, tmp_path, monkeypatch, capsys):
+    save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    monkeypatch.setattr("fastris.evaluate.load_dataset", lambda *args, **kwargs: Boxes())
+    args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "sentences=first"]
+    run(load_options(EvalConfig, args))
+    printed = capsys.readouterr().out
+    assert "[rule cris, boxes val, first sentences]" in printed
+    assert str(tmp_path / "eval" / "metrics.json") in printed
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["expressions"] == 6
+    assert metrics["model"] == str(tmp_path / "best.pth")

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from training_helpers import MODEL, rows, train_config, train_set, val_set
+
+from fastris import train as training
+from fastris.checkpoint import load_torch
+from fastris.config import load_options
+from fastris.data.synthetic import SyntheticExpressions
+from fastris.interrupt import StopSignal
+from fastris.runlog import CsvLog, RunLog
+from fastris.runstate import restore_rng, rng_state
+from fastris.train import TrainConfig, train
+
+
+def run_to_the_end(folder, **changes):
+    return train(train_config(folder, **changes), train_set(), val_set())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = run_to_the_end(folder)
+    assert (result.epoch, result.step, result.interrupted) == (2, 8, False)
+    return folder
+
+
+def assert_same_run(folder, expected):
+    """Same steps, losses and validations, bit for bit, and the same weights and optimizer state."""
+    for log in ("log.csv", "val.csv"):
+        assert rows(folder / log) == rows(expected / log)
+    ours, theirs = load_torch(folder / "last.pth"), load_torch(expected / "last.pth")
+    for name, value in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], value), name
+    for key, value in theirs["optimizer"]["state"].items():
+        assert torch.equal(ours["optimizer"]["state"][key]["exp_avg_sq"], value["exp_avg_sq"])
+    assert torch.equal(ours["rng"]["torch"], theirs["rng"]["torch"])
+    assert {k: ours[k] for k in ("epoch", "batch", "step", "best_iou")} == {
+        k: theirs[k] for k in ("epoch", "batch", "step", "best_iou")
+    }
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Ctrl-C when the log gets the row of a given step."""
+
+    def arm(step: int, number: int = signal.SIGINT) -> None:
+        write = RunLog.step
+
+        def write_and_interrupt(log, record):
+            write(log, record)
+            if record.step == step:
+                monkeypatch.setattr(RunLog, "step", write)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RunLog, "step", write_and_interrupt)
+
+    return arm
+
+
+@pytest.mark.parametrize(("workers", "step", "number"), [(0, 3, signal.SIGINT), (2, 6, signal.SIGTERM)])
+def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted, interrupt_at, workers, step, number):
+    interrupt_at(step, number)
+    stopped = run_to_the_end(tmp_path, workers=workers)
+    assert (stopped.interrupted, stopped.step) == (True, step)
+    assert load_torch(tmp_path / "last.pth")["batch"] == step % 4
+    resumed = run_to_the_end(tmp_path, workers=workers, resume=True)
+    assert not resumed.interrupted
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_run_interrupted_in_validation_goes_on_exactly(tmp_path, uninterrupted, monkeypatch):
+    evaluate = training.evaluate
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(training, "evaluate", evaluate)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert run_to_the_end(tmp_path).interrupted
+    assert load_torch(tmp_path / "last.pth")["step"] == 4
+    run_to_the_end(tmp_path, resume="auto")
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_run_that_died_goes_on_from_its_last_checkpoint_and_logs_each_step_once(tmp_path, uninterrupted, monkeypatch):
+    write = RunLog.step
+
+    def die(log, record):
+        write(log, record)
+        if record.step == 7:
+            raise SystemError("power cut")
+
+    monkeypatch.setattr(RunLog, "step", die)
+    with pytest.raises(SystemError):
+        run_to_the_end(tmp_path, save_every_steps=3)
+    monkeypatch.setattr(RunLog, "step", write)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("8,2,4,0.1")  # and the next row was half written
+    assert load_torch(tmp_path / "last.pth")["step"] == 6
+    run_to_the_end(tmp_path, resume=True, save_every_steps=3)
+    assert [row["step"] for row in rows(tmp_path / "log.csv")] == [str(step) for step in range(1, 9)]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_max_steps_ends_the_run_and_more_of_them_continue_it(tmp_path, uninterrupted):
+    first = run_to_the_end(tmp_path, max_steps=2)
+    assert (first.step, first.interrupted) == (2, False)
+    assert first.scores is not None and (tmp_path / "best.pth").exists()
+    second = run_to_the_end(tmp_path, max_steps=2, resume=True)
+    assert second.step == 2
+    run_to_the_end(tmp_path, resume=True)
+    assert rows(tmp_path / "log.csv") == rows(uninterrupted / "log.csv")
+
+
+def test_new_run_never_overwrites_one(uninterrupted):
+    before = (uninterrupted / "log.csv").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume, or choose another"):
+        run_to_the_end(uninterrupted)
+    assert (uninterrupted / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 4}, "batch_size=3, now 4"),
+        ({"base_lr": 1e-4, "manual_seed": 1}, "base_lr=0.001, now 0.0001; manual_seed=0, now 1"),
+        ({"input_size": 96}, "input_size=64, now 96"),
+        ({"limit_train": 9}, "references=12, now 9"),
+    ],
+)
+def test_resuming_with_other_settings_names_them(uninterrupted, changes, named):
+    with pytest.raises(ValueError, match=named):
+        run_to_the_end(uninterrupted, resume=True, **changes)
+
+
+def test_resuming_with_other_data_of_the_same_size_is_refused(uninterrupted):
+    other = SyntheticExpressions("train", scenes=4, size=64, seed=5)
+    with pytest.raises(ValueError, match="text_digest"):
+        train(train_config(uninterrupted, resume=True), other, val_set())
+
+
+def test_resuming_what_is_not_there_or_no_training_state_says_so(uninterrupted, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        run_to_the_end(tmp_path / "new", resume=True)
+    with pytest.raises(ValueError, match=r"lacks optimizer, .*give weight="):
+        run_to_the_end(tmp_path / "new", resume=str(uninterrupted / "best.pth"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.csv").write_text("step\n1\n")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run_to_the_end(tmp_path / "other", resume=str(uninterrupted / "last.pth"))
+
+
+def test_more_epochs_may_follow_and_in_another_folder(uninterrupted, tmp_path):
+    result = run_to_the_end(tmp_path, resume=str(uninterrupted), epochs=3, evaluate=False)
+    assert (result.epoch, result.step) == (3, 12)
+    assert [row["step"] for row in rows(tmp_path / "log.csv")] == ["9", "10", "11", "12"]
+
+
+def test_all_random_generators_come_back():
+    import random
+
+    import numpy as np
+
+    np.random.normal()  # leaves a cached second value, which belongs to the state
+    state = rng_state()
+    first = (random.random(), np.random.normal(), torch.rand(1).item())
+    restore_rng(state)
+    assert (random.random(), np.random.normal(), torch.rand(1).item()) == first
+
+
+def test_second_signal_stops_at_once_and_handlers_come_back(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal("finishing") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and "SIGINT: finishing" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignal("finishing") as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_csv_log_of_another_version_is_left_alone(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,other\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        CsvLog(path, ("step", "time"), 1)
+    assert path.read_text() == "step,other\n1,2\n"
+
+
+def test_command_says_how_to_go_on_and_where_things_are(tmp_path, interrupt_at, capsys):
+    folder = tmp_path / "my run"
+    options = yaml.safe_dump(
+        {k: v for k, v in MODEL.items() if k not in ("input_size", "word_len")} | {"clip": _plain_clip()}
+    )
+    (tmp_path / "tiny.yaml").write_text(options)
+    options = "dataset=synthetic input_size=64 word_len=12 batch_size=4 epochs=2 limit_train=8 evaluate=false workers=0"
+    args = [str(tmp_path / "tiny.yaml"), *options.split(), "device=cpu", f"output_folder={folder}"]
+    interrupt_at(1)
+    assert training.run(load_options(TrainConfig, args)) == 130
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    assert command == f"fastris train '{folder / 'config.yaml'}' --resume"
+    assert training.run(load_options(TrainConfig, [str(folder / "config.yaml"), "--resume"])) == 0
+    printed = capsys.readouterr().out
+    assert "done: 2 epochs, 4 steps" in printed
+    assert f"fastris eval model='{folder / 'last.pth'}' dataset=synthetic split=val" in printed
+
+
+def _plain_clip():
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in MODEL["clip"].items()}
+
+
+def test_log_holds_the_learning_rates_of_each_step(uninterrupted):
+    log = rows(uninterrupted / "log.csv")
+    assert [float(row["lr"]) for row in log] == pytest.approx([1e-3] * 4 + [1e-4] * 4)
+    assert [float(row["lr_backbone"]) for row in log] == pytest.approx([1e-4] * 4 + [1e-5] * 4)

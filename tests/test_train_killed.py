@@ -1,0 +1,88 @@
+"""Runs of the real command in processes of their own, stopped as users and machines stop them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import rows
+
+from fastris.checkpoint import load_torch
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ["model=tiny", "dropout=0.1", "dataset=synthetic", "input_size=64", "batch_size=4", "limit_train=40"]
+OPTIONS += ["epochs=3", "evaluate=false", "device=cpu", "save_every_steps=4", "print_freq=1"]
+STEPS = 30
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastris", "train", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(*args: str) -> str:
+    out, err = (process := start(*args)).communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    while not (folder / "log.csv").exists() or len(rows(folder / "log.csv")) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(*OPTIONS, "workers=0", f"output_folder={folder}")
+    return folder
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert rows(folder / "log.csv") == rows(expected / "log.csv")
+    assert [row["step"] for row in rows(folder / "log.csv")] == [str(step) for step in range(1, STEPS + 1)]
+    ours, theirs = (load_torch(f / "last.pth")["state_dict"] for f in (folder, expected))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_saves_and_prints_a_command_that_goes_on_exactly(tmp_path, uninterrupted, workers):
+    process = start(*OPTIONS, f"workers={workers}", f"output_folder={tmp_path}")
+    wait_for_step(process, tmp_path, 13)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the worker processes too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "finishing this step" in err and "Traceback" not in err
+    stopped_at = load_torch(tmp_path / "last.pth")["step"]
+    assert len(rows(tmp_path / "log.csv")) == stopped_at >= 13
+    command = out.splitlines()[-1].split()
+    assert command[:2] == ["fastris", "train"]
+    finish(*command[2:])
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_killed_run_leaves_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, uninterrupted, attempt):
+    process = start(*OPTIONS, "workers=2", f"output_folder={tmp_path}")
+    wait_for_step(process, tmp_path, 1)
+    time.sleep(random.Random(attempt).uniform(0.0, 1.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert load_torch(tmp_path / "last.pth")["step"] <= len(rows(tmp_path / "log.csv"))
+    finish(str(tmp_path / "config.yaml"), "--resume")
+    assert_same_run(tmp_path, uninterrupted)

@@ -1,0 +1,109 @@
+"""A CRIS small enough to train for a few steps in a test, and data sets to go with it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastris.data import Reference, ReferringDataset
+from fastris.data.synthetic import SyntheticExpressions
+from fastris.models.config import CRISConfig
+from fastris.train import TrainConfig
+
+MODEL = {
+    "clip": {
+        "embed_dim": 32,
+        "vision_layers": (1, 1, 1, 1),
+        "image_resolution": 64,
+        "vision_width": 8,
+        "transformer_width": 16,
+        "transformer_heads": 1,
+        "transformer_layers": 1,
+    },
+    "word_dim": 32,
+    "vis_dim": 16,
+    "fpn_in": (64, 128, 32),
+    "fpn_out": (16, 16, 32),
+    "num_layers": 1,
+    "num_head": 2,
+    "dim_ffn": 32,
+    "dropout": 0.2,
+    "input_size": 64,
+    "word_len": 12,
+}
+
+
+def model_config(**changes: Any) -> CRISConfig:
+    return CRISConfig.from_dict(MODEL | changes)
+
+
+def train_config(folder: Path, **changes: Any) -> TrainConfig:
+    """Two epochs of four batches, without worker processes, validated after each."""
+    shape = {name: value for name, value in MODEL.items() if name not in ("input_size", "word_len")}
+    defaults: dict[str, Any] = {
+        "dataset": "synthetic",
+        "input_size": MODEL["input_size"],
+        "word_len": MODEL["word_len"],
+        "epochs": 2,
+        "batch_size": 3,
+        "base_lr": 1e-3,
+        "milestones": (1,),
+        "workers": 0,
+        "workers_val": 0,
+        "device": "cpu",
+        "output_folder": folder,
+        "extra": shape,
+    }
+    return TrainConfig(**(defaults | changes))
+
+
+def train_set() -> SyntheticExpressions:
+    """12 references, so 4 batches of 3."""
+    return SyntheticExpressions("train", scenes=4, size=64)
+
+
+def val_set() -> SyntheticExpressions:
+    return SyntheticExpressions("val", scenes=2, size=64)
+
+
+class Boxes(ReferringDataset):
+    """Images of awkward sizes, each with two objects (rectangles), which have one and three sentences."""
+
+    name, split = "boxes", "val"
+    sizes = ((50, 90), (120, 70), (33, 33))
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, list[int | str]] = {"image is missing": ["ref 7"]}
+
+    def __len__(self) -> int:
+        return 2 * len(self.sizes)
+
+    def reference(self, index: int) -> Reference:
+        number, which = divmod(index, 2)
+        many = (
+            f"the left box of picture {number}",
+            "left one",
+            "that long thing on the far left side by the wall there",
+        )
+        return Reference(100 + index, f"image {number}", ("right one",) if which else many, f"{number}.png")
+
+    def image(self, index: int) -> np.ndarray:
+        height, width = self.sizes[index // 2]
+        return np.random.default_rng(index // 2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    def mask(self, index: int) -> np.ndarray:
+        height, width = self.sizes[index // 2]
+        mask = np.zeros((height, width), dtype=bool)
+        start = width // 2 if index % 2 else 3
+        mask[height // 4 : height // 2, start : start + width // 3] = True
+        return mask
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV log without what may differ between two equal runs: the clock."""
+    with path.open(newline="", encoding="utf-8") as file:
+        timing = ("time", "images_per_s", "memory_mib")
+        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
