@@ -72,8 +72,6 @@ def specs_for(shared: str, dtype: torch.dtype, modules: tuple[str, ...] = MODULE
 
 def build(spec: GateSpec, arch: int | str, dtype: torch.dtype) -> Build:
     """Compile one spec to machine code for ``arch`` (80, 86, ... or a gfx name) and measure it."""
-    hip = isinstance(arch, str)
-    target = GPUTarget("hip", arch, HIP_ARCHS[arch]) if hip else GPUTarget("cuda", arch, 32)
     constexprs = {**spec.constexprs, **dict(spec.config.blocks)}
     names = spec.kernel.arg_names
     signature = {name: spec.signature.get(name, "constexpr") for name in names}
@@ -89,11 +87,27 @@ def build(spec: GateSpec, arch: int | str, dtype: torch.dtype) -> Build:
         fn=spec.kernel, signature=signature, constexprs={k: v for k, v in constexprs.items() if k in names}, attrs=attrs
     )
     options = {"num_warps": spec.config.num_warps, "num_stages": spec.config.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
-    registers, stack = _hip_usage(compiled.asm["amdgcn"]) if hip else _cuda_usage(compiled.asm["cubin"])
-    limit = HIP_SHARED_LIMIT if hip else SHARED_LIMIT[arch]
-    label = arch if hip else f"sm_{arch}"
-    return Build(spec, label, str(dtype).removeprefix("torch."), compiled.metadata.shared, registers, stack, limit)
+    compiled = triton.compile(source, target=_target(arch), options=options)
+    usage = _hip_usage(compiled.asm["amdgcn"]) if isinstance(arch, str) else _cuda_usage(compiled.asm["cubin"])
+    registers, stack = usage
+    return Build(
+        spec,
+        arch if isinstance(arch, str) else f"sm_{arch}",
+        str(dtype).removeprefix("torch."),
+        compiled.metadata.shared,
+        registers,
+        stack,
+        shared_limit(arch),
+    )
+
+
+def shared_limit(arch: int | str) -> int:
+    """Bytes of shared memory that one block may use on ``arch``."""
+    return HIP_SHARED_LIMIT if isinstance(arch, str) else SHARED_LIMIT[arch]
+
+
+def _target(arch: int | str) -> GPUTarget:
+    return GPUTarget("hip", arch, HIP_ARCHS[arch]) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -121,9 +135,8 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
 def builds(archs: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[Build]:
     """Every build of every kernel for these cards and dtypes."""
     for arch in archs:
-        limit = HIP_SHARED_LIMIT if isinstance(arch, str) else SHARED_LIMIT[arch]
         for dtype in dtypes:
-            for spec in specs_for(shared_class(limit), dtype):
+            for spec in specs_for(shared_class(shared_limit(arch)), dtype):
                 yield build(spec, arch, dtype)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastris.models.config import CRISConfig
 from fastris.nn.clip import CLIPBackbone
 from fastris.nn.decoder import TransformerDecoder
-from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.nn.neck import FPN
 from fastris.nn.projector import Projector
 from fastris.reference import resize_target
@@ -80,7 +79,6 @@ class CRIS(
             config.num_layers, config.vis_dim, config.num_head, config.dim_ffn, config.dropout, config.intermediate
         )
         self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
-        self._loss = TextToPixelContrastiveLoss()
 
     @classmethod
     def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> CRIS:
@@ -98,26 +96,27 @@ class CRIS(
         ``index`` (E,) int64 says which image each expression belongs to; without it the expressions and images
         correspond one to one. Token ids are CLIP's: 0 is padding, the largest id ends the sentence.
         """
+        return self.proj(*self._decode(features, tokens, index))
+
+    def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
         _check_index(index, len(features.f3), len(tokens))
         words, state = self.backbone.encode_text(tokens)
         fused = self.neck.fuse(features.select(index), state)
-        batch, dim, height, width = fused.shape
         decoded = self.decoder(fused, words, tokens == 0)
         if isinstance(decoded, list):
             decoded = decoded[-1]
-        return self.proj(decoded.reshape(batch, dim, height, width), state)
+        return decoded.reshape(fused.shape), state
 
     def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W)."""
-        if self.training:
-            _check_mask(mask, img)
-        logits = self.segment(self.encode_image(img), word)
         if not self.training:
-            return logits.detach()
+            return self.segment(self.encode_image(img), word).detach()
+        _check_mask(mask, img)
+        loss, logits = self.proj(*self._decode(self.encode_image(img), word, None), mask)
         assert mask is not None
-        target = resize_target(mask, logits.shape[-2:])
-        return logits.detach(), target, self._loss(logits, target)
+        return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
 
 def _check_images(images: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from fastris import reference
+from fastris.ops.neck import coord_conv
 
 
 def conv_layer(in_dim: int, out_dim: int, kernel_size: int = 1, padding: int = 0, stride: int = 1) -> nn.Sequential:
@@ -32,4 +34,11 @@ class CoordConv(nn.Module):
         self.conv1 = conv_layer(in_channels + 2, out_channels, kernel_size, padding, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv1(reference.append_coordinates(x))
+        return coord_block(self.conv1, x)
+
+
+def coord_block(block: Any, x: Tensor) -> Tensor:
+    """A :func:`conv_layer` whose convolution reads ``x`` and its coordinates."""
+    convolution, norm, activation = block
+    padding, stride = convolution.padding[0], convolution.stride[0]
+    return activation(norm(coord_conv(x, convolution.weight, padding=padding, stride=stride)))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastris import reference
+from fastris.dispatch import requested_impl
+from fastris.nn.positions import pixel_positions, word_positions
+from fastris.ops.cross_attention import cross_attention
+from fastris.ops.self_attention import self_attention
 from fastris.reference import AttentionWeights, FeedForwardWeights
 
 
@@ -39,34 +44,7 @@ class TransformerDecoderLayer(nn.Module):
         self.dropout3 = nn.Dropout(dropout)
 
     def forward(self, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None) -> Tensor:
-        vis = reference.self_attention(
-            vis,
-            vis_pos,
-            _attention_weights(self.norm1, self.self_attn, self.self_attn_norm),
-            self.self_attn.num_heads,
-            dropout=self.dropout1.p,
-            attention_dropout=self.self_attn.dropout,
-            training=self.training,
-        )
-        vis = reference.cross_attention(
-            vis,
-            txt,
-            vis_pos,
-            txt_pos,
-            pad_mask,
-            _attention_weights(self.norm2, self.multihead_attn, self.cross_attn_norm),
-            self.multihead_attn.num_heads,
-            dropout=self.dropout2.p,
-            attention_dropout=self.multihead_attn.dropout,
-            training=self.training,
-        )
-        return reference.feed_forward(
-            vis,
-            _feed_forward_weights(self.norm3, self.ffn),
-            dropout=self.dropout3.p,
-            inner_dropout=_inner_dropout(self.ffn),
-            training=self.training,
-        )
+        return decoder_layer_forward(self, vis, txt, vis_pos, txt_pos, pad_mask)
 
 
 class TransformerDecoder(nn.Module):
@@ -94,16 +72,75 @@ class TransformerDecoder(nn.Module):
         self.return_intermediate = return_intermediate
 
     def forward(self, vis: Tensor, txt: Tensor, pad_mask: Tensor | None) -> Tensor | list[Tensor]:
-        _, dim, height, width = vis.shape
-        vis_pos = reference.sine_positions_2d(height, width, dim)[:, None]
-        txt_pos = reference.sine_positions_1d(txt.shape[1], dim)[:, None]
-        pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
-        outputs = []
-        for layer in self.layers:
-            pixels = layer(pixels, words, vis_pos, txt_pos, pad_mask)
-            if self.return_intermediate:
-                outputs.append(self.norm(pixels).permute(1, 2, 0))
-        return outputs if self.return_intermediate else self.norm(pixels).permute(1, 2, 0)
+        return decoder_forward(self, vis, txt, pad_mask)
+
+
+def decoder_layer_forward(
+    layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None
+) -> Tensor:
+    """The forward of any module with the attributes of :class:`TransformerDecoderLayer`."""
+    pixels, words = vis.transpose(0, 1), txt.transpose(0, 1)
+    positions, word_positions = _table_for(vis, vis_pos[:, 0]), _table_for(vis, txt_pos[:, 0])
+    pixels = self_attention(
+        pixels,
+        positions,
+        _attention_weights(layer.norm1, layer.self_attn, layer.self_attn_norm),
+        layer.self_attn.num_heads,
+        dropout=layer.dropout1.p,
+        attention_dropout=layer.self_attn.dropout,
+        training=layer.training,
+        eps=layer.norm1.eps,
+    )
+    pixels = cross_attention(
+        pixels,
+        words,
+        positions,
+        word_positions,
+        pad_mask,
+        _attention_weights(layer.norm2, layer.multihead_attn, layer.cross_attn_norm),
+        layer.multihead_attn.num_heads,
+        dropout=layer.dropout2.p,
+        attention_dropout=layer.multihead_attn.dropout,
+        training=layer.training,
+        eps=layer.norm2.eps,
+    )
+    return reference.feed_forward(
+        pixels.transpose(0, 1),
+        _feed_forward_weights(layer.norm3, layer.ffn),
+        dropout=layer.dropout3.p,
+        inner_dropout=layer.ffn[2].p,
+        training=layer.training,
+        eps=layer.norm3.eps,
+    )
+
+
+def _table_for(x: Tensor, table: Tensor) -> Tensor:
+    """A float32 table where ``x`` is, and in its dtype; under autocast it keeps its precision, as published."""
+    if torch.is_autocast_enabled(x.device.type):
+        return table.to(x.device)
+    return table.to(x)
+
+
+def decoder_forward(decoder: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | None) -> Tensor | list[Tensor]:
+    """The forward of any module with the attributes of :class:`TransformerDecoder`."""
+    _, dim, height, width = vis.shape
+    vis_pos, txt_pos = _positions(height, width, txt.shape[1], dim, vis.device)
+    pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
+    outputs = []
+    for layer in decoder.layers:
+        pixels = layer(pixels, words, vis_pos, txt_pos, pad_mask)
+        if decoder.return_intermediate:
+            outputs.append(decoder.norm(pixels).permute(1, 2, 0))
+    return outputs if decoder.return_intermediate else decoder.norm(pixels).permute(1, 2, 0)
+
+
+def _positions(height: int, width: int, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tables (N, 1, D) and (L, 1, D). As published, rebuilt on the CPU each time and copied at each use."""
+    if requested_impl() == "reference":
+        pixels, words = reference.sine_positions_2d(height, width, dim), reference.sine_positions_1d(length, dim)
+    else:
+        pixels, words = pixel_positions(height, width, dim, device), word_positions(length, dim, device)
+    return pixels[:, None], words[:, None]
 
 
 def _attention_weights(norm: nn.LayerNorm, attention: nn.MultiheadAttention, post: nn.LayerNorm) -> AttentionWeights:
@@ -124,7 +161,3 @@ def _feed_forward_weights(norm: nn.LayerNorm, ffn: Any) -> FeedForwardWeights:
     return FeedForwardWeights(
         norm.weight, norm.bias, up.weight, up.bias, inner.weight, inner.bias, down.weight, down.bias
     )
-
-
-def _inner_dropout(ffn: Any) -> float:
-    return ffn[2].p

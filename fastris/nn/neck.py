@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris.nn.blocks import CoordConv, conv_layer, linear_layer
+from fastris.nn.blocks import CoordConv, conv_layer, coord_block, linear_layer
+from fastris.ops.neck import pointwise_conv_cat
 
 
 class FPN(nn.Module):
@@ -42,21 +43,36 @@ class FPN(nn.Module):
 
     def project(self, imgs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The image's own part: C3, C4, C5 -> f3 and f4 at stride 16, f5 at stride 32, before any text."""
-        c3, c4, c5 = imgs
-        return F.avg_pool2d(self.f3_v_proj(c3), 2, 2), self.f2_v_proj(c4), self.f1_v_proj(c5)
+        return neck_project(self, imgs)
 
     def fuse(self, projected: Sequence[Tensor], state: Tensor) -> Tensor:
         """Join the projected maps with the sentence ``state`` (B, c5): (B, out_channels[1], 2h, 2w)."""
-        f3, f4, f5 = projected
-        f5 = self.norm_layer(f5 * self.txt_proj(state)[:, :, None, None])
-        f4 = self.f2_cat(torch.cat([f4, _up2(f5)], dim=1))
-        f3 = self.f3_cat(torch.cat([f3, f4], dim=1))
-        fq = torch.cat([self.f4_proj3(f3), self.f4_proj4(f4), _up2(self.f4_proj5(f5))], dim=1)
-        return self.coordconv(self.aggr(fq))
+        return neck_fuse(self, projected, state)
 
     def forward(self, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
-        return self.fuse(self.project(imgs), state)
+        return neck_forward(self, imgs, state)
 
 
-def _up2(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear")
+def neck_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
+    """The forward of any module with the attributes of :class:`FPN`."""
+    return neck_fuse(neck, neck_project(neck, imgs), state)
+
+
+def neck_project(neck: Any, imgs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    c3, c4, c5 = imgs
+    return F.avg_pool2d(neck.f3_v_proj(c3), 2, 2), neck.f2_v_proj(c4), neck.f1_v_proj(c5)
+
+
+def neck_fuse(neck: Any, projected: Sequence[Tensor], state: Tensor) -> Tensor:
+    f3, f4, f5 = projected
+    f5 = neck.norm_layer(f5 * neck.txt_proj(state)[:, :, None, None])
+    f4 = _cat_block(neck.f2_cat, [f4], [f5])
+    f3 = _cat_block(neck.f3_cat, [f3, f4])
+    fq = _cat_block(neck.aggr, [neck.f4_proj3(f3), neck.f4_proj4(f4)], [neck.f4_proj5(f5)])
+    return neck.coordconv[1:](coord_block(neck.coordconv[0].conv1, fq))
+
+
+def _cat_block(block: Any, full: Sequence[Tensor], half: Sequence[Tensor] = ()) -> Tensor:
+    """A :func:`conv_layer` with a 1x1 convolution over the concatenation of ``full`` and the upsampled ``half``."""
+    convolution, norm, activation = block
+    return activation(norm(pointwise_conv_cat(full, half, convolution.weight)))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from fastris import reference
 from fastris.nn.blocks import conv_layer
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.ops.upsample_conv import upsample2x_conv3x3
 
 
 class Projector(nn.Module):
@@ -29,12 +34,47 @@ class Projector(nn.Module):
         )
         self.txt = nn.Linear(word_dim, in_dim * kernel_size * kernel_size + 1)
 
-    def text_kernel(self, word: Tensor) -> tuple[Tensor, Tensor]:
-        """The sentence's kernel (B, in_dim, k, k) and bias (B,)."""
-        parameters = self.txt(word)
-        kernel = parameters[:, :-1].reshape(-1, self.in_dim, self.kernel_size, self.kernel_size)
-        return kernel, parameters[:, -1]
+    def forward(self, x: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits; with a ``mask`` (B, 1, H, W) the fused text-to-pixel contrastive loss and the logits."""
+        if mask is None:
+            return projector_forward(self, x, word)
+        return projector_loss(self, x, word, mask)
 
-    def forward(self, x: Tensor, word: Tensor) -> Tensor:
-        kernel, bias = self.text_kernel(word)
-        return reference.text_to_pixel_similarity(self.vis(x), kernel, bias)
+
+def projector_loss(projector: Any, x: Tensor, word: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, logits) of any module with the attributes of :class:`Projector`, from one pass over its last map."""
+    features, kernel, bias = _features_and_kernel(projector, x, word)
+    last = projector.vis[4]
+    return text_to_pixel_contrastive_loss(
+        features, kernel, mask, bias, pointwise_weight=last.weight, pointwise_bias=last.bias
+    )
+
+
+def projector_forward(projector: Any, x: Tensor, word: Tensor) -> Any:
+    """The forward of any module with the attributes of :class:`Projector`.
+
+    Where its last 1x1 convolution gives M maps of in_dim channels, all are scored by the one text kernel, and the
+    answer is a tuple of M logits (B, 1, 4h, 4w).
+    """
+    last = projector.vis[4]
+    maps = last.out_channels // projector.in_dim
+    features, kernel, bias = _features_and_kernel(projector, x, word)
+    if maps > 1:
+        kernel, bias = _kernel_of_each_map(kernel, maps), bias[:, None].expand(-1, maps)
+    logits = text_to_pixel_similarity(features, kernel, bias, pointwise_weight=last.weight, pointwise_bias=last.bias)
+    return logits.split(1, dim=1) if maps > 1 else logits
+
+
+def _features_and_kernel(projector: Any, x: Tensor, word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The map before the last 1x1 convolution (B, C, 4h, 4w), the sentence's kernel (B, in_dim, k, k) and bias (B,)."""
+    for convolution, norm, activation in (projector.vis[1], projector.vis[3]):
+        x = activation(norm(upsample2x_conv3x3(x, convolution.weight, convolution.bias)))
+    parameters = projector.txt(word)
+    size = projector.kernel_size
+    return x, parameters[:, :-1].reshape(-1, projector.in_dim, size, size), parameters[:, -1]
+
+
+def _kernel_of_each_map(kernel: Tensor, maps: int) -> Tensor:
+    """(B, C, k, k) -> (B, M, M*C, k, k): query m is the kernel on the channels of map m and zero on the others."""
+    own = torch.eye(maps, dtype=kernel.dtype, device=kernel.device)[None, :, :, None, None, None]
+    return (own * kernel[:, None, None]).flatten(2, 3)

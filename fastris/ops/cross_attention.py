@@ -1,10 +1,10 @@
-"""Every pixel looks at every word: the decoder's cross-attention sub-layer, with the text absorbed into the projections.
+"""Every pixel looks at every word: the decoder's cross-attention, with the text absorbed into the projections.
 
 The words are few, so both projections of the pixels can be moved to the words. With q = LN(x) + pos and, for head h,
-the slices Wq_h, bq_h, Wo_h of the query and output projections and the projected words K_h, V_h:
+the slices Wq_h, bq_h, Wo_h of the query and output projections and the projected words K_h, V_h (L, d):
 
-    (q Wq_h^T + bq_h) K_h^T / sqrt(d)  =  q K'_h^T + b_h     K'_h = K_h Wq_h / sqrt(d)  (L, D),  b_h = K_h bq_h / sqrt(d)
-    sum_h P_h V_h Wo_h^T + bo          =  sum_h P_h V'_h + bo      V'_h = V_h Wo_h^T    (L, D)
+    (q Wq_h^T + bq_h) K_h^T / sqrt(d)  =  q K'_h^T + b_h       K'_h = K_h Wq_h / sqrt(d),  b_h = K_h bq_h / sqrt(d)
+    sum_h P_h V_h Wo_h^T + bo          =  sum_h P_h V'_h + bo  V'_h = V_h Wo_h^T
 
 Both are exact. What is left for each pixel is attention with D-wide keys and values, heads * L of them, in place of two
 D x D projections. b_h is -inf where a word is padding. V keeps its bias, so dropout on the weights P is still exact.
@@ -13,13 +13,15 @@ K', b and V' are built once per sample, in float32 under ordinary autograd, and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.absorbed_attention import absorbed_attention
+from fastris.ops.absorbed_attention import absorbed_attention, kept_scale
 from fastris.ops.common import check_shape, check_tensors, compute_dtype
 from fastris.reference import AttentionWeights
 
@@ -45,7 +47,7 @@ def cross_attention(
     """``x + drop(LN(CrossAttn(q = LN(x) + pos, k = text + textpos, v = text)))`` of pixels and words: (B, N, D).
 
     Args:
-        x: pixels (B, N, D). Any memory layout; sequence-first storage seen through ``transpose(0, 1)`` is read in place.
+        x: pixels (B, N, D), in any memory layout.
         text: words (B, L, D), L >= 1.
         positions: (N, D), added to the normalised pixels; text_positions: (L, D), added to the words' keys.
         padding_mask: (B, L) bool, True where a word is padding, or None.
@@ -59,28 +61,40 @@ def cross_attention(
     Returns (B, N, D) in x's dtype: the residual keeps its precision. The matrix products run in autocast's dtype where
     autocast is on, else in x's dtype; normalisation and softmax inside the kernels run in float32.
 
-    Where heads * L >= D absorbing the text costs more than it saves (at D = 512 and 8 heads: from 64 words on), and the
-    fast paths project the pixels as published and call PyTorch's ``scaled_dot_product_attention``; so does ``triton``
-    for more than 128 words. On a CPU, outside ``torch.compile``, words behind the longest real sentence of the batch are
-    cut off first: they have no weight, so nothing changes.
+    Absorbing pays while heads * L < D. Beyond that (at D = 512 and 8 heads: from 64 words on) the fast paths project
+    the pixels as published and call PyTorch's ``scaled_dot_product_attention``; ``triton`` also does so for more than
+    128 words. On a CPU, outside ``torch.compile``, words behind the longest real sentence of the batch are cut off
+    first: they have no weight, so nothing changes.
 
     A sample whose words are all padding: the published formula divides 0 by 0 there and answers NaN. The fast paths
     attend to nothing: all weights are 0, and output and gradients are finite. Non-finite inputs at real positions pass
     through as IEEE arithmetic says.
+
+    The fast paths keep x, the weights P and a few numbers per pixel for the backward pass, which computes the rest
+    again; they can be differentiated once.
 
     Raises ValueError for a wrong shape, no words, a dropout outside [0, 1] or tensors on different devices; TypeError
     for dtypes that do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: CRIS section 3.3, published ``TransformerDecoderLayer.forward``; :func:`fastris.reference.cross_attention`.
     """
-    _check(x, text, positions, text_positions, padding_mask, weights, num_heads, dropout, attention_dropout)
+    dropouts = {"dropout": dropout, "attention_dropout": attention_dropout}
+    _check(x, text, positions, text_positions, padding_mask, weights, num_heads, dropouts)
     dtype = compute_dtype(x)
     path = resolve("cross_attention", x.device, dtype, impl)
     if path == "reference":
-        options = {"dropout": dropout, "attention_dropout": attention_dropout, "training": training, "eps": eps}
-        words_first = text.transpose(0, 1), positions[:, None], text_positions[:, None]
         output = reference.cross_attention(
-            x.transpose(0, 1), *words_first, padding_mask, weights, num_heads, **options
+            x.transpose(0, 1),
+            text.transpose(0, 1),
+            positions[:, None],
+            text_positions[:, None],
+            padding_mask,
+            weights,
+            num_heads,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            training=training,
+            eps=eps,
         )
         return output.transpose(0, 1)
     if not training:
@@ -88,16 +102,146 @@ def cross_attention(
     if padding_mask is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         text, text_positions, padding_mask = _trim(text, text_positions, padding_mask)
     words, dim = text.shape[1:]
+    absorb = num_heads * words < dim and (path == "torch" or words <= MAX_KERNEL_WORDS)
+    attend = _absorbed if absorb else _projected
     with torch.autocast(x.device.type, enabled=False):
-        if num_heads * words >= dim or (path == "triton" and words > MAX_KERNEL_WORDS):
-            drops = dropout, attention_dropout
-            return _projected(x, text, positions, text_positions, padding_mask, weights, num_heads, drops, eps, dtype)
-        keys, key_bias, values = absorb_text(text, text_positions, padding_mask, weights, num_heads)
-        values = values * _keep_scale(attention_dropout)
-        affine = _affine(weights, keys.dtype)
-        operands = (x, positions, keys.to(dtype), key_bias, values.to(dtype), affine, dropout, attention_dropout, eps)
-        if path == "triton":
-            from fastris.kernels.cross_attention import absorbed_attention as fused_attention
+        branch = _Branch(weights, num_heads, dropout, attention_dropout, eps, dtype, path)
+        return attend(x, text, positions, text_positions, padding_mask, branch)
 
-            return fused_attention(*operands)
-        return absorbed_attention(*operands)
+
+class _Branch(NamedTuple):
+    """What stays the same on the way through one call."""
+
+    weights: AttentionWeights
+    num_heads: int
+    dropout: float
+    attention_dropout: float
+    eps: float
+    dtype: torch.dtype  # of the matrix products
+    path: str
+
+
+def _check(
+    x: Tensor,
+    text: Tensor,
+    positions: Tensor,
+    text_positions: Tensor,
+    padding_mask: Tensor | None,
+    weights: AttentionWeights,
+    num_heads: int,
+    dropouts: dict[str, float],
+) -> None:
+    name = "cross_attention"
+    tables = {"positions": positions, "text_positions": text_positions}
+    check_tensors(name, x=x, text=text, **tables, **weights._asdict())
+    check_shape(name, "x", x, ("B", "N", "D"))
+    batch, rows, dim = x.shape
+    check_shape(name, "text", text, (batch, "L", dim))
+    words = text.shape[1]
+    if words == 0:
+        raise ValueError(f"{name}: text has no words, got {tuple(text.shape)}; give (B, L, D) with L >= 1")
+    check_shape(name, "positions", positions, (rows, dim))
+    check_shape(name, "text_positions", text_positions, (words, dim))
+    for field, tensor in weights._asdict().items():
+        out = 3 * dim if field.startswith("in_proj") else dim
+        check_shape(name, field, tensor, (out, dim) if field.endswith("proj_weight") else (out,))
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{name}: num_heads must divide the width {dim} of x, got {num_heads}")
+    for argument, probability in dropouts.items():
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(f"{name}: {argument} must be a probability between 0 and 1, got {probability}")
+    if padding_mask is not None:
+        _check_padding_mask(padding_mask, x, words)
+
+
+def _check_padding_mask(padding_mask: Tensor, x: Tensor, words: int) -> None:
+    check_shape("cross_attention", "padding_mask", padding_mask, (x.shape[0], words))
+    if padding_mask.dtype is not torch.bool:
+        raise TypeError(
+            f"cross_attention: padding_mask must be bool, True where a word is padding, got {padding_mask.dtype}; "
+            "compare the tokens with the padding id"
+        )
+    if padding_mask.device != x.device:
+        raise ValueError(
+            f"cross_attention: padding_mask is on {padding_mask.device} but x is on {x.device}; move them to one device"
+        )
+
+
+def _trim(text: Tensor, text_positions: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Without the words behind the longest real sentence of the batch; one word always stays."""
+    real = (~padding_mask).any(dim=0).nonzero()
+    length = int(real[-1]) + 1 if len(real) else 1
+    return text[:, :length], text_positions[:length], padding_mask[:, :length]
+
+
+def _projected(
+    x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, padding_mask: Tensor | None, branch: _Branch
+) -> Tensor:
+    """The sub-layer with its published projections, around PyTorch's fused attention."""
+    weights, dtype, dim = branch.weights, branch.dtype, x.shape[-1]
+    wide = torch.promote_types(dtype, torch.float32)
+    vectors = {name: tensor.to(wide) for name, tensor in weights._asdict().items() if tensor.ndim == 1}
+    normed = F.layer_norm(x.to(wide), (dim,), vectors["norm_weight"], vectors["norm_bias"], branch.eps)
+    sources = normed + positions, text + text_positions, text
+    matrices = weights.in_proj_weight.to(dtype).chunk(3)
+    biases = weights.in_proj_bias.to(dtype).chunk(3)
+    query, key, value = (
+        F.linear(source.to(dtype), matrix, bias).unflatten(-1, (branch.num_heads, -1)).transpose(1, 2)
+        for source, matrix, bias in zip(sources, matrices, biases, strict=True)
+    )
+    mask = silent = None
+    if padding_mask is not None:
+        silent = padding_mask.all(dim=1)[:, None, None, None]
+        mask = silent | ~padding_mask[:, None, None, :]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=branch.attention_dropout)
+    if silent is not None:
+        attended = attended.masked_fill(silent, 0)
+    output = F.linear(attended.transpose(1, 2).flatten(2), weights.out_proj_weight.to(dtype)).to(wide)
+    output = output + vectors["out_proj_bias"]
+    output = F.layer_norm(output, (dim,), vectors["post_norm_weight"], vectors["post_norm_bias"], branch.eps)
+    return (x + F.dropout(output, branch.dropout)).to(x.dtype)
+
+
+def _absorbed(
+    x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, padding_mask: Tensor | None, branch: _Branch
+) -> Tensor:
+    """The sub-layer as attention with D-wide keys and values, in plain PyTorch or in the Triton kernels."""
+    weights, dropouts = branch.weights, (branch.dropout, branch.attention_dropout)
+    wide = torch.promote_types(branch.dtype, torch.float32)
+    keys, key_bias, values = _absorb(text.to(wide), text_positions.to(wide), weights, branch.num_heads)
+    if padding_mask is not None:
+        key_bias = key_bias.masked_fill(padding_mask[:, None], float("-inf"))
+    values = values * kept_scale(branch.attention_dropout)
+    keys, values = keys.to(branch.dtype), values.to(branch.dtype)
+    vectors = (weights.norm_weight, weights.norm_bias, weights.out_proj_bias)
+    affine = torch.stack([*vectors, weights.post_norm_weight, weights.post_norm_bias]).to(wide)
+    if branch.path == "triton":
+        from fastris.kernels.cross_attention import fused_attention
+
+        return fused_attention(x, positions, keys, key_bias, values, affine, *dropouts, branch.eps)
+    silent = None if padding_mask is None else padding_mask.all(dim=1)
+    return absorbed_attention(x, positions, keys, key_bias, values, affine, silent, *dropouts, branch.eps)
+
+
+def _absorb(
+    text: Tensor, text_positions: Tensor, weights: AttentionWeights, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys K' (B, heads, L, D), their bias b (B, heads, L) and values V' (B, heads, L, D) of the module's docstring."""
+    batch, words, dim = text.shape
+    width = dim // num_heads
+    query_weight, key_weight, value_weight = weights.in_proj_weight.to(text.dtype).chunk(3)
+    query_bias, key_bias, value_bias = weights.in_proj_bias.to(text.dtype).chunk(3)
+    output_weight = weights.out_proj_weight.to(text.dtype)
+
+    def by_head(projected: Tensor) -> Tensor:  # (B, L, D) -> (heads, B * L, d)
+        return projected.reshape(batch * words, num_heads, width).transpose(0, 1)
+
+    def by_sample(absorbed: Tensor) -> Tensor:  # (heads, B * L, D) -> (B, heads, L, D)
+        return absorbed.unflatten(1, (batch, words)).transpose(0, 1)
+
+    key = by_head(F.linear(text + text_positions, key_weight, key_bias) * width**-0.5)
+    value = by_head(F.linear(text, value_weight, value_bias))
+    keys = torch.bmm(key, query_weight.reshape(num_heads, width, dim))
+    bias = torch.bmm(key, query_bias.reshape(num_heads, width, 1))
+    values = torch.bmm(value, output_weight.T.reshape(num_heads, width, dim))
+    return by_sample(keys), by_sample(bias).squeeze(-1), by_sample(values)

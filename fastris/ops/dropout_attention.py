@@ -49,7 +49,7 @@ class _DropoutAttention(torch.autograd.Function):
             for head in range(query.shape[1]):
                 at = (sample, head)
                 weights = _softmax(query[at], key[at], scale)
-                weights.masked_fill_(_dropped(*weights.shape, dropout, bits), 0)
+                weights.masked_fill_(_dropped(query.shape[2], key.shape[2], dropout, bits), 0)
                 output[at] = (weights.to(value.dtype) @ value[at]) / (1 - dropout)
         ctx.save_for_backward(query, key, value)
         ctx.dropout, ctx.seed, ctx.scale = dropout, seed, scale
@@ -65,7 +65,7 @@ class _DropoutAttention(torch.autograd.Function):
             for head in range(query.shape[1]):
                 at = (sample, head)
                 weights = _softmax(query[at], key[at], ctx.scale)
-                dropped = _dropped(*weights.shape, ctx.dropout, bits)
+                dropped = _dropped(query.shape[2], key.shape[2], ctx.dropout, bits)
                 scaled = upstream[at] / (1 - ctx.dropout)
                 d_weights = (scaled @ value[at].T).to(weights.dtype).masked_fill_(dropped, 0)
                 d_value[at] = weights.masked_fill(dropped, 0).to(value.dtype).T @ scaled

@@ -7,6 +7,8 @@ projection, and the rest is PyTorch's ``scaled_dot_product_attention``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,12 @@ def self_attention(
     :func:`fastris.reference.self_attention`; every other choice runs the path here, on any device and dtype.
     Source: CRIS section 3.3; published ``TransformerDecoderLayer.forward``.
     """
-    options = {"dropout": dropout, "attention_dropout": attention_dropout, "training": training, "eps": eps}
+    options: dict[str, Any] = {
+        "dropout": dropout,
+        "attention_dropout": attention_dropout,
+        "training": training,
+        "eps": eps,
+    }
     if requested_impl(impl) == "reference":
         output = reference.self_attention(x.transpose(0, 1), positions[:, None], weights, num_heads, **options)
         return output.transpose(0, 1)

@@ -1,0 +1,190 @@
+"""Text-to-pixel similarity: every pixel scored by its own sample's text kernel (CRIS section 3.4).
+
+The algebra, exact in every step. The published projector ends in a 1x1 convolution ``z = W1 x + b1`` and then convolves
+each sample's map with that sample's own k x k kernel ``w``, which PyTorch can only write as a grouped convolution.
+
+1. Both are linear, so ``w . (W1 x + b1) = (W1^T w) . x + w . b1``: folding is one small product per *sample* instead
+   of one per pixel, and the 1x1 convolution is never computed.
+2. ``w_t . b1`` must be counted only where tap t falls inside the image. Every tap is therefore a map of its own,
+   ``T_t = w'_t . x + c_t`` at every pixel, and the logits are the sum of the T_t, each shifted by its tap. What is
+   shifted in from outside is zero, constants included, so the border needs no special case.
+3. The middle tap is inside the image everywhere: the bias rides in its constant.
+
+What is left is one skinny product (H*W, C) x (C, Q*k*k) that reads the features once, and a shift-add of Q*k*k small
+maps. Only the features and the folded kernels are kept for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastris import reference
+from fastris.dispatch import resolve
+from fastris.ops.common import check_shape, check_tensors, compute_dtype
+
+KERNEL_SIZES = (1, 3, 5)
+
+
+class FoldedKernel(NamedTuple):
+    """Text kernels after folding, in float32 or wider: the columns of the skinny product.
+
+    ``weight`` (B, Q*k*k, C), ``constants`` (B, Q*k*k), ``size`` = k. Column ``q*k*k + t`` is tap t of query q, rows
+    before columns and *flipped*: its map is shifted by (t // k - k // 2, t % k - k // 2), the order of ``F.fold``.
+    """
+
+    weight: Tensor
+    constants: Tensor
+    size: int
+
+
+def text_to_pixel_similarity(
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pointwise_weight: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Score every pixel against its own sample's text kernels: (B, C, H, W) -> logits (B, Q, H, W).
+
+    The function is a convolution of each sample's map with that sample's kernels, stride 1, zero padding k // 2.
+
+    - ``features`` (B, C, H, W): the pixel map. Any strides; read without a copy when contiguous or channels_last,
+      and its gradient has the same memory format.
+    - ``kernel`` (B, Q, C, k, k), or (B, C, k, k) for Q = 1, with k = 1, 3 or 5: the text, projected to Q convolution
+      kernels per sample. Expanded (stride 0) kernels are welcome: M maps (B, M, C, H, W) scored by one text kernel are
+      ``features.flatten(0, 1)`` and ``kernel[:, None].expand(B, M, C, k, k).flatten(0, 1)``.
+    - ``bias`` (B, Q), or (B,) for Q = 1.
+    - ``pointwise_weight`` (C, Cin, 1, 1) or (C, Cin) and ``pointwise_bias`` (C,): a 1x1 convolution that comes before,
+      from features (B, Cin, H, W). It is folded into the kernels and never computed.
+    - ``impl``: auto, reference, torch or triton, see :func:`fastris.use_impl`.
+
+    All tensors are of one floating-point dtype and on one device. Under autocast they may differ, and the logits are in
+    autocast's dtype. Sums are accumulated in float32, folding is done in float32 (both in float64 for float64 features,
+    which ``triton`` does not take). An empty batch gives empty logits. Gradients reach every tensor argument; ``torch``
+    and ``reference`` can be differentiated twice. Under ``no_grad`` nothing is kept.
+
+    Raises ValueError, TypeError or RuntimeError that names the argument. Source: CRIS (arXiv 2111.15174) section 3.4,
+    ``Projector`` of the published code.
+    """
+    operator = "text_to_pixel_similarity"
+    check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)
+    dtype = compute_dtype(features)
+    path = resolve(operator, features.device, dtype, impl)
+    if path == "reference" and len(features):  # a grouped convolution of zero samples does not exist
+        return reference_similarity(features, kernel, bias, pointwise_weight, pointwise_bias)
+    height, width = features.shape[-2:]
+    with torch.autocast(features.device.type, enabled=False):
+        folded = fold(kernel, bias, pointwise_weight, pointwise_bias, wide_dtype(dtype))
+        pixels = features.to(dtype).flatten(2)
+        if path == "triton":
+            from fastris.kernels.similarity import similarity
+
+            return similarity(pixels, folded.weight, folded.constants, height, width, folded.size)
+        return shifted_tap_sum(pixels, folded, height, width).to(dtype)
+
+
+def check_arguments(
+    operator: str,
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    pointwise_weight: Tensor | None,
+    pointwise_bias: Tensor | None,
+) -> None:
+    """Raise an error that names the argument unless shapes, dtypes and devices fit each other."""
+    check_shape(operator, "features", features, ("B", "C", "H", "W"))
+    if 0 in features.shape[1:]:
+        raise ValueError(f"{operator}: features must have channels and pixels, got {tuple(features.shape)}")
+    batch, channels = features.shape[:2]
+    if kernel.ndim not in (4, 5):
+        raise ValueError(f"{operator}: kernel must be (B, Q, C, k, k) or (B, C, k, k), got {tuple(kernel.shape)}")
+    queries, width, size = (kernel.shape[1] if kernel.ndim == 5 else 1), kernel.shape[-3], kernel.shape[-1]
+    if size not in KERNEL_SIZES or kernel.shape[-2] != size:
+        raise ValueError(f"{operator}: kernel must be k x k with k = 1, 3 or 5, got {tuple(kernel.shape)}")
+    if queries == 0:
+        raise ValueError(f"{operator}: kernel must hold at least one query, got {tuple(kernel.shape)}")
+    if pointwise_weight is None:
+        if pointwise_bias is not None:
+            raise ValueError(f"{operator}: pointwise_bias needs pointwise_weight, which is None")
+        width = channels
+    else:
+        tail = (1, 1) if pointwise_weight.ndim == 4 else ()
+        check_shape(operator, "pointwise_weight", pointwise_weight, (width, channels, *tail))
+    check_shape(operator, "kernel", kernel, (batch, *kernel.shape[1:-3], width, size, size))
+    if pointwise_bias is not None:
+        check_shape(operator, "pointwise_bias", pointwise_bias, (width,))
+    if bias is not None:
+        check_shape(operator, "bias", bias, (batch,) if bias.ndim == 1 and queries == 1 else (batch, queries))
+    check_tensors(
+        operator,
+        features=features,
+        kernel=kernel,
+        bias=bias,
+        pointwise_weight=pointwise_weight,
+        pointwise_bias=pointwise_bias,
+    )
+
+
+def reference_similarity(
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    pointwise_weight: Tensor | None,
+    pointwise_bias: Tensor | None,
+) -> Tensor:
+    """The published formula; a pointwise weight (C, Cin) becomes the convolution weight that it expects."""
+    if pointwise_weight is not None:
+        pointwise_weight = pointwise_weight.reshape(*pointwise_weight.shape[:2], 1, 1)
+    return reference.text_to_pixel_similarity(
+        features, kernel, bias, pointwise_weight=pointwise_weight, pointwise_bias=pointwise_bias
+    )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What folding and sums are computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def fold(
+    kernel: Tensor,
+    bias: Tensor | None,
+    pointwise_weight: Tensor | None,
+    pointwise_bias: Tensor | None,
+    wide: torch.dtype,
+) -> FoldedKernel:
+    """Fold the 1x1 convolution and the bias into the text kernels, in dtype ``wide``. Call it outside autocast."""
+    size = kernel.shape[-1]
+    taps = size * size
+    if kernel.ndim == 4:
+        kernel = kernel[:, None]
+    batch, queries, channels = kernel.shape[:3]
+    weight = kernel.to(wide).flip(-2, -1).permute(0, 1, 3, 4, 2).reshape(batch, queries * taps, channels)
+    constants = weight.new_zeros(batch, queries * taps)
+    if pointwise_bias is not None:
+        constants = weight @ pointwise_bias.to(wide)
+    if pointwise_weight is not None:
+        weight = weight @ pointwise_weight.to(wide).flatten(1)
+    if bias is not None:
+        middle = F.pad(bias.to(wide).reshape(batch, queries, 1), (taps // 2, taps // 2))
+        constants = constants + middle.reshape(batch, queries * taps)
+    return FoldedKernel(weight, constants, size)
+
+
+def shifted_tap_sum(pixels: Tensor, folded: FoldedKernel, height: int, width: int) -> Tensor:
+    """Logits (B, Q, H, W) in the folded kernels' dtype, from ``pixels`` (B, C, H*W) in the compute dtype.
+
+    The skinny product is written from the side on which the features are contiguous, so that their gradient is too.
+    """
+    weight = folded.weight.to(pixels.dtype)
+    if pixels.stride(1) == 1:
+        taps = torch.bmm(pixels.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
+    else:
+        taps = torch.bmm(weight, pixels)
+    taps = taps.to(folded.constants.dtype) + folded.constants[:, :, None]
+    return F.fold(taps, (height, width), folded.size, padding=folded.size // 2)

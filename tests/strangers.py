@@ -1,0 +1,202 @@
+"""Somebody else's CRIS: the parts as people keep them in their own repositories, renamed, varied, or subtly different.
+
+Written with torch alone, so that the drop-in has nothing of ours to recognise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def block(inputs: int, outputs: int, size: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Layer(nn.Module):
+    """The published layer; the switches below make the variants."""
+
+    returns_weights = False
+    skips_cross_norm = False
+    drops_branch_first = False
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.1):
+        super().__init__()
+        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
+        self.multihead_attn = nn.MultiheadAttention(width, heads, dropout=dropout, kdim=width, vdim=width)
+        up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.ffn = nn.Sequential(up, nn.ReLU(True), nn.Dropout(dropout), nn.LayerNorm(hidden), down)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout1, self.dropout2, self.dropout3 = (nn.Dropout(dropout) for _ in range(3))
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        x = self.norm1(image)
+        query = x + image_pos.to(x.device)
+        x = self.self_attn_norm(self.self_attn(query, query, value=x)[0])
+        image = image + self.dropout1(x)
+        x = self.norm2(image)
+        x, weights = self.multihead_attn(
+            query=x + image_pos.to(x.device), key=words + word_pos.to(x.device), value=words, key_padding_mask=padding
+        )
+        if self.drops_branch_first:
+            x = self.cross_attn_norm(self.dropout2(x))
+        else:
+            x = self.dropout2(x if self.skips_cross_norm else self.cross_attn_norm(x))
+        image = image + x
+        image = image + self.dropout3(self.ffn(self.norm3(image)))
+        return (image, weights) if self.returns_weights else image
+
+
+class WeightsReturningLayer(Layer):
+    returns_weights = True
+
+
+class NormlessLayer(Layer):
+    skips_cross_norm = True
+
+
+class DropFirstLayer(Layer):
+    drops_branch_first = True
+
+
+def sines(length: int, width: int) -> torch.Tensor:
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float) * -(math.log(10000.0) / width))
+    table = torch.zeros(length, width)
+    table[:, 0::2] = torch.sin(torch.arange(length).float().unsqueeze(1) * rate)
+    table[:, 1::2] = torch.cos(torch.arange(length).float().unsqueeze(1) * rate)
+    return table
+
+
+class CrossModalDecoder(nn.Module):
+    layer_type = Layer
+
+    def __init__(self, depth: int, width: int, heads: int, hidden: int, dropout: float = 0.1, lists: bool = False):
+        super().__init__()
+        self.layers = nn.ModuleList([self.layer_type(width, heads, hidden, dropout) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.return_intermediate = lists
+
+    def forward(self, image, words, padding):
+        _, width, rows, columns = image.shape
+        grid = torch.zeros(width, rows, columns)
+        grid[: width // 2] = sines(columns, width // 2).T[:, None, :]
+        grid[width // 2 :] = sines(rows, width // 2).T[:, :, None]
+        image_pos, word_pos = grid.flatten(1).T[:, None], sines(words.shape[1], width)[:, None]
+        x, words = image.flatten(2).permute(2, 0, 1), words.permute(1, 0, 2)
+        maps = []
+        for layer in self.layers:
+            x = layer(x, words, image_pos, word_pos, padding)
+            maps.append(self.norm(x).permute(1, 2, 0))
+        return maps if self.return_intermediate else maps[-1]
+
+
+class NormlessDecoder(CrossModalDecoder):
+    layer_type = NormlessLayer
+
+
+class MaskHead(nn.Module):
+    """The published projector; ``maps`` > 1 scores several maps by one text kernel."""
+
+    def __init__(self, word_dim: int, in_dim: int, kernel_size: int = 3, maps: int = 1, narrow: bool = False):
+        super().__init__()
+        self.in_dim, self.kernel_size, self.maps = in_dim, kernel_size, maps
+        first = in_dim if narrow else 2 * in_dim
+        self.vis = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            block(first, 2 * in_dim, 3),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            block(2 * in_dim, in_dim, 3),
+            nn.Conv2d(in_dim, in_dim * maps, 1),
+        )
+        self.txt = nn.Linear(word_dim, in_dim * kernel_size**2 + 1)
+
+    def forward(self, x, word):
+        parameters = self.txt(word)
+        kernel = parameters[:, :-1].reshape(len(word), self.in_dim, self.kernel_size, self.kernel_size)
+        answers = []
+        for one in torch.tensor_split(self.vis(x), self.maps, dim=1):
+            flat = one.reshape(1, -1, *one.shape[2:])
+            score = F.conv2d(flat, kernel, parameters[:, -1], padding=self.kernel_size // 2, groups=len(word))
+            answers.append(score.transpose(0, 1))
+        return answers[0] if self.maps == 1 else tuple(answers)
+
+
+class NormalisedHead(MaskHead):
+    """Looks the same, but divides by the text's length: no drop-in may touch it."""
+
+    def forward(self, x, word):
+        return super().forward(x, word / word.norm(dim=-1, keepdim=True))
+
+
+class AlignedHead(MaskHead):
+    """Upsamples with aligned corners."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for at in (0, 2):
+            self.vis[at] = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class Coordinates(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = block(inputs + 2, outputs, 3)
+
+    def forward(self, x):
+        y, x_axis = torch.meshgrid(torch.linspace(-1, 1, x.shape[2]), torch.linspace(-1, 1, x.shape[3]), indexing="ij")
+        both = torch.stack([x_axis, y]).to(x.device).expand(len(x), -1, -1, -1)
+        return self.conv1(torch.cat([x, both], 1))
+
+
+class Fusion(nn.Module):
+    """The published neck under another name."""
+
+    def __init__(self, inputs=(32, 64, 48), outputs=(16, 32, 48)):
+        super().__init__()
+        (i3, i4, i5), (o3, o4, o5) = inputs, outputs
+        self.txt_proj = nn.Sequential(nn.Linear(i5, o5, bias=False), nn.BatchNorm1d(o5), nn.ReLU(True))
+        self.norm_layer = nn.Sequential(nn.BatchNorm2d(o5), nn.ReLU(True))
+        self.f1_v_proj, self.f2_v_proj, self.f3_v_proj = block(i5, o5), block(i4, o4, 3), block(i3, o3, 3)
+        self.f2_cat, self.f3_cat, self.aggr = block(o5 + o4, o4), block(o3 + o4, o4), block(3 * o4, o4)
+        self.f4_proj5, self.f4_proj4, self.f4_proj3 = block(o5, o4, 3), block(o4, o4, 3), block(o4, o4, 3)
+        self.coordconv = nn.Sequential(Coordinates(o4, o4), block(o4, o4, 3))
+
+    def forward(self, imgs, state):
+        v3, v4, v5 = imgs
+        f5 = self.norm_layer(self.f1_v_proj(v5) * self.txt_proj(state)[..., None, None])
+        f4 = self.f2_cat(torch.cat([self.f2_v_proj(v4), self.up(f5)], 1))
+        f3 = self.f3_cat(torch.cat([F.avg_pool2d(self.f3_v_proj(v3), 2, 2), f4], 1))
+        parts = [self.f4_proj3(f3), self.f4_proj4(f4), self.up(self.f4_proj5(f5))]
+        return self.coordconv(self.aggr(torch.cat(parts, 1)))
+
+    @staticmethod
+    def up(x):
+        return F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+class StatelessFusion(Fusion):
+    """A neck whose sentence may be missing."""
+
+    def forward(self, imgs, state=None):
+        if state is None:
+            state = torch.zeros(len(imgs[0]), self.txt_proj[0].in_features).to(imgs[0])
+        return super().forward(imgs, state)
+
+
+class Stranger(nn.Module):
+    """A model with all three parts; its forward returns logits (B, 1, 4h, 4w)."""
+
+    def __init__(self, width: int = 32, word_dim: int = 48, **head):
+        super().__init__()
+        self.fusion = Fusion()
+        self.reader = CrossModalDecoder(2, width, 4, 64, dropout=0.1)
+        self.head = MaskHead(word_dim, width // 2, **head)
+
+    def forward(self, imgs, words, state, padding):
+        fused = self.fusion(imgs, state)
+        return self.head(self.reader(fused, words, padding).reshape(fused.shape), state)

@@ -1,0 +1,236 @@
+"""The drop-in: what it finds in somebody else's model, what it leaves alone, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from strangers import (
+    AlignedHead,
+    CrossModalDecoder,
+    DropFirstLayer,
+    Fusion,
+    Layer,
+    MaskHead,
+    NormalisedHead,
+    NormlessDecoder,
+    NormlessLayer,
+    StatelessFusion,
+    Stranger,
+    WeightsReturningLayer,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastris
+from fastris.patch import patch, unpatch
+
+
+def make_inputs(batch: int = 3):
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    imgs = [normal(batch, 32, 16, 24), normal(batch, 64, 8, 12), normal(batch, 48, 4, 6)]
+    padding = torch.zeros(batch, 9, dtype=torch.bool)
+    padding[0, 5:] = padding[1, 8:] = True
+    return imgs, normal(batch, 9, 32), normal(batch, 48), padding
+
+
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Output, every gradient and every BatchNorm statistic of one training step, in float64 without dropout."""
+    model = copy.deepcopy(model).double().train()
+    for child in model.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        elif isinstance(child, nn.MultiheadAttention):
+            child.dropout = 0.0
+    imgs, words, state, padding = make_inputs()
+    output = model([x.double() for x in imgs], words.double(), state.double(), padding)
+    outputs = output if isinstance(output, tuple) else (output,)
+    generator = torch.Generator().manual_seed(3)
+    sum((o * torch.randn(o.shape, generator=generator)).sum() for o in outputs).backward()
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    results |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return results | dict(model.named_buffers())
+
+
+def assert_same_step(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        scale = value.double().abs().max().clamp_min(1.0)
+        assert (value.double() - second[name].double()).abs().max() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("head", [{}, {"kernel_size": 1}, {"maps": 5}, {"narrow": True}, {"narrow": True, "maps": 2}])
+def test_every_part_of_a_renamed_model_is_replaced_and_computes_the_same(head):
+    torch.manual_seed(0)
+    model = Stranger(**head) if not head.get("narrow") else Stranger(width=32)
+    if head.get("narrow"):
+        model.head = MaskHead(48, 32, **head)
+    expected = step(model)
+    report = patch(model)
+    assert sorted(path for path, _ in report.replaced) == [
+        "fusion", "head", "reader", "reader.layers.0", "reader.layers.1",
+    ]  # fmt: skip
+    assert not report.left_alone
+    assert_same_step(expected, step(model))
+
+
+def test_report_says_in_three_lines_what_was_replaced_and_what_was_left_alone():
+    model = nn.ModuleDict({"good": MaskHead(48, 16), "odd": NormalisedHead(48, 16)})
+    report = patch(model)
+    lines = str(report).splitlines()
+    assert len(lines) == 3
+    assert "1 modules" in lines[0] and "good (Projector)" in lines[1]
+    assert "odd: Projector-like, but in eval mode its values or gradients differ" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (NormalisedHead(48, 16), "values or gradients differ"),
+        (AlignedHead(48, 16), "values or gradients differ"),
+        (NormlessLayer(32, 4, 64), "values or gradients differ"),
+        (WeightsReturningLayer(32, 4, 64), "more than CRIS's"),
+        (DropFirstLayer(32, 4, 64), "with dropout2 dropping everything"),
+    ],
+)
+def test_variant_that_computes_something_else_is_left_alone_with_its_reason(module, reason):
+    report = patch(module)
+    assert not report.replaced
+    assert reason in report.left_alone[0][1]
+    assert "forward" not in module.__dict__
+
+
+def test_decoder_around_strange_layers_is_replaced_without_touching_the_layers():
+    model = NormlessDecoder(2, 32, 4, 64, dropout=0.0).eval()
+    inputs = torch.randn(2, 32, 3, 5), torch.randn(2, 6, 32), torch.zeros(2, 6, dtype=torch.bool)
+    expected = model(*inputs)
+    report = patch(model)
+    assert [path for path, _ in report.left_alone] == ["layers.0", "layers.1"]
+    torch.testing.assert_close(model(*inputs), expected)
+
+
+def test_list_of_intermediate_maps_is_kept():
+    model = CrossModalDecoder(2, 32, 4, 64, dropout=0.0, lists=True).eval()
+    inputs = torch.randn(2, 32, 3, 5), torch.randn(2, 6, 32), torch.zeros(2, 6, dtype=torch.bool)
+    expected = model(*inputs)
+    assert len(patch(model).replaced) == 3
+    for got, want in zip(model(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_neck_whose_sentence_may_be_missing_is_replaced_for_calls_with_one():
+    neck = StatelessFusion().eval()
+    imgs, _, state, _ = make_inputs()
+    expected, without = neck(imgs, state), neck(imgs)
+    report = patch(neck)
+    torch.testing.assert_close(neck(imgs, state=state), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(neck(imgs), without, rtol=0, atol=1e-5)
+    assert len(report.replaced) + len(report.left_alone) == 1
+
+
+def test_parameters_names_state_and_optimizer_references_stay():
+    model = Stranger()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    identities = {name: id(parameter) for name, parameter in model.named_parameters()}
+    keys = list(model.state_dict())
+    patch(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == identities
+    assert list(model.state_dict()) == keys
+    before = model.head.txt.weight.clone()
+    model(*make_inputs()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.head.txt.weight)
+
+
+def test_hooks_still_fire_with_the_published_outputs():
+    model, seen = Stranger().eval(), []
+    model.reader.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    model.head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
+    patch(model)
+    assert not seen, "the proof must not run a user's hooks"
+    model(*make_inputs())
+    assert seen == [(3, 32, 96), 2]
+
+
+def test_patching_touches_these_instances_only_and_unpatching_restores_them():
+    model, other = Stranger().eval(), Stranger().eval()
+    inputs, original = make_inputs(), Layer.forward
+    expected = model(*inputs)
+    patch(model)
+    assert Layer.forward is original and not any("forward" in m.__dict__ for m in other.modules())
+    assert unpatch(model) == 5
+    assert not any("forward" in m.__dict__ or "_fastris_patched" in m.__dict__ for m in model.modules())
+    assert torch.equal(model(*inputs), expected)
+    assert unpatch(model) == 0
+
+
+def test_patching_twice_changes_nothing_more():
+    model = Stranger()
+    patch(model)
+    again = patch(model)
+    assert not again.replaced and all(why == "already patched" for _, why in again.left_alone)
+
+
+def test_proof_leaves_random_state_statistics_and_mode_alone():
+    model = Stranger().train()
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.random.get_rng_state()
+    patch(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training and all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
+
+
+def test_deep_copy_is_patched_and_a_pickle_is_not():
+    model = Stranger().eval()
+    patch(model)
+    inputs = make_inputs()
+    twin = copy.deepcopy(model)
+    assert twin.head.__dict__["forward"].__self__ is twin.head
+    revived = pickle.loads(pickle.dumps(model))
+    assert unpatch(revived) == 5 or not any("forward" in m.__dict__ for m in revived.modules())
+    torch.testing.assert_close(revived(*inputs), model(*inputs), rtol=0, atol=1e-5)
+
+
+def test_patch_reaches_through_ddp(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = Stranger()
+        expected = step(model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        assert len(patch(wrapped).replaced) == 5
+        assert_same_step(expected, step(model))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sync_batchnorm_is_accepted():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Stranger())
+    assert len(patch(model).replaced) == 5
+
+
+def test_published_names_built_from_fastris_are_found_too():
+    model = nn.ModuleList([fastris.nn.Projector(48, 16), fastris.nn.FPN((32, 64, 48), (16, 32, 48)), Fusion()])
+    assert len(patch(model).replaced) == 3
+
+
+@pytest.mark.parametrize("model", [None, Stranger, {"model": 1}])
+def test_what_is_no_module_is_refused_by_name(model):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        patch(model)
+
+
+@pytest.mark.slow
+def test_patched_model_compiles_without_graph_breaks():
+    model = Stranger().eval()
+    inputs = make_inputs()
+    expected = model(*inputs)
+    patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), expected, rtol=0, atol=1e-5)
