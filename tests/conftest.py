@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread costs more than it brings
 
 
 @pytest.fixture(autouse=True)
