@@ -1,0 +1,181 @@
+"""What is measured: one table, whose rows say how to build a case, at which sizes, and how fast it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import builders
+from bench.problem import Problem
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: as on the command line; ``op`` names the group that it belongs to there.
+        title: as in the tables, with whatever a reader has to know to compare.
+        build: makes the :class:`Problem`, in float32 on the CPU, from ``sizes``.
+        sizes: keyword arguments of ``build`` that are timed.
+        small: what replaces some of them where a small copy will do: in quick checks.
+        check: what replaces some of them when arms are checked, such as dropout, which no two arms draw alike.
+        composed: whether it has ReLUs between its operators, which changes how arms are checked: see bench/check.py.
+        check_small: whether arms are always checked on the small copy, because float64 would take too long.
+        passes: what one step does, as in the tables.
+        goals: "device type/dtype" -> how many times faster than the baseline an arm has to be there.
+    """
+
+    name: str
+    op: str
+    title: str
+    build: Callable[..., Problem]
+    sizes: Mapping[str, Any]
+    small: Mapping[str, Any]
+    check: Mapping[str, Any] = field(default_factory=dict)
+    composed: bool = False
+    check_small: bool = False
+    passes: str = "forward + backward"
+    goals: Mapping[str, float] = field(default_factory=dict)
+
+    def problem(self, seed: int = 0, **changes: Any) -> Problem:
+        """The case at its sizes; the same numbers on every device and for every arm."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build(**{**self.sizes, **changes})
+
+    def check_problem(self, quick: bool) -> Problem:
+        """What arms are checked on."""
+        small = self.small if quick or self.check_small else {}
+        return self.problem(**{**small, **self.check})
+
+
+# Tokens per sentence, start and end included, as RefCOCO's: 3.6 words on average.
+REAL_LENGTHS = (4, 5, 6, 8)
+
+_PIXELS = {"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8, "words": 17}
+_FEW_PIXELS = {"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4, "words": 11}
+_CRIS_R50 = {"preset": "cris_r50", "side": 416, "words": 17, "lengths": REAL_LENGTHS}
+_SMALL_MODEL = {"preset": None, "side": 96, "batch": 6}
+
+CASES = (
+    Case(
+        name="similarity_loss",
+        op="similarity",
+        title="1x1 + text kernel + loss: 256 channels, 104x104, B=4",
+        build=builders.similarity_loss,
+        sizes={"batch": 4, "channels": 256, "side": 104},
+        small={"batch": 3, "channels": 24, "side": 13},
+        goals={"cpu/float32": 25.0},
+    ),
+    Case(
+        name="upsample_conv_26",
+        op="upsample_conv",
+        title="up2 + 3x3: 512->512 from 26x26, B=4",
+        build=builders.upsample_conv,
+        sizes={"batch": 4, "channels": 512, "outputs": 512, "side": 26},
+        small={"batch": 2, "channels": 24, "outputs": 24, "side": 7},
+        goals={"cpu/float32": 2.3},
+    ),
+    Case(
+        name="upsample_conv_52",
+        op="upsample_conv",
+        title="up2 + 3x3: 512->256 from 52x52, B=4",
+        build=builders.upsample_conv,
+        sizes={"batch": 4, "channels": 512, "outputs": 256, "side": 52},
+        small={"batch": 2, "channels": 24, "outputs": 16, "side": 13},
+        goals={"cpu/float32": 1.9},
+    ),
+    Case(
+        name="cross_attention",
+        op="cross_attention",
+        title="cross-attention block: 676 pixels, 17 words, none of them padding, B=4, dropout 0",
+        build=builders.cross_attention,
+        sizes=_PIXELS,
+        small=_FEW_PIXELS,
+        goals={"cpu/float32": 1.8},
+    ),
+    Case(
+        name="cross_attention_padded",
+        op="cross_attention",
+        title="cross-attention block: 676 pixels, 17 words, of which 4 to 8 real, B=4, dropout 0",
+        build=builders.cross_attention,
+        sizes={**_PIXELS, "lengths": REAL_LENGTHS},
+        small=_FEW_PIXELS,
+        goals={"cpu/float32": 1.8},
+    ),
+    Case(
+        name="projector_loss",
+        op="projector",
+        title="projector + loss: 512 channels from 26x26, B=4",
+        build=builders.projector_loss,
+        composed=True,
+        sizes={"batch": 4, "side": 26, "word_dim": 1024, "in_dim": 256},
+        small={"batch": 3, "side": 7, "word_dim": 24, "in_dim": 16},
+        goals={"cpu/float32": 2.5},
+    ),
+    Case(
+        name="decoder",
+        op="decoder",
+        title="decoder: 3 layers, 676 pixels, 17 words, of which 4 to 8 real, B=4, dropout 0",
+        build=builders.decoder,
+        composed=True,
+        sizes={**_PIXELS, "layers": 3, "dim_ffn": 2048, "dropout": 0.0, "lengths": REAL_LENGTHS},
+        small={**_FEW_PIXELS, "layers": 2, "dim_ffn": 96},
+        goals={"cpu/float32": 1.3},
+    ),
+    Case(
+        name="decoder_dropout",
+        op="decoder",
+        title="decoder: the same with dropout 0.1 (checked at 0)",
+        build=builders.decoder,
+        composed=True,
+        sizes={**_PIXELS, "layers": 3, "dim_ffn": 2048, "dropout": 0.1, "lengths": REAL_LENGTHS},
+        small={**_FEW_PIXELS, "layers": 2, "dim_ffn": 96},
+        check={"dropout": 0.0},
+    ),
+    Case(
+        name="train_step",
+        op="model",
+        title="CRIS-RN50, training step: 416x416, B=2, dropout 0.1 (checked at 0, smaller)",
+        build=builders.training_step,
+        composed=True,
+        sizes={**_CRIS_R50, "batch": 2, "dropout": 0.1},
+        small=_SMALL_MODEL,
+        check={"dropout": 0.0},
+        check_small=True,
+        passes="forward + backward + Adam",
+        goals={"cpu/float32": 1.3},
+    ),
+    Case(
+        name="inference",
+        op="model",
+        title="CRIS-RN50, inference: 416x416, B=1 (checked smaller)",
+        build=builders.inference,
+        composed=True,
+        sizes={**_CRIS_R50, "batch": 1},
+        small=_SMALL_MODEL,
+        check_small=True,
+        passes="forward",
+        goals={"cpu/float32": 1.4},
+    ),
+)
+
+MEMORY = "memory"
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see bench/memory.py."""
+
+
+def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:
+    """The cases that ``names`` mean, each a case or an operator, and whether memory is among them; all for no names.
+
+    Raises ValueError for an unknown name, with the ones that exist.
+    """
+    known = list(dict.fromkeys(name for case in CASES for name in (case.op, case.name)))
+    for name in names:
+        if name not in (*known, MEMORY):
+            raise ValueError(f"there is no operator or case {name!r}; choose from {', '.join([*known, MEMORY])}")
+    chosen = [case for case in CASES if not names or case.name in names or case.op in names]
+    return chosen, not names or MEMORY in names

@@ -1,0 +1,70 @@
+"""What the numbers were measured on: versions, device, threads, and the exact source."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastris
+
+ROOT = Path(__file__).parents[1]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Everything that a reader needs to measure the same again, as it goes into a result file."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": {"type": device.type, "name": device_name(device)},
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": {
+            "fastris": fastris.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _installed("triton"),
+        },
+        "git": git_state(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's as Linux knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any]:
+    """The revision of this checkout, and whether anything but result files differs from it; None where unknown."""
+    revision = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return {"revision": revision, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
