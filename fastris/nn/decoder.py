@@ -11,6 +11,7 @@ from fastris import reference
 from fastris.dispatch import requested_impl
 from fastris.nn.positions import pixel_positions, word_positions
 from fastris.ops.cross_attention import cross_attention
+from fastris.ops.feed_forward import feed_forward
 from fastris.ops.self_attention import self_attention
 from fastris.reference import AttentionWeights, FeedForwardWeights
 
@@ -104,7 +105,7 @@ def decoder_layer_forward(
         training=layer.training,
         eps=layer.norm2.eps,
     )
-    return reference.feed_forward(
+    return feed_forward(
         pixels.transpose(0, 1),
         _feed_forward_weights(layer.norm3, layer.ffn),
         dropout=layer.dropout3.p,

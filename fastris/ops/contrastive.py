@@ -37,24 +37,28 @@ def text_to_pixel_contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """Score every pixel and compare it with the mask: (B, C, H, W) -> loss, logits (B, Q, H, W).
 
-    ``features``, ``kernel``, ``bias``, ``pointwise_weight``, ``pointwise_bias`` and ``impl`` are those of
-    :func:`~fastris.ops.similarity.text_to_pixel_similarity`, and so are the logits. Further:
+    Args:
+        features, kernel, bias, pointwise_weight, pointwise_bias, impl: as in
+            :func:`~fastris.ops.similarity.text_to_pixel_similarity`, and so are the logits.
+        target: the masks (B, Q, H', W'), floating point of any dtype, in [0, 1]; soft at the edges if they like. Where
+            H' x W' is not the logits' size they are resized by nearest neighbour, as published.
+        reduction: ``"mean"`` over the counted pixels of all samples and queries, ``"sum"``, or ``"none"`` for the
+            loss of every pixel (B, Q, H, W).
+        pos_weight: factor of the loss on referred pixels, a number or a tensor that broadcasts to the logits, as in
+            ``F.binary_cross_entropy_with_logits``.
+        ignore_mask: (B, Q, H', W') bool, resized like target: True where a pixel does not count. Its loss and the
+            loss's gradient are 0 there, whatever the logit is. Where no pixel counts, the mean is 0 with gradient 0.
 
-    - ``target`` (B, Q, H', W'), floating point, in [0, 1]: the masks, soft at their edges if they like. A mask of
-      another size than the logits is resized by nearest neighbour, as published.
-    - ``reduction``: ``mean`` over the counted pixels of all queries and samples, ``sum``, or ``none`` for the loss of
-      every pixel (B, Q, H, W).
-    - ``pos_weight``: factor of the loss on referred pixels, a number or a tensor that broadcasts to the logits, as in
-      ``F.binary_cross_entropy_with_logits``.
-    - ``ignore_mask`` (B, Q, H', W'), bool, resized like ``target``: True where a pixel does not count. Its loss and
-      gradient are zero, whatever its logit is. When no pixel counts, the mean is 0 with zero gradients.
+    The loss is computed and summed in float32, or float64 for float64 features, and returned so under autocast; without
+    autocast it has the logits' dtype. The mean over an empty batch is NaN, as everywhere in PyTorch.
 
-    The loss is computed and summed in float32 (float64 for float64 features); it is returned in float32 under autocast
-    and in the logits' dtype otherwise. The mean over an empty batch is NaN, as everywhere in PyTorch. Backward
-    honours any upstream gradient of the loss and of the logits; ``target``, ``pos_weight`` and ``ignore_mask`` are data
-    that no gradient reaches.
+    Backward honours any upstream gradient, of the loss and of the logits. target, pos_weight and ignore_mask are data:
+    no gradient reaches them.
 
-    Raises ValueError, TypeError or RuntimeError that names the argument. Source: CRIS (arXiv 2111.15174) section 3.5.
+    Raises ValueError for a wrong shape, an unknown reduction or tensors on different devices; TypeError for dtypes that
+    do not fit; RuntimeError when ``impl="triton"`` cannot run here.
+
+    Source: CRIS section 3.5, equations 9 and 10; :func:`fastris.reference.contrastive_loss`.
     """
     operator = "text_to_pixel_contrastive_loss"
     check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastris.ops.random import draw_seed, dropped
+
 
 def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """``dropout(softmax(q k^T / sqrt(d))) v`` for (B, heads, N, d) tensors on a CPU: (B, heads, N, d).
@@ -21,22 +23,14 @@ def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, dropout: f
     Every weight is kept with probability ``1 - dropout``, independently, and scaled by its inverse: the distribution of
     ``F.dropout``. ``torch.manual_seed`` makes it repeat.
     """
-    seed = int(torch.randint(2**62, (1,)).item())
-    return _DropoutAttention.apply(query, key, value, dropout, seed)
+    return _DropoutAttention.apply(query, key, value, dropout, draw_seed())
 
 
 def dropout_mask(batch: int, heads: int, rows: int, columns: int, dropout: float, seed: int) -> Tensor:
     """The mask (B, heads, rows, columns) of kept weights that ``seed`` stands for, True where kept."""
     bits = np.random.SFC64(seed)
-    masks = [~_dropped(rows, columns, dropout, bits) for _ in range(batch * heads)]
+    masks = [~dropped((rows, columns), dropout, bits) for _ in range(batch * heads)]
     return torch.stack(masks).reshape(batch, heads, rows, columns)
-
-
-def _dropped(rows: int, columns: int, dropout: float, bits: np.random.BitGenerator) -> Tensor:
-    """True where a weight is dropped: 32 random bits each, against dropout * 2^32. An order faster than bernoulli_."""
-    count = rows * columns
-    draws = torch.from_numpy(bits.random_raw((count + 1) // 2).view(np.int32)[:count]).reshape(rows, columns)
-    return draws < round(dropout * 2**32) - 2**31
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -49,7 +43,7 @@ class _DropoutAttention(torch.autograd.Function):
             for head in range(query.shape[1]):
                 at = (sample, head)
                 weights = _softmax(query[at], key[at], scale)
-                weights.masked_fill_(_dropped(query.shape[2], key.shape[2], dropout, bits), 0)
+                weights.masked_fill_(dropped((query.shape[2], key.shape[2]), dropout, bits), 0)
                 output[at] = (weights.to(value.dtype) @ value[at]) / (1 - dropout)
         ctx.save_for_backward(query, key, value)
         ctx.dropout, ctx.seed, ctx.scale = dropout, seed, scale
@@ -65,10 +59,10 @@ class _DropoutAttention(torch.autograd.Function):
             for head in range(query.shape[1]):
                 at = (sample, head)
                 weights = _softmax(query[at], key[at], ctx.scale)
-                dropped = _dropped(query.shape[2], key.shape[2], ctx.dropout, bits)
+                gone = dropped((query.shape[2], key.shape[2]), ctx.dropout, bits)
                 scaled = upstream[at] / (1 - ctx.dropout)
-                d_weights = (scaled @ value[at].T).to(weights.dtype).masked_fill_(dropped, 0)
-                d_value[at] = weights.masked_fill(dropped, 0).to(value.dtype).T @ scaled
+                d_weights = (scaled @ value[at].T).to(weights.dtype).masked_fill_(gone, 0)
+                d_value[at] = weights.masked_fill(gone, 0).to(value.dtype).T @ scaled
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 d_scores = d_scores.mul_(ctx.scale).to(query.dtype)
                 d_query[at] = d_scores @ key[at]

@@ -21,7 +21,7 @@ from fastris.dispatch import requested_impl
 from fastris.ops.common import check_shape, check_tensors, compute_dtype
 
 
-def pointwise_conv_cat_up2(
+def pointwise_conv_cat(
     full: Sequence[Tensor],
     half: Sequence[Tensor],
     weight: Tensor,
@@ -57,7 +57,7 @@ def pointwise_conv_cat_up2(
     return total.to(compute_dtype((*full, *half)[0]))
 
 
-def coord_conv2d(
+def coord_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -81,12 +81,12 @@ def coord_conv2d(
 
     Source: CRIS section 3.2; published ``CoordConv``; :func:`fastris.reference.append_coordinates`.
     """
-    check_tensors("coord_conv2d", x=x, weight=weight, bias=bias)
-    check_shape("coord_conv2d", "x", x, ("B", "C", "H", "W"))
+    check_tensors("coord_conv", x=x, weight=weight, bias=bias)
+    check_shape("coord_conv", "x", x, ("B", "C", "H", "W"))
     channels = x.shape[1]
-    check_shape("coord_conv2d", "weight", weight, ("C'", channels + 2, "k", "k"))
+    check_shape("coord_conv", "weight", weight, ("C'", channels + 2, "k", "k"))
     if bias is not None:
-        check_shape("coord_conv2d", "bias", bias, (weight.shape[0],))
+        check_shape("coord_conv", "bias", bias, (weight.shape[0],))
     if requested_impl(impl) == "reference":
         return F.conv2d(reference.append_coordinates(x).to(x.dtype), weight, bias, stride, padding)
     grid = reference.append_coordinates(x.new_empty(1, 0, *x.shape[2:])).to(x.dtype)
@@ -106,7 +106,7 @@ def _up2(x: Tensor) -> Tensor:
 
 
 def _check_maps(full: Sequence[Tensor], half: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
-    name = "pointwise_conv_cat_up2"
+    name = "pointwise_conv_cat"
     if not full and not half:
         raise ValueError(f"{name}: full and half are both empty; give at least one map")
     maps = {f"full[{i}]": part for i, part in enumerate(full)} | {f"half[{i}]": part for i, part in enumerate(half)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastris import reference
 from fastris.dispatch import requested_impl
 from fastris.ops.dropout_attention import attention_with_dropout
+from fastris.ops.random import dropout as drop
 from fastris.reference import AttentionWeights
 
 
@@ -56,7 +57,7 @@ def self_attention(
     attended = _attend(query, key, value, attention_dropout if training else 0.0)
     branch = F.linear(attended.transpose(1, 2).flatten(2), weights.out_proj_weight, weights.out_proj_bias)
     branch = F.layer_norm(branch, (dim,), weights.post_norm_weight, weights.post_norm_bias, eps)
-    return x + F.dropout(branch, dropout, training)
+    return x + drop(branch, dropout, training)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:

@@ -52,25 +52,32 @@ def text_to_pixel_similarity(
 ) -> Tensor:
     """Score every pixel against its own sample's text kernels: (B, C, H, W) -> logits (B, Q, H, W).
 
-    The function is a convolution of each sample's map with that sample's kernels, stride 1, zero padding k // 2.
+    A convolution of each sample's map with that sample's own kernels, stride 1, zero padding k // 2.
 
-    - ``features`` (B, C, H, W): the pixel map. Any strides; read without a copy when contiguous or channels_last,
-      and its gradient has the same memory format.
-    - ``kernel`` (B, Q, C, k, k), or (B, C, k, k) for Q = 1, with k = 1, 3 or 5: the text, projected to Q convolution
-      kernels per sample. Expanded (stride 0) kernels are welcome: M maps (B, M, C, H, W) scored by one text kernel are
-      ``features.flatten(0, 1)`` and ``kernel[:, None].expand(B, M, C, k, k).flatten(0, 1)``.
-    - ``bias`` (B, Q), or (B,) for Q = 1.
-    - ``pointwise_weight`` (C, Cin, 1, 1) or (C, Cin) and ``pointwise_bias`` (C,): a 1x1 convolution that comes before,
-      from features (B, Cin, H, W). It is folded into the kernels and never computed.
-    - ``impl``: auto, reference, torch or triton, see :func:`fastris.use_impl`.
+    Args:
+        features: the pixel map (B, C, H, W), in any memory layout. It is read without a copy where H and W can be
+            flattened into one dimension, as in contiguous and channels_last maps and slices of their channels; the
+            gradient has the same memory format.
+        kernel: (B, Q, C, k, k), or (B, C, k, k) for Q = 1, with k = 1, 3 or 5: the text, projected to Q convolution
+            kernels per sample. It may be expanded: M maps (B, M, C, H, W) scored by one text kernel are
+            ``features.flatten(0, 1)`` with ``kernel[:, None].expand(B, M, C, k, k).flatten(0, 1)``.
+        bias: (B, Q), or (B,) for Q = 1, or None.
+        pointwise_weight: (C, Cin, 1, 1) or (C, Cin), a 1x1 convolution that comes before, from features (B, Cin, H, W).
+            It is folded into the kernels and never computed. pointwise_bias: its bias (C,).
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
-    All tensors are of one floating-point dtype and on one device. Under autocast they may differ, and the logits are in
-    autocast's dtype. Sums are accumulated in float32, folding is done in float32 (both in float64 for float64 features,
-    which ``triton`` does not take). An empty batch gives empty logits. Gradients reach every tensor argument; ``torch``
-    and ``reference`` can be differentiated twice. Under ``no_grad`` nothing is kept.
+    All tensors are on one device and of one floating-point dtype, which is also that of the logits; under autocast they
+    may differ, and the logits are in autocast's dtype. Folding is done and sums are kept in float32, or in float64
+    for float64 features, which ``triton`` does not take. An empty batch gives empty logits. Non-finite values pass
+    through as IEEE arithmetic says.
 
-    Raises ValueError, TypeError or RuntimeError that names the argument. Source: CRIS (arXiv 2111.15174) section 3.4,
-    ``Projector`` of the published code.
+    Gradients reach every tensor. The fast paths keep the features and the folded kernels for the backward pass, and
+    nothing under ``no_grad``; ``triton`` can be differentiated once.
+
+    Raises ValueError for a wrong shape or tensors on different devices; TypeError for dtypes that do not fit;
+    RuntimeError when ``impl="triton"`` cannot run here.
+
+    Source: CRIS section 3.4, published ``Projector.forward``; :func:`fastris.reference.text_to_pixel_similarity`.
     """
     operator = "text_to_pixel_similarity"
     check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)

@@ -1,0 +1,89 @@
+"""The decoder's feed-forward sub-layer, keeping a third of what the published formula keeps for the backward pass.
+
+Behind the first product come ReLU, dropout, a LayerNorm of the hidden width and the second product. With
+``r = drop(ReLU(h))`` kept, nothing else of that width is needed: r > 0 says where ReLU and dropout let the gradient
+through, and the normalised r is a pointwise function of r that the backward pass computes again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastris import reference
+from fastris.dispatch import requested_impl
+from fastris.ops.common import compute_dtype
+from fastris.ops.random import dropout as drop
+from fastris.reference import FeedForwardWeights
+
+
+def feed_forward(
+    x: Tensor,
+    weights: FeedForwardWeights,
+    *,
+    dropout: float = 0.0,
+    inner_dropout: float = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """``x + drop(W2 LN(drop(ReLU(W1 LN(x)))))`` for ``x`` (..., D), any leading shape.
+
+    ``weights`` is :class:`fastris.reference.FeedForwardWeights`; ``inner_dropout`` acts behind the ReLU and ``dropout``
+    on the branch, both only when ``training``. ``impl="reference"`` runs :func:`fastris.reference.feed_forward`, and so
+    does every path under ``torch.compile``, which decides by itself what to keep. Every other choice runs this file,
+    on any device and dtype; it can be differentiated once. Source: CRIS section 3.3; published ``ffn``.
+    """
+    if not training:
+        dropout = inner_dropout = 0.0
+    if requested_impl(impl) == "reference" or torch.compiler.is_compiling():
+        options = {"dropout": dropout, "inner_dropout": inner_dropout, "eps": eps}
+        return reference.feed_forward(x, weights, training=training, **options)
+    normed = F.layer_norm(x, (x.shape[-1],), weights.norm_weight, weights.norm_bias, eps)
+    hidden = F.linear(normed, weights.up_weight, weights.up_bias)
+    dtype = compute_dtype(x)
+    inner = (
+        weights.inner_norm_weight,
+        weights.inner_norm_bias,
+        weights.down_weight.to(dtype),
+        weights.down_bias.to(dtype),
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        branch = _ReluDropNormLinear.apply(hidden, *inner, inner_dropout, eps)
+    return x + drop(branch, dropout, training)
+
+
+class _ReluDropNormLinear(torch.autograd.Function):
+    """``linear(LN(drop(relu(hidden))))``; the norm runs in float32 at least, as it does under autocast."""
+
+    @staticmethod
+    def forward(ctx, hidden, norm_weight, norm_bias, weight, bias, dropout: float, eps: float) -> Tensor:
+        rectified = drop(hidden.relu(), dropout, True)
+        normed, mean, rstd = _norm(rectified, norm_weight, norm_bias, eps)
+        ctx.save_for_backward(rectified, mean, rstd, norm_weight, norm_bias, weight)
+        ctx.keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
+        return F.linear(normed, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        rectified, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
+        wide = rectified.to(norm_weight.dtype)
+        normed = torch.addcmul(norm_bias, (wide - mean).mul_(rstd), norm_weight).to(weight.dtype)
+        rows = upstream.reshape(-1, upstream.shape[-1])
+        d_weight = rows.T @ normed.reshape(-1, normed.shape[-1])
+        d_normed = (upstream @ weight).to(norm_weight.dtype)
+        shape, wanted = (normed.shape[-1],), (True, True, True)
+        d_rectified, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            d_normed, wide, shape, mean, rstd, norm_weight, norm_bias, wanted
+        )
+        d_hidden = d_rectified.mul_(ctx.keep_scale).masked_fill_(rectified <= 0, 0).to(rectified.dtype)
+        return d_hidden, d_norm_weight, d_norm_bias, d_weight, rows.sum(0), None, None
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm in the dtype of its parameters, answered in x's, with the mean and 1/deviation of every row."""
+    normed, mean, rstd = torch.ops.aten.native_layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps)
+    return normed.to(x.dtype), mean, rstd
