@@ -98,6 +98,16 @@ class CRIS(
         """
         return self.proj(*self._decode(features, tokens, index))
 
+    def loss(
+        self, features: ImageFeatures, tokens: Tensor, mask: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(text-to-pixel contrastive loss, logits) of expressions about encoded images, from one pass.
+
+        As :meth:`segment`, with the expressions' masks (E, 1, H, W), soft or hard. The loss is the mean over all pixels
+        and expressions; both results can be differentiated.
+        """
+        return self.proj(*self._decode(features, tokens, index), mask)
+
     def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
@@ -114,8 +124,8 @@ class CRIS(
         if not self.training:
             return self.segment(self.encode_image(img), word).detach()
         _check_mask(mask, img)
-        loss, logits = self.proj(*self._decode(self.encode_image(img), word, None), mask)
         assert mask is not None
+        loss, logits = self.loss(self.encode_image(img), word, mask)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
 
