@@ -18,8 +18,9 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` for tl.dot: IEEE for float32, so that TF32 never enters unasked."""
-    return "ieee" if dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    """``input_precision`` for tl.dot: TF32 only for float32 where PyTorch's own switch allows it, IEEE otherwise."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 
 @triton.jit

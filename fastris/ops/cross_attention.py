@@ -199,7 +199,7 @@ def _projected(
     output = F.linear(attended.transpose(1, 2).flatten(2), weights.out_proj_weight.to(dtype)).to(wide)
     output = output + vectors["out_proj_bias"]
     output = F.layer_norm(output, (dim,), vectors["post_norm_weight"], vectors["post_norm_bias"], branch.eps)
-    return (x + F.dropout(output, branch.dropout)).to(x.dtype)
+    return (x + F.dropout(output, branch.dropout, training=branch.dropout > 0)).to(x.dtype)
 
 
 def _absorbed(
@@ -211,7 +211,8 @@ def _absorbed(
     keys, key_bias, values = _absorb(text.to(wide), text_positions.to(wide), weights, branch.num_heads)
     if padding_mask is not None:
         key_bias = key_bias.masked_fill(padding_mask[:, None], float("-inf"))
-    values = values * kept_scale(branch.attention_dropout)
+    if branch.attention_dropout > 0:
+        values = values * kept_scale(branch.attention_dropout)
     keys, values = keys.to(branch.dtype), values.to(branch.dtype)
     vectors = (weights.norm_weight, weights.norm_bias, weights.out_proj_bias)
     affine = torch.stack([*vectors, weights.post_norm_weight, weights.post_norm_bias]).to(wide)
