@@ -14,13 +14,26 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "patch": "fastris.dropin",
+    "unpatch": "fastris.dropin",
     "use_impl": "fastris.dispatch",
 }
 
-__all__ = ["CRIS", "CLIPConfig", "CRISConfig", "ImageFeatures", "Segmenter", "__version__", "use_impl"]
+__all__ = [
+    "CRIS",
+    "CLIPConfig",
+    "CRISConfig",
+    "ImageFeatures",
+    "Segmenter",
+    "__version__",
+    "patch",
+    "unpatch",
+    "use_impl",
+]
 
 if TYPE_CHECKING:
     from fastris.dispatch import use_impl
+    from fastris.dropin import patch, unpatch
     from fastris.models.config import CLIPConfig, CRISConfig
     from fastris.models.cris import CRIS, ImageFeatures
     from fastris.predict import Segmenter

@@ -133,7 +133,7 @@ def to_image(logits: np.ndarray, warp: Letterbox) -> np.ndarray:
 
 
 class Segmenter:
-    """A CRIS model ready to be asked: ``Segmenter.from_pretrained("runs/demo").predict("photo.jpg", "the red cup")``.
+    """A CRIS model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
 
     Args:
         model: a :class:`fastris.CRIS`. The segmenter owns it: it is moved to ``device`` and put in eval mode.
@@ -211,11 +211,11 @@ def check_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:
 class PredictConfig:
     """Finds what each phrase names in a picture: mask, probability and overlay as PNG, and a table.
 
-    fastris predict photo.jpg "the red cup" "man on the left" model=runs/demo
+    fastris predict photo.jpg "the red cup" "man on the left" model=demo/model
 
     Only name=value whose name is an option below is an option, so "the sign 1+1=2" is a phrase. A phrase that could be
     mistaken for an option (it begins with - or with an option's name and =, or ends in .yaml) goes after --, as does
-    everything that follows it:  fastris predict photo.jpg model=runs/demo -- "out=3 on the board" "--"
+    everything that follows it:  fastris predict photo.jpg model=demo/model -- "out=3 on the board" "--"
     """
 
     image: str = option(REQUIRED, "the picture, in any format that Pillow reads", positional=True)

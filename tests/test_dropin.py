@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastris
-from fastris.patch import patch, unpatch
+from fastris.dropin import patch, unpatch
 
 
 def make_inputs(batch: int = 3):
@@ -234,3 +234,7 @@ def test_patched_model_compiles_without_graph_breaks():
     patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_public_name_stays_a_function_after_its_module_was_imported():
+    assert fastris.patch is patch and fastris.unpatch is unpatch

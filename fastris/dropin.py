@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from fastris.patch_proof import Candidate, candidate_for, prove
+from fastris.dropin_proof import Candidate, candidate_for, prove
 
 _MARK = "_fastris_patched"
 

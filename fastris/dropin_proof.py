@@ -1,4 +1,4 @@
-"""Which modules look like CRIS's parts, and the proof that one computes what CRIS's part computes. See patch.py."""
+"""Which modules look like CRIS's parts, and the proof that one computes what CRIS's part computes. See dropin.py."""
 
 from __future__ import annotations
 
