@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from fastris.models.cris import CRIS
 
 FAMILIES = ("attribute", "place", "relation")
-ATTRIBUTES_FIRST = 0.3  # share of the training in which only phrases by attributes are used
-ATTRIBUTES_ALWAYS = 0.2  # and the share of such phrases that is added later
+ATTRIBUTES_FIRST = 0.2  # share of the training in which each object's first phrase, mostly by attributes, is used
 
 
 @dataclass
@@ -41,11 +40,11 @@ class DemoConfig:
     """Options of ``fastris demo``."""
 
     out: str = option("demo", "folder for the model, the metrics and the pictures")
-    steps: int = option(1300, "training steps", "steps")
+    steps: int = option(1400, "training steps", "steps")
     scenes: int = option(3000, "training scenes, drawn before the training", "scenes")
     held_out: int = option(100, "scenes that are shown and scored, of no training scene's shapes", "scenes")
     images: int = option(12, "scenes in a step; three expressions are asked about each", "scenes")
-    lr: float = option(2e-3, "highest learning rate")
+    lr: float = option(1.5e-3, "highest learning rate")
     seed: int = option(0, "seed of scenes, weights and order")
     threads: int = option(2, "CPU threads", "threads")
     progress: bool = option(True, "show a progress bar")
@@ -138,9 +137,9 @@ def train(model: CRIS, dataset: SyntheticExpressions, config: DemoConfig, stop: 
     model.train()
     losses: list[float] = []
     for step in track(range(config.steps), "learning", losses):
-        attributes = 1.0 if step < ATTRIBUTES_FIRST * config.steps else ATTRIBUTES_ALWAYS
+        first_only = step < ATTRIBUTES_FIRST * config.steps
         chosen = torch.from_numpy(rng.choice(len(scenes.images), config.images, replace=False))
-        images, tokens, masks, index = _batch(scenes, chosen, attributes, rng, model.config.input_size)
+        images, tokens, masks, index = _batch(scenes, chosen, first_only, rng, model.config.input_size)
         loss, _ = model.loss(model.encode_image(images), tokens, masks, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -168,12 +167,13 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batch(
-    scenes: Scenes, chosen: Tensor, attributes: float, rng: np.random.Generator, size: int
+    scenes: Scenes, chosen: Tensor, first_only: bool, rng: np.random.Generator, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, one sentence about each of their objects (by attributes with that probability), masks, image numbers."""
+    """Images, one sentence about each of their objects, masks, and each sentence's image."""
     count = scenes.tokens.shape[2]
     sentence = torch.from_numpy(rng.integers(0, count, (len(chosen), REFERENCES)))
-    sentence[torch.from_numpy(rng.random(sentence.shape) < attributes)] = 0
+    if first_only:
+        sentence.zero_()
     tokens = scenes.tokens[chosen[:, None], torch.arange(REFERENCES), sentence].flatten(0, 1)
     tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]
     height, width = scenes.images.shape[1:3]

@@ -24,7 +24,7 @@ def test_demo_leaves_model_metrics_gallery_and_scenes(tmp_path, capsys):
     assert metrics["steps"] == 3
     assert Image.open(tmp_path / "gallery.png").width > 800
     segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
-    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 128, 128)
+    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
     assert "another object's phrase" in capsys.readouterr().out
 
 

@@ -74,9 +74,9 @@ class Speaker:
     def phrases(self, index: int, number: int) -> tuple[Phrase, ...]:
         """At most `number` different meanings that single out shape `index`: attributes first, as people do.
 
-        The families come in this order: attribute, place or (less often) relation, attribute again, the rest.
+        The families come in this order: attribute, place or relation, attribute again, the rest.
         """
-        where: tuple[Family, Family] = ("place", "relation") if self.rng.random() < 0.6 else ("relation", "place")
+        where: tuple[Family, Family] = ("place", "relation") if self.rng.random() < 0.5 else ("relation", "place")
         found: list[Phrase] = []
         for family in ("attribute", where[0], "attribute", *where, *where):
             if len(found) < number and (phrase := self._find(family, index, found)):
@@ -102,7 +102,7 @@ class Speaker:
 
     def _by_attributes(self, index: int) -> Phrase | None:
         alone = [way for way in self.ways[index] if self.fits[way] == 1]
-        return Phrase(self._prefer_kind(alone)) if alone else None
+        return Phrase(self._prefer_colour(alone)) if alone else None
 
     def _by_place(self, index: int) -> Phrase | None:
         """A place that is needed, since the description alone fits several shapes."""
@@ -118,7 +118,12 @@ class Speaker:
         relations = [*directions_between(shapes[index], shapes[anchor]), CLOSEST]
         if not shared or not alone:
             return None
-        return Phrase(self._prefer_kind(shared), relation=pick(self.rng, relations), anchor=self._prefer_kind(alone))
+        return Phrase(self._prefer_kind(shared), relation=pick(self.rng, relations), anchor=self._prefer_colour(alone))
+
+    def _prefer_colour(self, ways: list[Description]) -> Description:
+        """One of the descriptions; people tend to name a thing's colour even where they need not."""
+        with_colour = [way for way in ways if way.colour]
+        return self._prefer_kind(with_colour if with_colour and self.rng.random() < 0.85 else ways)
 
     def _prefer_kind(self, ways: list[Description]) -> Description:
         """One of the descriptions; most people name the kind of thing that they mean."""

@@ -156,7 +156,7 @@ def _picture(seed: int, split: str, number: int, size: int) -> tuple[np.ndarray,
 def _choose_attributes(rng: np.random.Generator, tenths: range) -> list[Description]:
     """Sizes, colours and kinds of 4 or 5 shapes, few enough of each that most words alone fit several shapes."""
     while True:
-        colours = rng.permutation(COLOURS)[:3].tolist()
+        colours = rng.permutation(COLOURS)[:4].tolist()
         kinds = rng.permutation(KINDS)[:3].tolist()
         shapes = [
             Description(pick(rng, SIZES), pick(rng, colours), pick(rng, kinds)) for _ in range(rng.integers(3, 5))

@@ -215,7 +215,7 @@ def _tiny() -> CRISConfig:
     clip = CLIPConfig(
         embed_dim=128,
         vision_layers=(1, 1, 1, 1),
-        image_resolution=128,
+        image_resolution=96,
         vision_width=16,
         transformer_width=64,
         transformer_heads=1,
@@ -231,5 +231,5 @@ def _tiny() -> CRISConfig:
         num_head=4,
         dim_ffn=128,
         dropout=0.0,
-        input_size=128,
+        input_size=96,
     )
