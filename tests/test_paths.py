@@ -88,28 +88,28 @@ def error_of(results: dict[str, Tensor], truth: dict[str, Tensor], names: list[s
 
 
 def test_channels_last_model_gives_the_same_step():
-    model, (images, tokens, masks) = make_model(), make_batch()
+    model, (images, tokens, masks) = make_model().double(), make_batch()
+    images, masks = images.double(), masks.double()
     expected = training_step(model, "torch", (images, tokens, masks))
     layout = {"memory_format": torch.channels_last}
-    actual = training_step(model.to(**layout), "torch", (images.to(**layout), tokens, masks))
-    assert_close(actual, expected, 2e-4)
-    assert_close({"logits": actual["logits"]}, {"logits": expected["logits"]}, 1e-5)
+    assert_close(training_step(model.to(**layout), "torch", (images.to(**layout), tokens, masks)), expected, 1e-9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_without_graph_breaks_equals_eager(training):
-    model, (images, tokens, masks) = make_model().train(training), make_batch()
+    model, (images, tokens, masks) = make_model().double().train(training), make_batch()
+    images, masks = images.double(), masks.double()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     with use_impl("torch"):
         if not training:
-            return assert_close({"logits": compiled(images, tokens)}, {"logits": model(images, tokens)}, 1e-5)
+            return assert_close({"logits": compiled(images, tokens)}, {"logits": model(images, tokens)}, 1e-9)
         (logits, _, loss), (other, _, other_loss) = model(images, tokens, masks), compiled(images, tokens, masks)
         loss.backward()
         other_loss.backward()
-    assert_close({"logits": other, "loss": other_loss.detach()}, {"logits": logits, "loss": loss.detach()}, 1e-5)
+    assert_close({"logits": other, "loss": other_loss.detach()}, {"logits": logits, "loss": loss.detach()}, 1e-9)
     eager = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_close({n: p.grad for n, p in compiled._orig_mod.named_parameters() if n in eager}, eager, 2e-4)
+    assert_close({n: p.grad for n, p in compiled._orig_mod.named_parameters() if n in eager}, eager, 1e-9)
 
 
 def test_gradient_checkpointing_of_the_decoder_draws_the_same_dropout_again():
