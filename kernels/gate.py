@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from .configs import HIP_SHARED_LIMIT, SHARED_LIMIT, Config, shared_class
 
-MODULES = ("similarity", "cross_attention", "upsample_conv")
+MODULES = ("similarity", "contrastive", "cross_attention", "upsample_conv")
 CUDA_ARCHS = tuple(SHARED_LIMIT)
 HIP_ARCHS = {"gfx1100": 32, "gfx942": 64}
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}

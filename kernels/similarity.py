@@ -1,0 +1,177 @@
+"""Text-to-pixel similarity after folding: a skinny product that reads the features once, then a shift-add.
+
+Shapes: features x (B, C, P) with P = H*W pixels and any strides, folded text kernels w (B, N, C) and tap constants
+c (B, N), both float32, with N = Q*k*k columns. Column n = q*k*k + t belongs to tap t of query q, whose map is shifted
+by s_t = (t // k - k // 2, t % k - k // 2):
+
+    taps   T[b, n, p] = sum_c w[b, n, c] x[b, c, p] + c[b, n]
+    shift  logits[b, q, p] = sum_t T[b, q*k*k + t, p - s_t], nothing where p - s_t is outside the image
+
+The taps live between two launches, in float32: k*k numbers per pixel and query beside the C of the features. Kept for
+backward: x and w, see :mod:`.similarity_backward`. Against the 1x1 convolution and grouped convolution that this
+replaces, a map of the features' size is neither written, read nor kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .common import dot_precision, on_device
+from .configs import Config, device_class
+from .similarity_backward import gate_specs as backward_specs
+from .similarity_backward import similarity_gradients
+from .similarity_tiles import COLUMN_BLOCKS, STAGES, column_block, similarity_flops, variants
+
+if TYPE_CHECKING:
+    from .gate import GateSpec
+
+SHIFT_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
+
+
+def taps_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
+    channels = 32 if dtype is torch.float32 else 64
+    pixels = 64 if dtype is torch.float32 or shared == "tiny" else 128
+    tile = (("BLOCK_N", column_block(columns)), ("BLOCK_C", channels), ("BLOCK_P", pixels))
+    return Config(tile, num_warps=4, num_stages=STAGES[shared])
+
+
+@triton.jit
+def _taps_kernel(
+    taps_ptr,  # [B, N, P] float32
+    x_ptr,
+    weight_ptr,  # [B, N, C] float32
+    constants_ptr,  # [B, N] float32
+    stride_xb,
+    stride_xc,
+    stride_xp,
+    channels,
+    columns,
+    pixels,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    tiles = tl.cdiv(pixels, BLOCK_P)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = sample * columns + column  # of weight and constants, and of the taps
+    x_tile = x_ptr + sample * stride_xb + pixel[None, :].to(tl.int64) * stride_xp
+    weight_tile = weight_ptr + row[:, None] * channels
+
+    total = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    for first in range(0, channels, BLOCK_C):
+        channel = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = channel < channels
+        x = tl.load(x_tile + channel[:, None] * stride_xc, mask=inside[:, None] & (pixel < pixels)[None, :], other=0.0)
+        weight = tl.load(weight_tile + channel[None, :], mask=inside[None, :] & (column < columns)[:, None], other=0.0)
+        total = tl.dot(weight.to(x.dtype), x, total, input_precision=PRECISION)  # [BLOCK_N, BLOCK_P]
+    total += tl.load(constants_ptr + row, mask=column < columns, other=0.0)[:, None]
+    inside = (column < columns)[:, None] & (pixel < pixels)[None, :]
+    tl.store(taps_ptr + row[:, None] * pixels + pixel[None, :], total, mask=inside)
+
+
+@triton.jit
+def shifted_sum(taps_ptr, plane, pixel, height, width, SIZE: tl.constexpr):
+    """Logits of the pixels [BLOCK] of one (sample, query) ``plane`` (int64): its k*k maps, shifted and added."""
+    pixels = height * width
+    y = pixel // width
+    x = pixel % width
+    total = tl.zeros(pixel.shape, tl.float32)
+    for tap in tl.static_range(SIZE * SIZE):
+        shift_y = tap // SIZE - SIZE // 2
+        shift_x = tap % SIZE - SIZE // 2
+        inside = (y >= shift_y) & (y < height + shift_y) & (x >= shift_x) & (x < width + shift_x)
+        source = (plane * (SIZE * SIZE) + tap) * pixels + (pixel - shift_y * width - shift_x)
+        total += tl.load(taps_ptr + source, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _shift_kernel(
+    logits_ptr,  # [B, Q, P]
+    taps_ptr,  # [B, Q*SIZE*SIZE, P] float32
+    height,
+    width,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pixels = height * width
+    tiles = tl.cdiv(pixels, BLOCK)
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    logits = shifted_sum(taps_ptr, plane, pixel, height, width, SIZE)
+    tl.store(logits_ptr + plane * pixels + pixel, logits.to(logits_ptr.dtype.element_ty), mask=pixel < pixels)
+
+
+def launch_taps(x: Tensor, weight: Tensor, constants: Tensor) -> Tensor:
+    """Taps (B, N, P) in float32."""
+    (batch, channels, pixels), columns = x.shape, weight.shape[1]
+    weight, constants = weight.contiguous(), constants.contiguous()
+    taps = torch.empty((batch, columns, pixels), dtype=torch.float32, device=x.device)
+    config = taps_config(device_class(x.device), x.dtype, columns)
+    blocks = dict(config.blocks)
+    grid = (batch * triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(columns, blocks["BLOCK_N"]))
+    with on_device(x):
+        _taps_kernel[grid](
+            taps, x, weight, constants, *x.stride(), channels, columns, pixels, dot_precision(x.dtype), **config.kwargs
+        )
+    return taps
+
+
+@torch.library.custom_op("fastris::text_similarity", mutates_args=())
+def _similarity(x: Tensor, weight: Tensor, constants: Tensor, height: int, width: int, size: int) -> Tensor:
+    batch, queries = x.shape[0], weight.shape[1] // size**2
+    logits = torch.empty((batch, queries, height, width), dtype=x.dtype, device=x.device)
+    if logits.numel():
+        taps = launch_taps(x, weight, constants)
+        with on_device(x):
+            grid = (batch * queries * triton.cdiv(height * width, dict(SHIFT_CONFIG.blocks)["BLOCK"]),)
+            _shift_kernel[grid](logits, taps, height, width, size, **SHIFT_CONFIG.kwargs)
+    return logits
+
+
+@_similarity.register_fake
+def _(x: Tensor, weight: Tensor, constants: Tensor, height: int, width: int, size: int) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1] // size**2, height, width))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, _, _, ctx.size = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dlogits: Tensor):
+    return (*similarity_gradients(ctx, dlogits.float()), None, None, None)
+
+
+_similarity.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.fastris.text_similarity)
+def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return similarity_flops(x_shape, weight_shape[1])
+
+
+def similarity(x: Tensor, weight: Tensor, constants: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Logits (B, Q, H, W) in the dtype of ``x``, from features (B, C, H*W) and kernels folded in float32."""
+    return _similarity(x, weight, constants, height, width, size)
+
+
+def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
+    """Forward and backward in every variant of :func:`.similarity_tiles.variants`."""
+    from .gate import POINTER, GateSpec
+
+    signature = {"logits_ptr": POINTER[dtype], "taps_ptr": "*fp32", "height": "i32", "width": "i32"}
+    specs = [GateSpec("similarity shift", _shift_kernel, signature, {"SIZE": 5}, SHIFT_CONFIG)]
+    for block in COLUMN_BLOCKS:
+        config = taps_config(shared, dtype, block)
+        specs += [variant.spec(f"taps N{block}", _taps_kernel, config) for variant in variants(shared, dtype)]
+    return specs + backward_specs(shared, dtype)

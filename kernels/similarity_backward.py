@@ -1,0 +1,231 @@
+"""Backward of the text-to-pixel similarity: one launch for the features, one for the text kernels.
+
+With the notation of :mod:`.similarity`, and the slope G[b, n, p] = dlogits[b, q, p + s_t], the transpose of the shift
+(0 where p + s_t is outside the image):
+
+    dx[b, c, p] = sum_n w[b, n, c] G[b, n, p]
+    dw[b, n, c] = sum_p G[b, n, p] x[b, c, p]    dc[b, n] = sum_p G[b, n, p]
+
+G is never in memory: both kernels gather it from dlogits (B, Q, H, W), which is C times smaller than the features and
+stays in cache. The features are read once, for dw, and their gradient is written once, for dx; each launch is left
+out where nobody wants its result. dw and dc are summed over pixels in float32, one partial sum per program and then one
+torch sum: no atomics, the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .common import dot_precision, on_device
+from .configs import Config, device_class
+from .similarity_tiles import COLUMN_BLOCKS, STAGES, column_block, similarity_flops, variants
+
+if TYPE_CHECKING:
+    from .gate import GateSpec
+
+# By bytes of an element. The only loop of the features' gradient is over columns, and mostly one step: no pipeline.
+FEATURES_CONFIGS = {
+    2: Config((("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 128)), num_warps=4, num_stages=1),
+    4: Config((("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 64)), num_warps=4, num_stages=1),
+}
+
+
+def kernel_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
+    """Launch of the kernels' gradient: one partial sum per 256 pixels."""
+    block = ("BLOCK_N", column_block(columns))
+    if dtype is torch.float32:
+        tile = (block, ("BLOCK_C", 32), ("BLOCK_P", 32), ("TILES", 8))
+        return Config(tile, num_warps=4, num_stages=STAGES[shared])
+    return Config((block, ("BLOCK_C", 64), ("BLOCK_P", 64), ("TILES", 4)), num_warps=8, num_stages=STAGES[shared])
+
+
+@triton.jit
+def _slope(dlogits_ptr, sample, pixel, column, columns, height, width, SIZE: tl.constexpr):
+    """G of broadcastable ``pixel`` and ``column`` index tiles: dlogits where the column's tap carries the pixel to."""
+    query = column // (SIZE * SIZE)
+    shift_y = column % (SIZE * SIZE) // SIZE - SIZE // 2
+    shift_x = column % SIZE - SIZE // 2
+    y = pixel // width + shift_y
+    x = pixel % width + shift_x
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (column < columns) & (pixel < height * width)
+    plane = sample * (columns // (SIZE * SIZE)) + query
+    source = plane * (height * width) + (pixel + shift_y * width + shift_x)
+    return tl.load(dlogits_ptr + source, mask=inside, other=0.0)
+
+
+@triton.jit
+def _features_gradient_kernel(
+    dx_ptr,
+    dlogits_ptr,  # [B, Q, P] float32
+    weight_ptr,  # [B, N, C] float32
+    stride_xb,
+    stride_xc,
+    stride_xp,
+    channels,
+    columns,
+    pixels,
+    height,
+    width,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    tiles = tl.cdiv(pixels, BLOCK_P)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    dtype = dx_ptr.dtype.element_ty
+
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in range(0, columns, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        slope = _slope(dlogits_ptr, sample, pixel[:, None], column[None, :], columns, height, width, SIZE)
+        source = weight_ptr + (sample * columns + column)[:, None] * channels + channel[None, :]
+        weight = tl.load(source, mask=(column < columns)[:, None] & (channel < channels)[None, :], other=0.0)
+        total = tl.dot(slope.to(dtype), weight.to(dtype), total, input_precision=PRECISION)  # [BLOCK_P, BLOCK_C]
+    destination = dx_ptr + sample * stride_xb + pixel[:, None].to(tl.int64) * stride_xp + channel[None, :] * stride_xc
+    tl.store(destination, total.to(dtype), mask=(pixel < pixels)[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def _kernel_gradient_kernel(
+    dweight_ptr,  # [chunks, B, N, C] float32, one partial sum per chunk of pixels
+    dconstants_ptr,  # [chunks, B, N] float32
+    dlogits_ptr,  # [B, Q, P] float32
+    x_ptr,
+    stride_xb,
+    stride_xc,
+    stride_xp,
+    batch,
+    channels,
+    columns,
+    pixels,
+    height,
+    width,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    sample = (tl.program_id(0) % batch).to(tl.int64)
+    chunk = tl.program_id(0) // batch
+    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    column = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_tile = x_ptr + sample * stride_xb + channel[None, :] * stride_xc
+
+    dweight = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    dconstants = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(TILES):
+        pixel = (chunk * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        x = tl.load(x_tile + pixel[:, None].to(tl.int64) * stride_xp, mask=inside, other=0.0)
+        slope = _slope(dlogits_ptr, sample, pixel[None, :], column[:, None], columns, height, width, SIZE)
+        dweight = tl.dot(slope.to(x.dtype), x, dweight, input_precision=PRECISION)  # [BLOCK_N, BLOCK_C]
+        dconstants += tl.sum(slope, axis=1)
+    row = (chunk * batch + sample) * columns + column
+    inside = (column < columns)[:, None] & (channel < channels)[None, :]
+    tl.store(dweight_ptr + row[:, None] * channels + channel[None, :], dweight, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(dconstants_ptr + row, dconstants, mask=column < columns)
+
+
+@torch.library.custom_op("fastris::text_similarity_features_gradient", mutates_args=())
+def _features_gradient(dlogits: Tensor, weight: Tensor, x: Tensor, size: int) -> Tensor:
+    """dx in the layout of ``x``, which is not read; ``dlogits`` (B, Q, H, W) float32."""
+    dx = torch.empty_like(x)
+    if dx.numel():
+        (batch, channels, pixels), (height, width) = x.shape, dlogits.shape[-2:]
+        dlogits, weight = dlogits.contiguous(), weight.contiguous()
+        config = FEATURES_CONFIGS[x.element_size()]
+        blocks = dict(config.blocks)
+        grid = (batch * triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"]))
+        sizes = (channels, weight.shape[1], pixels, height, width, size)
+        with on_device(x):
+            _features_gradient_kernel[grid](
+                dx, dlogits, weight, *dx.stride(), *sizes, dot_precision(x.dtype), **config.kwargs
+            )
+    return dx
+
+
+@_features_gradient.register_fake
+def _(dlogits: Tensor, weight: Tensor, x: Tensor, size: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fastris::text_similarity_kernel_gradient", mutates_args=())
+def _kernel_gradient(dlogits: Tensor, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """dw (B, N, C) and dc (B, N) in float32; ``dlogits`` (B, Q, H, W) float32."""
+    (batch, channels, pixels), (queries, height, width) = x.shape, dlogits.shape[-3:]
+    columns = queries * size**2
+    config = kernel_config(device_class(x.device), x.dtype, columns)
+    blocks = dict(config.blocks)
+    chunks = triton.cdiv(pixels, blocks["BLOCK_P"] * blocks["TILES"])
+    dweight = torch.empty((chunks, batch, columns, channels), dtype=torch.float32, device=x.device)
+    dconstants = torch.empty((chunks, batch, columns), dtype=torch.float32, device=x.device)
+    if batch:
+        column_blocks = triton.cdiv(columns, blocks["BLOCK_N"])
+        grid = (chunks * batch, triton.cdiv(channels, blocks["BLOCK_C"]), column_blocks)
+        sizes = (batch, channels, columns, pixels, height, width, size)
+        with on_device(x):
+            _kernel_gradient_kernel[grid](
+                dweight,
+                dconstants,
+                dlogits.contiguous(),
+                x,
+                *x.stride(),
+                *sizes,
+                dot_precision(x.dtype),
+                **config.kwargs,
+            )
+    return dweight.sum(0), dconstants.sum(0)
+
+
+@_kernel_gradient.register_fake
+def _(dlogits: Tensor, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    columns = dlogits.shape[1] * size**2
+    dweight = x.new_empty((x.shape[0], columns, x.shape[1]), dtype=torch.float32)
+    return dweight, x.new_empty((x.shape[0], columns), dtype=torch.float32)
+
+
+def similarity_gradients(ctx, dlogits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw and dc, as far as ``ctx`` wants them, from the float32 gradient of the logits."""
+    x, weight = ctx.saved_tensors[:2]
+    wants_x, wants_weight, wants_constants = ctx.needs_input_grad[:3]
+    dx = _features_gradient(dlogits, weight, x, ctx.size) if wants_x else None
+    dweight, dconstants = None, None
+    if wants_weight or wants_constants:
+        dweight, dconstants = _kernel_gradient(dlogits, x, ctx.size)
+    return dx, dweight, dconstants
+
+
+@register_flop_formula(torch.ops.fastris.text_similarity_features_gradient)
+def _(dlogits_shape, weight_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
+    return similarity_flops(x_shape, weight_shape[1])
+
+
+@register_flop_formula(torch.ops.fastris.text_similarity_kernel_gradient)
+def _(dlogits_shape, x_shape, size, *args, out_shape=None, **kwargs) -> int:
+    return similarity_flops(x_shape, dlogits_shape[1] * size**2)
+
+
+def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
+    """Both kernels in every variant of :func:`.similarity_tiles.variants`."""
+    specs = [
+        variant.spec("features gradient", _features_gradient_kernel, FEATURES_CONFIGS[dtype.itemsize], SIZE=3)
+        for variant in variants(shared, dtype)
+    ]
+    for block, size in zip(COLUMN_BLOCKS, (3, 5), strict=True):
+        config = kernel_config(shared, dtype, block)
+        for variant in variants(shared, dtype):
+            specs.append(variant.spec(f"kernel gradient N{block}", _kernel_gradient_kernel, config, SIZE=size))
+    return specs
