@@ -8,12 +8,14 @@ A kernel file announces its builds in a function ``gate_specs(shared_class, dtyp
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ class GateSpec:
 class Build:
     """What one build needs: bytes of shared memory per block, registers per thread, bytes of stack and local memory."""
 
-    spec: GateSpec
+    name: str
+    num_warps: int
     arch: str
     dtype: str
     shared: int
@@ -91,7 +94,8 @@ def build(spec: GateSpec, arch: int | str, dtype: torch.dtype) -> Build:
     usage = _hip_usage(compiled.asm["amdgcn"]) if isinstance(arch, str) else _cuda_usage(compiled.asm["cubin"])
     registers, stack = usage
     return Build(
-        spec,
+        spec.name,
+        spec.config.num_warps,
         arch if isinstance(arch, str) else f"sm_{arch}",
         str(dtype).removeprefix("torch."),
         compiled.metadata.shared,
@@ -132,12 +136,16 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
     return int(registers.group(1)), int(scratch.group(1))
 
 
-def builds(archs: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[Build]:
-    """Every build of every kernel for these cards and dtypes."""
-    for arch in archs:
-        for dtype in dtypes:
-            for spec in specs_for(shared_class(shared_limit(arch)), dtype):
-                yield build(spec, arch, dtype)
+def builds(arch: int | str, dtype: torch.dtype) -> list[Build]:
+    """Every build of every kernel for one card and dtype."""
+    return [build(spec, arch, dtype) for spec in specs_for(shared_class(shared_limit(arch)), dtype)]
+
+
+def _row(build: Build) -> str:
+    return (
+        f"{build.name:34} {build.arch:8} {build.dtype:9} {build.num_warps:5} {build.shared:7} {build.limit:7} "
+        f"{build.registers:5} {build.stack:5}{'' if build.fits else '  DOES NOT FIT'}"
+    )
 
 
 def main() -> int:
@@ -147,13 +155,12 @@ def main() -> int:
         return 2
     print(f"{'kernel':34} {'card':8} {'dtype':9} {'warps':>5} {'shared':>7} {'limit':>7} {'regs':>5} {'stack':>5}")
     failures = 0
-    for result in builds((*CUDA_ARCHS, *HIP_ARCHS), tuple(POINTER)):
-        failures += not result.fits
-        print(
-            f"{result.spec.name:34} {result.arch:8} {result.dtype:9} {result.spec.config.num_warps:5} "
-            f"{result.shared:7} {result.limit:7} {result.registers:5} {result.stack:5}"
-            f"{'' if result.fits else '  DOES NOT FIT'}"
-        )
+    jobs = [(arch, dtype) for arch in (*CUDA_ARCHS, *HIP_ARCHS) for dtype in POINTER]
+    # Fresh processes: a fork would inherit the threads of whatever was imported before.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for results in pool.map(builds, *zip(*jobs, strict=True)):
+            failures += sum(not result.fits for result in results)
+            print("\n".join(map(_row, results)), flush=True)
     print(f"{failures} builds do not fit" if failures else "every build fits")
     return 1 if failures else 0
 

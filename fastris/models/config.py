@@ -227,7 +227,7 @@ def _tiny() -> CRISConfig:
         vis_dim=64,
         fpn_in=(128, 256, 128),
         fpn_out=(64, 64, 128),
-        num_layers=1,
+        num_layers=2,
         num_head=4,
         dim_ffn=128,
         dropout=0.0,
