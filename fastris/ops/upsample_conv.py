@@ -17,6 +17,7 @@ The upsampled input, four times the size of x, never exists. Backward is the tra
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -124,31 +125,39 @@ class _UpsampleConv(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             x_gradient, weight_gradient = _backward(gradient, x, weight, need_x, need_weight)
             return x_gradient, weight_gradient, gradient.sum((0, 2, 3)) if need_bias else None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast off; nothing to do in a compiled backward, which is traced inside the forward's block."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.autocast(x.device.type, enabled=False)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, _, height, width = x.shape
     channels = weight.shape[0]
-    taps = _tap_matrices(weight).transpose(1, 2)  # (3, C, 3C')
+    taps = _tap_matrices(weight)  # (3, 3C', C)
     along_y, along_x = _axis_matrices(x)
     output = _empty_like(x, (batch, channels, 2 * height, 2 * width))
     for part in _parts(x, channels):
         lines = _lines(x[part])  # (H n W, C)
-        samples = lines.shape[0] // (height * width)
-        mixed = torch.bmm(lines.expand(3, -1, -1), taps).view(-1, 3 * width, channels)  # (t_y H n, W t_x, C')
-        wide = torch.bmm(along_x.expand(mixed.shape[0], -1, -1), mixed)  # (t_y H n, 2W, C')
-        wide = wide.view(3 * height, samples, -1).transpose(0, 1)  # (n, t_y H, 2W C')
+        count = lines.shape[0] // width  # H n
+        mixed = lines.new_empty(lines.shape[0], 3 * channels)
+        wide = lines.new_empty(3, count, 2 * width, channels)
+        for t_y in range(3):
+            torch.mm(lines, taps[t_y].t(), out=mixed)
+            torch.bmm(along_x.expand(count, -1, -1), mixed.view(count, 3 * width, channels), out=wide[t_y])
+        samples = wide.view(3 * height, -1, 2 * width * channels).transpose(0, 1)  # (n, t_y H, 2W C')
         target = output[part].permute(0, 2, 3, 1).flatten(2) if _is_channels_last(x) else None
-        rows = along_y.expand(samples, -1, -1)
+        rows = along_y.expand(samples.shape[0], -1, -1)
         if bias is None:
-            result = torch.bmm(rows, wide, out=target)
+            result = torch.bmm(rows, samples, out=target)
         else:
-            result = torch.baddbmm(bias.repeat(2 * width), rows, wide, out=target)  # (n, 2H, 2W C')
+            result = torch.baddbmm(bias.repeat(2 * width), rows, samples, out=target)  # (n, 2H, 2W C')
         if target is None:
-            _store_channels_first(result.view(samples, -1, channels), output[part])
+            _store(result.view(samples.shape[0], -1, channels), output[part])
     return output
 
 
@@ -160,28 +169,32 @@ def _backward(
     taps = _tap_matrices(weight)  # (3, 3C', C)
     along_y, along_x = (matrix.t() for matrix in _axis_matrices(x))
     x_gradient = _empty_like(x, x.shape) if need_x else None
-    wide_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    taps_gradient = torch.zeros_like(taps, dtype=wide_dtype) if need_weight else None
+    sum_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    taps_gradient = torch.zeros_like(taps, dtype=sum_dtype) if need_weight else None
     for part in _parts(x, channels):
-        wide = torch.mm(along_y, _lines(gradient[part]).view(2 * height, -1))  # (t_y H, n 2W C')
-        wide = wide.view(-1, 2 * width, channels)  # (t_y H n, 2W, C')
-        mixed = torch.bmm(along_x.expand(wide.shape[0], -1, -1), wide).view(3, -1, 3 * channels)  # (t_y, H n W, t_x C')
+        lines = _lines(x[part])  # (H n W, C)
+        rows = torch.zeros_like(lines)
+        upstream = _lines(gradient[part]).view(2 * height, -1)  # (2H, n 2W C')
+        for t_y, rows_of_tap in enumerate(along_y.split(height)):  # (H, 2H) each
+            wide = torch.mm(rows_of_tap, upstream).view(-1, 2 * width, channels)  # (H n, 2W, C')
+            mixed = torch.bmm(along_x.expand(wide.shape[0], -1, -1), wide).view(-1, 3 * channels)  # (H n W, t_x C')
+            if need_x:
+                rows.addmm_(mixed, taps[t_y])
+            if taps_gradient is not None:
+                _add_product(taps_gradient[t_y], mixed.t(), lines)
         if x_gradient is not None:
-            rows = torch.bmm(mixed, taps).sum(0).view(height, -1, width * x.shape[1]).transpose(0, 1)
-            _store_channels_first(rows.reshape(rows.shape[0], -1, x.shape[1]), x_gradient[part])
-        if taps_gradient is not None:
-            _add_product(taps_gradient, mixed.transpose(1, 2), _lines(x[part]).expand(3, -1, -1))
+            _store(rows.view(height, -1, width, rows.shape[1]).transpose(0, 1), x_gradient[part])
     if taps_gradient is None:
         return x_gradient, None
     return x_gradient, taps_gradient.view(3, 3, channels, -1).permute(2, 3, 0, 1).to(weight.dtype)
 
 
 def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """``total += first @ second``, where total may be wider than the factors."""
+    """``total += first @ second``, where total may be of a wider dtype than the factors."""
     if total.dtype is first.dtype:
-        total.baddbmm_(first, second)
+        total.addmm_(first, second)
     else:
-        total += torch.bmm(first, second)
+        total += torch.mm(first, second)
 
 
 def _tap_matrices(weight: Tensor) -> Tensor:
@@ -235,10 +248,10 @@ def _lines(image: Tensor) -> Tensor:
     return rows.transpose(0, 1).reshape(-1, image.shape[1])
 
 
-def _store_channels_first(rows: Tensor, target: Tensor) -> None:
-    """Copy pixels (n, H W, C) into an image (n, C, H, W) of either memory format."""
-    if _is_channels_last(target):
-        target.permute(0, 2, 3, 1).copy_(rows.view(target.permute(0, 2, 3, 1).shape))
+def _store(pixels: Tensor, image: Tensor) -> None:
+    """Copy pixels (n, H, W, C) or (n, H W, C) into an image (n, C, H, W) of either memory format."""
+    if _is_channels_last(image):
+        image.permute(0, 2, 3, 1).copy_(pixels.view_as(image.permute(0, 2, 3, 1)))
         return
-    for image, sample in zip(target.flatten(2), rows, strict=True):
-        image.copy_(sample.t())
+    for target, sample in zip(image.flatten(2), pixels.reshape(len(pixels), -1, image.shape[1]), strict=True):
+        target.copy_(sample.t())
