@@ -40,7 +40,7 @@ class DemoConfig:
     """Options of ``fastris demo``."""
 
     out: str = option("demo", "folder for the model, the metrics and the pictures")
-    steps: int = option(750, "training steps", "steps")
+    steps: int = option(900, "training steps", "steps")
     scenes: int = option(3000, "training scenes, drawn before the training", "scenes")
     held_out: int = option(100, "scenes that are shown and scored, of no training scene's shapes", "scenes")
     images: int = option(16, "scenes in a step; three expressions are asked about each", "scenes")
