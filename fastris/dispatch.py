@@ -4,6 +4,7 @@ Every operator has three paths: ``reference`` (the published formula), ``torch``
 and ``triton`` (that algebra with its heavy steps in fused kernels). The choice is, in this order: the operator's own
 ``impl=`` argument, the innermost :func:`use_impl` block of the running thread, the environment variable
 ``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where it runs and ``torch`` elsewhere, and never fails.
+Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -37,7 +38,16 @@ def _find_triton() -> str | None:
     return None
 
 
-_block_impl: ContextVar[str] = ContextVar("fastris_impl", default="auto")
+class _Blocks(threading.local):
+    impl = "auto"
+
+
+_blocks = _Blocks()
+# torch.compile watches module globals but not thread-locals: this one changes with every block, so that a compiled
+# function that is called inside a block is compiled for it.
+_last_block: str | None = None
+# Under torch.compile, PyTorch 2.11 gives wrong gradients for the torch path's autograd functions; 2.15 is right.
+_compiles_functions = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 _process_impl = os.environ.get("FASTRIS_IMPL") or "auto"
 _missing_triton = _find_triton()
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,19 +67,22 @@ def use_impl(impl: str) -> Iterator[None]:
     Blocks nest, and the choice before is restored when the block is left, by an exception too. An operator's own
     ``impl=`` argument still wins. Raises ValueError for an unknown name.
     """
-    token = _block_impl.set(_check_impl(impl, "impl"))
+    global _last_block
+    previous, _blocks.impl = _blocks.impl, _check_impl(impl, "impl")
+    _last_block = impl
     try:
         yield
     finally:
-        _block_impl.reset(token)
+        _blocks.impl = _last_block = previous
 
 
 def requested_impl(impl: str = "auto") -> str:
     """The path asked for: ``impl`` if it names one, else the block's, else the process's, else auto."""
     if impl != "auto":
         return _check_impl(impl, "impl")
-    if (block_impl := _block_impl.get()) != "auto":
-        return block_impl
+    block = (_last_block if torch.compiler.is_compiling() else _blocks.impl) or "auto"
+    if block != "auto":
+        return block
     return _check_impl(_process_impl, "the environment variable FASTRIS_IMPL")
 
 
@@ -79,14 +92,17 @@ def resolve(operator: str, device: torch.device, dtype: torch.dtype, impl: str =
     Raises RuntimeError, with the reason, when ``triton`` is asked for and cannot run.
     """
     requested = requested_impl(impl)
-    if requested in ("reference", "torch"):
+    if requested == "reference":
         return requested
+    torch_path = "torch" if _compiles_functions or not torch.compiler.is_compiling() else "reference"
+    if requested == "torch":
+        return torch_path
     obstacle = triton_obstacle(device, dtype)
     if requested == "triton":
         if obstacle:
             raise RuntimeError(f'{operator}: impl="triton" cannot run: {obstacle}. Use impl="torch" or impl="auto".')
         return "triton"
-    return "torch" if obstacle or _interpreting else "triton"
+    return torch_path if obstacle or _interpreting else "triton"
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -91,6 +91,9 @@ def test_explanation_covers_every_operator_and_gives_a_reason():
         assert all(path == "reference" for _, path, _ in explain("cpu"))
 
 
+@pytest.mark.skipif(
+    not dispatch._compiles_functions, reason="before PyTorch 2.15 compiled code takes the published formula"
+)
 def test_compiled_function_follows_the_block_it_is_called_in():
     def double_or_negate(x):
         return 2 * x if resolve("cross_attention", x.device, x.dtype) == "torch" else -x

@@ -194,6 +194,9 @@ def test_compiled_without_graph_breaks_equals_eager(layout):
         assert name != "output 0" or value.stride() == expected[name].stride()
 
 
+@pytest.mark.skipif(
+    not dispatch._compiles_functions, reason="before PyTorch 2.15 compiled code takes the published formula"
+)
 def test_compiled_under_autocast_equals_eager():
     inputs = make_inputs((2, 8, 6, 5, 4), torch.float32)
     compiled = torch.compile(by_matrices, fullgraph=True, backend="aot_eager")
