@@ -62,7 +62,7 @@ def patch(model: nn.Module) -> PatchReport:
     _check_module(model)
     report = PatchReport()
     for path, module in model.named_modules():
-        if _MARK in module.__dict__:
+        if _is_patched(module):
             report.left_alone.append((path, "already patched"))
             continue
         candidate = candidate_for(module)
@@ -80,9 +80,9 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> int:
     """Give every patched module of ``model`` its own forward back; returns how many there were."""
     _check_module(model)
-    patched = [module for module in model.modules() if _MARK in module.__dict__]
+    patched = [module for module in model.modules() if _is_patched(module)]
     for module in patched:
-        del module.__dict__["forward"], module.__dict__[_MARK]
+        del module.__dict__["forward"]
     return len(patched)
 
 
@@ -91,13 +91,20 @@ def _check_module(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def _is_patched(module: nn.Module) -> bool:
+    return hasattr(module.__dict__.get("forward"), _MARK)
+
+
 def _own_forward(module: nn.Module) -> str | None:
-    return "its forward was already replaced by someone else" if "forward" in module.__dict__ else None
+    """An unpickled module may hold its class's own forward once more, bound to itself: that is no replacement."""
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return None
+    return "its forward was already replaced by someone else"
 
 
 def _swap(module: nn.Module, candidate: Candidate) -> None:
     module.__dict__["forward"] = types.MethodType(_as_forward(candidate.forward, type(module).forward), module)
-    module.__dict__[_MARK] = candidate.name
 
 
 def _as_forward(function: Callable, original: Callable) -> Callable:
@@ -117,4 +124,5 @@ def _as_forward(function: Callable, original: Callable) -> Callable:
         return function(self, *values)
 
     forward.__name__ = "forward"
+    setattr(forward, _MARK, True)
     return forward
