@@ -14,6 +14,7 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "keep_freed_memory": "fastris.host_memory",
     "patch": "fastris.dropin",
     "unpatch": "fastris.dropin",
     "use_impl": "fastris.dispatch",
@@ -26,6 +27,7 @@ __all__ = [
     "ImageFeatures",
     "Segmenter",
     "__version__",
+    "keep_freed_memory",
     "patch",
     "unpatch",
     "use_impl",
@@ -34,6 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastris.dispatch import use_impl
     from fastris.dropin import patch, unpatch
+    from fastris.host_memory import keep_freed_memory
     from fastris.models.config import CLIPConfig, CRISConfig
     from fastris.models.cris import CRIS, ImageFeatures
     from fastris.predict import Segmenter

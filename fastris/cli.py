@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import fastris
 from fastris.config import describe, load_options, usage
+from fastris.host_memory import keep_freed_memory
 
 
 class Command(NamedTuple):
@@ -32,6 +33,9 @@ COMMANDS = {
     "convert": Command("fastris.checkpoint", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"),
     "doctor": Command("fastris.doctor", "DoctorConfig", "versions, devices, and the path each operator takes"),
 }
+
+REPEATING = ("demo", "train", "eval", "predict")
+"""Commands that do the same many times, for which freed memory is worth keeping."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +77,10 @@ def _run(name: str, args: list[str]) -> int:
         if {"-h", "--help"} & set(args[: args.index("--")] if "--" in args else args):
             print(f"usage: fastris {name} {usage(cls)}\n\n{inspect.getdoc(cls)}\n\n{describe(cls)}")
             return 0
-        return getattr(module, command.function)(load_options(cls, args)) or 0
+        options = load_options(cls, args)
+        if name in REPEATING:
+            keep_freed_memory()
+        return getattr(module, command.function)(options) or 0
     except (BrokenPipeError, NotImplementedError, RecursionError):
         raise
     except KeyboardInterrupt:

@@ -105,14 +105,16 @@ def decoder_layer_forward(
         training=layer.training,
         eps=layer.norm2.eps,
     )
-    return feed_forward(
-        pixels.transpose(0, 1),
+    in_published_order = requested_impl() == "reference"  # the others keep a sample's pixels together: no copies
+    pixels = feed_forward(
+        pixels.transpose(0, 1) if in_published_order else pixels,
         _feed_forward_weights(layer.norm3, layer.ffn),
         dropout=layer.dropout3.p,
         inner_dropout=layer.ffn[2].p,
         training=layer.training,
         eps=layer.norm3.eps,
     )
+    return pixels if in_published_order else pixels.transpose(0, 1)
 
 
 def _table_for(x: Tensor, table: Tensor) -> Tensor:
@@ -127,6 +129,8 @@ def decoder_forward(decoder: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | N
     _, dim, height, width = vis.shape
     vis_pos, txt_pos = _positions(height, width, txt.shape[1], dim, vis.device)
     pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
+    if requested_impl() != "reference":  # one copy, after which every sum and norm runs along memory
+        pixels = pixels.transpose(0, 1).contiguous().transpose(0, 1)
     outputs = []
     for layer in decoder.layers:
         pixels = layer(pixels, words, vis_pos, txt_pos, pad_mask)

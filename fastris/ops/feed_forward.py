@@ -61,25 +61,27 @@ class _ReluDropNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, norm_weight, norm_bias, weight, bias, dropout: float, eps: float) -> Tensor:
         rectified = drop(hidden.relu(), dropout, True)
-        normed, mean, rstd = _norm(rectified, norm_weight, norm_bias, eps)
-        ctx.save_for_backward(rectified, mean, rstd, norm_weight, norm_bias, weight)
+        normed, _, _ = _norm(rectified, norm_weight, norm_bias, eps)
+        ctx.save_for_backward(rectified, norm_weight, norm_bias, weight)
+        ctx.eps = eps
         ctx.keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         return F.linear(normed, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        rectified, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
-        wide = rectified.to(norm_weight.dtype)
-        normed = torch.addcmul(norm_bias, (wide - mean).mul_(rstd), norm_weight).to(weight.dtype)
+        rectified, norm_weight, norm_bias, weight = ctx.saved_tensors
+        normed, mean, rstd = _norm(rectified, norm_weight, norm_bias, ctx.eps)
         rows = upstream.reshape(-1, upstream.shape[-1])
         d_weight = rows.T @ normed.reshape(-1, normed.shape[-1])
         d_normed = (upstream @ weight).to(norm_weight.dtype)
         shape, wanted = (normed.shape[-1],), (True, True, True)
         d_rectified, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            d_normed, wide, shape, mean, rstd, norm_weight, norm_bias, wanted
+            d_normed, rectified.to(norm_weight.dtype), shape, mean, rstd, norm_weight, norm_bias, wanted
         )
-        d_hidden = d_rectified.mul_(ctx.keep_scale).masked_fill_(rectified <= 0, 0).to(rectified.dtype)
+        if ctx.keep_scale != 1:
+            d_rectified = d_rectified * ctx.keep_scale
+        d_hidden = torch.ops.aten.threshold_backward(d_rectified.to(rectified.dtype), rectified, 0)
         return d_hidden, d_norm_weight, d_norm_bias, d_weight, rows.sum(0), None, None
 
 
