@@ -14,6 +14,7 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "for_inference": "fastris.nn.folding",
     "keep_freed_memory": "fastris.host_memory",
     "patch": "fastris.dropin",
     "unpatch": "fastris.dropin",
@@ -27,6 +28,7 @@ __all__ = [
     "ImageFeatures",
     "Segmenter",
     "__version__",
+    "for_inference",
     "keep_freed_memory",
     "patch",
     "unpatch",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from fastris.host_memory import keep_freed_memory
     from fastris.models.config import CLIPConfig, CRISConfig
     from fastris.models.cris import CRIS, ImageFeatures
+    from fastris.nn.folding import for_inference
     from fastris.predict import Segmenter
 
 

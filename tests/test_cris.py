@@ -90,6 +90,17 @@ def test_padding_words_change_nothing(model):
         torch.testing.assert_close(model(images, tokens), model(images, tokens[:, :5]), rtol=0, atol=1e-5)
 
 
+def test_padding_that_all_sentences_share_is_not_computed(model, monkeypatch):
+    seen = []
+    encode_text = model.backbone.encode_text
+    monkeypatch.setattr(model.backbone, "encode_text", lambda tokens: seen.append(tokens.shape) or encode_text(tokens))
+    tokens = torch.tensor([[94, 5, 95, 0, 0, 0], [94, 0, 0, 7, 95, 0]])  # 0 inside a sentence is a word to CLIP
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64), tokens)
+        model(torch.randn(2, 3, 64, 64), torch.zeros_like(tokens))
+    assert seen == [(2, 5), (2, 1)]
+
+
 def test_training_returns_prediction_target_and_a_loss_that_reaches_every_trained_parameter():
     model = CRIS(small_config()).train()
     images, mask = torch.randn(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) > 0.5).float()

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastris.dispatch import requested_impl
 from fastris.models.config import CRISConfig
 from fastris.nn.clip import CLIPBackbone
 from fastris.nn.decoder import TransformerDecoder
@@ -112,6 +113,7 @@ class CRIS(
         """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
         _check_index(index, len(features.f3), len(tokens))
+        tokens = _without_shared_padding(tokens)
         words, state = self.backbone.encode_text(tokens)
         fused = self.neck.fuse(features.select(index), state)
         decoded = self.decoder(fused, words, tokens == 0)
@@ -127,6 +129,18 @@ class CRIS(
         assert mask is not None
         loss, logits = self.loss(self.encode_image(img), word, mask)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
+
+
+def _without_shared_padding(tokens: Tensor) -> Tensor:
+    """Token ids (E, L) without the columns at the end that are padding in every sentence.
+
+    Exact: CLIP's text encoder is causal, so no word sees what follows it, and the decoder masks padding. Only on a CPU,
+    where looking at the ids costs no wait for the device, and not while compiling, which would depend on the values.
+    """
+    if tokens.device.type != "cpu" or requested_impl() == "reference" or torch.compiler.is_compiling():
+        return tokens
+    used = tokens.ne(0).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 1]
 
 
 def _check_images(images: Tensor) -> None:

@@ -41,4 +41,4 @@ def coord_block(block: Any, x: Tensor) -> Tensor:
     """A :func:`conv_layer` whose convolution reads ``x`` and its coordinates."""
     convolution, norm, activation = block
     padding, stride = convolution.padding[0], convolution.stride[0]
-    return activation(norm(coord_conv(x, convolution.weight, padding=padding, stride=stride)))
+    return activation(norm(coord_conv(x, convolution.weight, convolution.bias, padding=padding, stride=stride)))

@@ -75,4 +75,4 @@ def neck_fuse(neck: Any, projected: Sequence[Tensor], state: Tensor) -> Tensor:
 def _cat_block(block: Any, full: Sequence[Tensor], half: Sequence[Tensor] = ()) -> Tensor:
     """A :func:`conv_layer` with a 1x1 convolution over the concatenation of ``full`` and the upsampled ``half``."""
     convolution, norm, activation = block
-    return activation(norm(pointwise_conv_cat(full, half, convolution.weight)))
+    return activation(norm(pointwise_conv_cat(full, half, convolution.weight, convolution.bias)))

@@ -47,14 +47,12 @@ def pointwise_conv_cat(
     if requested_impl(impl) == "reference":
         return F.conv2d(torch.cat([*full, *map(_up2, half)], dim=1), weight, bias)
     parts = weight.split([part.shape[1] for part in (*full, *half)], dim=1)
-    terms = [F.conv2d(part, own) for part, own in zip(full, parts[: len(full)], strict=True)]
+    biases = [bias] + [None] * (len(parts) - 1)  # once, wherever: upsampling keeps a constant as it is
+    terms = [F.conv2d(*term) for term in zip(full, parts[: len(full)], biases, strict=False)]
     if half:
-        low = [F.conv2d(part, own) for part, own in zip(half, parts[len(full) :], strict=True)]
-        terms.append(_up2(_sum(low)))
-    total = _sum(terms)
-    if bias is not None:
-        total = total + bias[:, None, None]
-    return total.to(compute_dtype((*full, *half)[0]))
+        own = zip(half, parts[len(full) :], biases[len(full) :], strict=True)
+        terms.append(_up2(_sum([F.conv2d(*term) for term in own])))
+    return _sum(terms).to(compute_dtype((*full, *half)[0]))
 
 
 def coord_conv(
