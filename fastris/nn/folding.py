@@ -60,7 +60,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             candidates = ((name, name.replace("conv", "bn")) for name in children if name.startswith("conv"))
         for first, second in candidates:
             layer, norm = children[first], children.get(second)
-            if type(layer) in FOLDED and type(norm) is FOLDED[type(layer)][0] and _is_fixed(norm):
+            if norm is not None and type(layer) in FOLDED and type(norm) is FOLDED[type(layer)][0] and _is_fixed(norm):
                 yield parent, first, second
 
 
