@@ -169,9 +169,13 @@ def _necks(neck: Any) -> list[Part]:
         obstacle = "its blocks are not Conv2d, BatchNorm2d, ReLU"
     elif not (isinstance(neck.txt_proj, nn.Sequential) and isinstance(next(iter(neck.txt_proj), None), nn.Linear)):
         obstacle = "its txt_proj does not begin with torch.nn.Linear"
-    elif not (isinstance(coordconv, nn.Sequential) and _is_chain(getattr(coordconv[0], "conv1", None), _BLOCK)):
+    elif not (isinstance(coordconv, nn.Sequential) and _is_chain(_conv1(coordconv), _BLOCK)):
         obstacle = "its coordconv does not begin with a CoordConv"
     return [Part("FPN", neck_forward, _neck_inputs, _neck_takes, obstacle, optional=(1,))]
+
+
+def _conv1(coordconv: nn.Sequential) -> Any:
+    return getattr(next(iter(coordconv), None), "conv1", None)
 
 
 def _neck_inputs(neck: Any) -> tuple:

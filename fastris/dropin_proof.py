@@ -25,6 +25,7 @@ TOLERANCE = 1e-6
 # Of the inputs: a clamp of the module's own shows at the larger.
 SCALES = (1.0, 1e4)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -97,17 +98,20 @@ def prove(module: nn.Module, part: Part) -> Proof:
 
 
 def _check_signature(module: nn.Module, part: Part) -> None:
-    theirs, ours = (list(inspect.signature(f).parameters.values())[1:] for f in (type(module).forward, part.forward))
-    if len(theirs) < len(ours):
-        raise Unproved(f"its forward takes {len(theirs)} inputs where CRIS's takes {len(ours)}")
-    needed = [
-        p.name for p in theirs[len(ours) :] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    signature = _attempt("its forward cannot be inspected", inspect.signature, type(module).forward)
+    theirs, ours = (list(s.parameters.values())[1:] for s in (signature, inspect.signature(part.forward)))
+    if len(theirs) < len(ours) or any(p.kind in _VARIABLE for p in theirs[: len(ours)]):
+        raise Unproved(f"its forward takes {_named(theirs)} where CRIS's takes {_named(ours)}")
+    needed = [p for p in theirs[len(ours) :] if p.default is p.empty and p.kind not in _VARIABLE]
     if needed:
-        raise Unproved(f"its forward needs {', '.join(needed)} as well")
+        raise Unproved(f"its forward needs {_named(needed)} as well")
     codes = [getattr(vars(kind).get("forward"), "__code__", None) for kind in type(module).__mro__]
     if any("autocast" in code.co_names for code in codes if code):
         raise Unproved("its forward switches autocast by itself")
+
+
+def _named(parameters: list[inspect.Parameter]) -> str:
+    return f"({', '.join(p.name for p in parameters)})"
 
 
 class _Probe(NamedTuple):

@@ -235,6 +235,16 @@ class FullPrecisionHead(MaskHead):
             return super().forward(x.float(), word.float())
 
 
+class ScoredHead(MaskHead):
+    def forward(self, x, word, score):
+        return score * super().forward(x, word)
+
+
+class BundledHead(MaskHead):
+    def forward(self, *inputs):
+        return super().forward(*inputs)
+
+
 class AlignedHead(MaskHead):
     """Upsamples with aligned corners."""
 

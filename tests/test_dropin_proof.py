@@ -11,6 +11,7 @@ from strangers import (
     AlignedHead,
     AskedLayer,
     BiasesFirstHead,
+    BundledHead,
     CrossModalDecoder,
     DropFirstLayer,
     ExtraDropoutLayer,
@@ -25,6 +26,7 @@ from strangers import (
     QueryHead,
     RememberingLayer,
     ScaledLayer,
+    ScoredHead,
     StatelessFusion,
     TwiceFusion,
     UngatedFusion,
@@ -96,6 +98,8 @@ LEFT_ALONE = {
     "dropout of whole channels": (layer_with(set_child("dropout1", nn.Dropout1d(0.1))), "its dropouts are not"),
     "block used twice": (TwiceFusion(), DIFFER),
     "bare CoordConv": (with_change(Fusion(), lambda m: setattr(m, "coordconv", m.coordconv[0])), "its coordconv"),
+    "another input": (ScoredHead(48, 16), "its forward needs (score) as well"),
+    "all inputs in one": (BundledHead(48, 16), "its forward takes (inputs) where CRIS's takes (x, word)"),
     "meta device": (MaskHead(48, 16).to("meta"), "no copy of it could be made"),
 }
 
