@@ -3,9 +3,14 @@
 ``fastris.patch(model)`` looks for CRIS-style decoders, projectors and necks by their structure, whatever their classes
 are called. Structure alone proves nothing, so each candidate is put to a proof first: on a deep copy with random
 parameters, in float64, its own forward and the published formula must give the same outputs, the same gradients of
-inputs and parameters and the same BatchNorm statistics, in eval mode and in training, and with each of its dropouts in
-turn dropping everything. Only then is the forward of that one instance replaced. What cannot be proved equal is left
-alone, and the report says why.
+inputs and parameters and the same BatchNorm statistics, in eval mode and in training, on small and on large inputs, and
+with each of its dropouts in turn dropping everything; and its own forward must not draw random numbers or store
+anything besides. Only then is the forward of that one instance replaced. What cannot be proved equal is left alone, and
+the report says why.
+
+A proof holds for what was proved. Each call of a replaced forward looks whether it still does, and otherwise runs the
+module's own: arguments of another kind, a setting of the module that was changed, and hooks, adapters or wrappers that
+somebody put on a layer whose own forward is not called any more.
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from fastris.dropin_proof import Candidate, candidate_for, prove
+from fastris.dropin_parts import parts_like
+from fastris.dropin_proof import Proof, Unproved, prove
 
 _MARK = "_fastris_patched"
 
@@ -32,30 +39,43 @@ class PatchReport:
     left_alone: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        replaced = ", ".join(f"{path or 'the model'} ({what})" for path, what in self.replaced)
-        kept = "; ".join(f"{path or 'the model'}: {why}" for path, why in self.left_alone)
+        count = len(self.replaced)
+        replaced = _grouped(self.replaced, "{paths} ({what})", ", ")
+        left_alone = _grouped(self.left_alone, "{paths}: {what}", "; ")
         return "\n".join(
             (
-                f"fastris replaced the forward of {len(self.replaced)} modules",
+                f"fastris replaced the forward of {count} module{'' if count == 1 else 's'}",
                 f"  replaced: {replaced or 'nothing'}",
-                f"  left alone: {kept or 'no other CRIS-style part was found'}",
+                f"  left alone: {left_alone or 'no other CRIS-style part was found'}",
             )
         )
 
     __repr__ = __str__
 
 
+def _grouped(rows: list[tuple[str, str]], form: str, separator: str) -> str:
+    """One entry for all modules of which the same is to be said."""
+    groups: dict[str, list[str]] = {}
+    for path, what in rows:
+        groups.setdefault(what, []).append(path or "the model")
+    return separator.join(form.format(paths=", ".join(paths), what=what) for what, paths in groups.items())
+
+
 def patch(model: nn.Module) -> PatchReport:
     """Replace the forwards of the CRIS-style parts of ``model`` by fastris's, on these instances only.
 
     Parameters, their names, buffers, hooks, the state dict, optimizer references and a surrounding DDP stay as they
-    are; other instances of the same classes are not touched. Call it before ``torch.compile``. A deep copy of a patched
-    model is patched; an unpickled one has its original forwards again, so that a saved model never depends on fastris.
-    Which path then runs follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``.
+    are; other instances of the same classes are not touched. A call that the proof does not cover runs the original
+    forward: see the module's docstring. Call it before ``torch.compile``. A deep copy of a patched model is patched; an
+    unpickled one has its original forwards again, so that a saved model never depends on fastris. Which path then runs
+    follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``. Gradients are as the fast paths give them: once, so code that
+    differentiates a gradient again needs ``use_impl("reference")``. Unpatch a model before ``nn.DataParallel``, which
+    copies instances in a way that no replaced forward survives; DistributedDataParallel is fine.
 
     Args:
-        model: any module that contains CRIS-style decoders (published ``TransformerDecoder`` and its layers),
-            projectors (``Projector``, also with several maps scored by one text kernel) or necks (``FPN``).
+        model: any module that contains CRIS-style decoders (published ``TransformerDecoder`` and its layers, also
+            those that return the cross-attention's weights), projectors (``Projector``, also with several maps scored
+            by one text kernel or several text kernels over one map) or necks (``FPN``).
 
     Returns a :class:`PatchReport`; print it. Raises TypeError when ``model`` is no module.
     """
@@ -65,15 +85,20 @@ def patch(model: nn.Module) -> PatchReport:
         if _is_patched(module):
             report.left_alone.append((path, "already patched"))
             continue
-        candidate = candidate_for(module)
-        if candidate is None:
+        if hasattr(module, "_orig_mod"):  # torch.compile's wrapper; what it wraps comes next
             continue
-        why_not = candidate.obstacle or _own_forward(module) or prove(module, candidate)
-        if why_not:
-            report.left_alone.append((path, f"{candidate.name}-like, but {why_not}"))
-        else:
-            _swap(module, candidate)
-            report.replaced.append((path, candidate.name))
+        reasons = []
+        for part in parts_like(module):
+            try:
+                _check_forward(module)
+                _swap(module, prove(module, part))
+            except Unproved as why:
+                reasons.append((path, f"{part.name}-like, but {why}"))
+            else:
+                reasons = []
+                report.replaced.append((path, part.name))
+                break
+        report.left_alone.extend(reasons[:1])
     return report
 
 
@@ -95,34 +120,50 @@ def _is_patched(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), _MARK)
 
 
-def _own_forward(module: nn.Module) -> str | None:
+def _check_forward(module: nn.Module) -> None:
     """An unpickled module may hold its class's own forward once more, bound to itself: that is no replacement."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Unproved("it is compiled by TorchScript")
     own = module.__dict__.get("forward")
-    if own is None or getattr(own, "__func__", None) is type(module).forward:
-        return None
-    return "its forward was already replaced by someone else"
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise Unproved("its forward was already replaced by someone else")
 
 
-def _swap(module: nn.Module, candidate: Candidate) -> None:
-    module.__dict__["forward"] = types.MethodType(_as_forward(candidate.forward, type(module).forward), module)
+def _swap(module: nn.Module, proof: Proof) -> None:
+    module.__dict__["forward"] = types.MethodType(_as_forward(proof, type(module).forward), module)
 
 
-def _as_forward(function: Callable, original: Callable) -> Callable:
-    """``function`` as a method that also takes its arguments by the original forward's names.
+def _as_forward(proof: Proof, original: Callable) -> Callable:
+    """The part's forward as a method with ``original``'s arguments, which hands on to it what is unproved.
 
-    A call that the proof does not cover, with an argument missing, None or beyond those of CRIS, goes to ``original``.
     The method must be named ``forward``: a pickled bound method is looked up by name, and then finds the class's own.
     """
     signature = inspect.signature(original)
-    count = len(inspect.signature(function).parameters) - 1
+    ours = len(inspect.signature(proof.part.forward).parameters) - 1
+    names = list(signature.parameters)[1:]
+    further = {name: signature.parameters[name] for name in names[ours:]}
+
+    def as_proved(self, args: tuple, kwargs: dict) -> tuple | None:
+        """The inputs when the call is covered by the proof, else None."""
+        if kwargs or len(args) != ours:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            if any(not _is_unused(further[name], bound.arguments[name]) for name in further):
+                return None
+            args = tuple(bound.arguments[name] for name in names[:ours])
+        return args if proof.covers(args) and proof.holds(self) else None
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        values = signature.bind(self, *args, **kwargs).args[1:] if kwargs else args
-        if len(values) != count or any(value is None for value in values):
-            return original(self, *args, **kwargs)
-        return function(self, *values)
+        inputs = as_proved(self, args, kwargs)
+        return original(self, *args, **kwargs) if inputs is None else proof.part.forward(self, *inputs)
 
     forward.__name__ = "forward"
     setattr(forward, _MARK, True)
     return forward
+
+
+def _is_unused(parameter: inspect.Parameter, value: Any) -> bool:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return not value
+    return value is parameter.default

@@ -1,187 +1,246 @@
-"""Which modules look like CRIS's parts, and the proof that one computes what CRIS's part computes. See dropin.py."""
+"""The proof that a module computes what CRIS's part computes, and the watch that it stays so. See dropin.py."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import operator
+import pickle
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastris.dispatch import use_impl
-from fastris.nn.decoder import decoder_forward, decoder_layer_forward
-from fastris.nn.neck import neck_forward
-from fastris.nn.projector import projector_forward
+from fastris.dropin_parts import Part
 
 # Of the scale. The proof runs in float64, but the published position tables are float32.
 TOLERANCE = 1e-6
+# Of the inputs: a clamp of the module's own shows at the larger.
+SCALES = (1.0, 1e4)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+class Unproved(Exception):
+    """Why a module must be left alone, as the report says it."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A module that has the attributes of one of CRIS's parts: how we would run it, and what its proof needs.
+class Proof:
+    """What was proved, and what must stay as it was for the proof to hold.
 
-    ``inputs(module)`` makes small random float64 inputs; ``obstacle`` says what already rules the module out.
+    ``without`` holds the places of optional inputs that may be None; ``bypassed`` the descendants whose own forwards we
+    do not call, with their classes; ``settings`` the module's own numbers, strings and flags.
     """
 
-    name: str
-    forward: Callable
-    inputs: Callable[[Any], tuple]
-    obstacle: str | None = None
+    part: Part
+    without: frozenset[int]
+    bypassed: tuple[tuple[str, type], ...]
+    settings: dict[str, Any]
+
+    def holds(self, module: nn.Module) -> bool:
+        """False when somebody hooked, wrapped or replaced a bypassed descendant, or changed a setting."""
+        for name, value in self.settings.items():
+            now = getattr(module, name, None)
+            if type(now) is not type(value) or now != value:
+                return False
+        return self.disturbed(module) is None
+
+    def disturbed(self, module: nn.Module) -> str | None:
+        """The first bypassed descendant whose own call would do more or other than what was proved."""
+        for name, kind in self.bypassed:
+            try:
+                child = operator.attrgetter(name)(module)
+            except AttributeError:
+                return name
+            if type(child) is not kind or "forward" in child.__dict__ or any(getattr(child, h) for h in _HOOKS):
+                return name
+        return None
+
+    def covers(self, inputs: tuple) -> bool:
+        """True for inputs of the kind that was proved."""
+        for place, value in enumerate(inputs):
+            if value is None and place not in self.without:
+                return False
+        return self.part.takes(*inputs)
 
 
-def candidate_for(module: nn.Module) -> Candidate | None:
-    """The part of CRIS that ``module`` has the attributes of, or None when it resembles none."""
-    for attributes, make in _KINDS:
-        if all(hasattr(module, name) for name in attributes):
-            return make(module)
-    return None
-
-
-def _layer_candidate(layer: Any) -> Candidate:
-    attention = (layer.self_attn, layer.multihead_attn)
-    norms = (layer.norm1, layer.norm2, layer.norm3, layer.self_attn_norm, layer.cross_attn_norm)
-    ffn = (nn.Linear, nn.ReLU, nn.Dropout, nn.LayerNorm, nn.Linear)
-    obstacle = None
-    if not all(isinstance(a, nn.MultiheadAttention) for a in attention):
-        obstacle = "its attentions are not torch.nn.MultiheadAttention"
-    elif any(a.batch_first or a.in_proj_weight is None or a.bias_k is not None for a in attention):
-        obstacle = "its attentions are batch-first, have keys of another width or extra key biases"
-    elif any(a.in_proj_bias is None or a.add_zero_attn for a in attention):
-        obstacle = "its attentions have no biases or add a zero key"
-    elif not all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms):
-        obstacle = "its norms are not torch.nn.LayerNorm with weight and bias"
-    elif len({n.eps for n in norms} | {layer.ffn[3].eps if _is_chain(layer.ffn, ffn) else norms[0].eps}) > 1:
-        obstacle = "its norms differ in eps"
-    elif not _is_chain(layer.ffn, ffn):
-        obstacle = "its ffn is not Linear, ReLU, Dropout, LayerNorm, Linear"
-    return Candidate("TransformerDecoderLayer", decoder_layer_forward, _layer_inputs, obstacle)
-
-
-def _layer_inputs(layer: Any) -> tuple:
-    dim = layer.norm1.normalized_shape[0]
-    mask = torch.tensor([[False, False, False, True, True], [False] * 5])
-    return _normal(6, 2, dim), _normal(5, 2, dim), _normal(6, 1, dim), _normal(5, 1, dim), mask
-
-
-def _decoder_candidate(decoder: Any) -> Candidate:
-    obstacle = None
-    if not isinstance(decoder.layers, nn.ModuleList) or not len(decoder.layers):
-        obstacle = "its layers are no filled torch.nn.ModuleList"
-    elif not isinstance(decoder.norm, nn.LayerNorm):
-        obstacle = "its norm is not torch.nn.LayerNorm"
-    elif not all(hasattr(layer, "multihead_attn") and hasattr(layer, "norm1") for layer in decoder.layers):
-        obstacle = "its layers are not CRIS's decoder layers"
-    return Candidate("TransformerDecoder", decoder_forward, _decoder_inputs, obstacle)
-
-
-def _decoder_inputs(decoder: Any) -> tuple:
-    dim = decoder.norm.normalized_shape[0]
-    mask = torch.tensor([[False, False, True, True], [False] * 4])
-    return _normal(2, dim, 2, 3), _normal(2, 4, dim), mask
-
-
-def _projector_candidate(projector: Any) -> Candidate:
-    block = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-    vis, obstacle = projector.vis, None
-    if not _is_chain(vis, (nn.Upsample, nn.Sequential, nn.Upsample, nn.Sequential, nn.Conv2d)):
-        obstacle = "its vis is not Upsample, block, Upsample, block, Conv2d"
-    elif not (_is_chain(vis[1], block, norms_too=True) and _is_chain(vis[3], block, norms_too=True)):
-        obstacle = "its blocks are not Conv2d, BatchNorm2d, ReLU"
-    elif any(conv[0].kernel_size != (3, 3) or conv[0].groups != 1 for conv in (vis[1], vis[3])):
-        obstacle = "its block convolutions are not plain 3x3"
-    elif vis[4].kernel_size != (1, 1) or vis[4].groups != 1:
-        obstacle = "its last convolution is not a plain 1x1"
-    elif not isinstance(projector.txt, nn.Linear):
-        obstacle = "its txt is not torch.nn.Linear"
-    elif projector.txt.out_features != projector.in_dim * projector.kernel_size**2 + 1:
-        obstacle = "its txt does not give one kernel and one bias"
-    elif vis[4].out_channels % projector.in_dim:
-        obstacle = "its maps are not as wide as its text kernel"
-    return Candidate("Projector", projector_forward, _projector_inputs, obstacle)
-
-
-def _projector_inputs(projector: Any) -> tuple:
-    return _normal(2, projector.vis[1][0].in_channels, 3, 2), _normal(2, projector.txt.in_features)
-
-
-_NECK = ("f1_v_proj", "f2_v_proj", "f2_cat", "f3_v_proj", "f3_cat", "f4_proj5", "f4_proj4", "f4_proj3", "aggr")
-
-
-def _neck_candidate(neck: Any) -> Candidate:
-    block = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-    obstacle = None
-    if not all(_is_chain(getattr(neck, name), block, norms_too=True) for name in _NECK):
-        obstacle = "its blocks are not Conv2d, BatchNorm2d, ReLU"
-    elif not hasattr(neck.coordconv[0], "conv1") or not _is_chain(neck.coordconv[0].conv1, block, norms_too=True):
-        obstacle = "its coordconv does not begin with a CoordConv"
-    return Candidate("FPN", neck_forward, _neck_inputs, obstacle)
-
-
-def _neck_inputs(neck: Any) -> tuple:
-    widths = [getattr(neck, name)[0].in_channels for name in ("f3_v_proj", "f2_v_proj", "f1_v_proj")]
-    maps = [_normal(2, width, 2 * scale, 3 * scale) for width, scale in zip(widths, (4, 2, 1), strict=True)]
-    return maps, _normal(2, neck.txt_proj[0].in_features)
-
-
-_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Candidate]], ...] = (
-    (("self_attn", "multihead_attn", "self_attn_norm", "cross_attn_norm", "norm1", "norm2", "norm3", "ffn",
-      "dropout1", "dropout2", "dropout3"), _layer_candidate),
-    (("layers", "norm", "return_intermediate"), _decoder_candidate),
-    (("vis", "txt", "in_dim", "kernel_size"), _projector_candidate),
-    (("txt_proj", "norm_layer", "coordconv", *_NECK), _neck_candidate),
-)  # fmt: skip
-
-
-def prove(module: nn.Module, candidate: Candidate) -> str | None:
-    """None when the module's own forward equals ours on every probe, else what differed."""
-    extra = _parameters(type(module).forward)[len(_parameters(candidate.forward)) :]
-    if any(parameter.default is parameter.empty for parameter in extra):
-        return f"its forward takes {', '.join(p.name for p in extra)} as well"
-    state = torch.random.get_rng_state()
-    try:
+def prove(module: nn.Module, part: Part) -> Proof:
+    """The proof that the module's own forward equals ``part``'s on every probe; raises Unproved with what differed."""
+    if part.obstacle:
+        raise Unproved(part.obstacle)
+    _check_signature(module, part)
+    with _random_state_kept(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         original = _bare_copy(module)
-        inputs = candidate.inputs(original)
-        for training, dropped in _probes(original):
-            theirs = _run(original, type(module).forward, inputs, training, dropped)
-            with use_impl("reference"):
-                ours = _run(original, candidate.forward, inputs, training, dropped)
-            difference = _difference(theirs, ours)
-            if difference:
-                when = "in training" if training else "in eval mode"
-                return f"{when} {difference}{f' with {dropped} dropping everything' if dropped else ''}"
-    except Exception as error:  # whatever a stranger's forward raises on our probe, it is no proof
-        return f"its forward could not be tried ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    finally:
-        torch.random.set_rng_state(state)
-    return None
+        inputs = _attempt("no inputs for it could be made", part.inputs, original)
+        bypassed: set[str] = set()
+        for probe in (*(_Probe(False, None, scale) for scale in SCALES), _Probe(True)):
+            bypassed |= _compare(original, part, inputs, probe)
+        for name, child in original.named_modules():
+            if _is_dropout(child) and name in bypassed:  # the others run their own forwards, with us as without us
+                _compare(original, part, inputs, _Probe(True, name))
+        without = frozenset(place for place in part.optional if _equal_without(original, part, inputs, place))
+    kinds = tuple((name, type(child)) for name, child in module.named_modules() if name in bypassed)
+    proof = Proof(part, without, kinds, _settings(module))
+    disturbed = proof.disturbed(module)
+    if disturbed:
+        raise Unproved(f"its {disturbed} has hooks or a forward that somebody replaced, which we would not run")
+    return proof
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+def _check_signature(module: nn.Module, part: Part) -> None:
+    signature = _attempt("its forward cannot be inspected", inspect.signature, type(module).forward)
+    theirs, ours = (list(s.parameters.values())[1:] for s in (signature, inspect.signature(part.forward)))
+    if len(theirs) < len(ours) or any(p.kind in _VARIABLE for p in theirs[: len(ours)]):
+        raise Unproved(f"its forward takes {_named(theirs)} where CRIS's takes {_named(ours)}")
+    needed = [p for p in theirs[len(ours) :] if p.default is p.empty and p.kind not in _VARIABLE]
+    if needed:
+        raise Unproved(f"its forward needs {_named(needed)} as well")
+    codes = [getattr(vars(kind).get("forward"), "__code__", None) for kind in type(module).__mro__]
+    if any("autocast" in code.co_names for code in codes if code):
+        raise Unproved("its forward switches autocast by itself")
 
 
-def _probes(module: nn.Module) -> list[tuple[bool, str | None]]:
-    dropouts = [name for name, child in module.named_modules() if _dropout_of(child) is not None]
-    return [(False, None), (True, None), *((True, name) for name in dropouts)]
+def _named(parameters: list[inspect.Parameter]) -> str:
+    return f"({', '.join(p.name for p in parameters)})"
 
 
-def _dropout_of(module: nn.Module) -> float | None:
-    """The dropout probability that a module holds, None when it holds none."""
-    if isinstance(module, nn.Dropout):
-        return module.p
-    return module.dropout if isinstance(module, nn.MultiheadAttention) else None
+class _Probe(NamedTuple):
+    training: bool
+    dropped: str | None = None  # the dropout that drops everything
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        when = "in training" if self.training else "in eval mode"
+        size = f" on inputs of scale {self.scale:g}" if self.scale != 1.0 else ""
+        return f"{when}{size}{f' with {self.dropped} dropping everything' if self.dropped else ''}"
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Dropout, nn.MultiheadAttention))
+
+
+def _equal_without(original: nn.Module, part: Part, inputs: tuple, place: int) -> bool:
+    """Whether the input at ``place`` may be None."""
+    missing = (*inputs[:place], None, *inputs[place + 1 :])
+    try:
+        for training in (False, True):
+            _compare(original, part, missing, _Probe(training))
+    except Unproved:
+        return False
+    return True
+
+
+def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> set[str]:
+    """The descendants that their forward calls more often than ours; raises Unproved when the two differ."""
+    theirs = _attempt(
+        "its forward does not run on CRIS's inputs", _run, original, type(original).forward, inputs, probe
+    )
+    if theirs.random:
+        raise Unproved(f"{probe} it draws random numbers of its own")
+    if theirs.stored:
+        raise Unproved(f"{probe} it stores {theirs.stored} on itself")
+    with use_impl("reference"):
+        ours = _attempt("fastris does not run on it", _run, original, part.forward, inputs, probe)
+    if theirs.structure != ours.structure:
+        raise Unproved(f"it returns {_spelled(theirs.structure)} where CRIS's returns {_spelled(ours.structure)}")
+    if len(theirs.tensors) != len(ours.tensors):
+        raise Unproved(f"{probe} it adds or drops buffers")
+    for mine, yours in zip(theirs.tensors, ours.tensors, strict=True):
+        if mine.shape != yours.shape:
+            raise Unproved(f"it returns the shape {tuple(mine.shape)} where CRIS's returns {tuple(yours.shape)}")
+        if mine.dtype != yours.dtype:
+            raise Unproved(f"it changes the dtype from {_dtype(yours)} to {_dtype(mine)}")
+        if torch.equal(mine, yours):
+            continue
+        scale = yours.double().abs().max().clamp_min(1.0) if yours.numel() else torch.tensor(1.0)
+        if not torch.isfinite(mine).all() or (mine.double() - yours.double()).abs().max() > TOLERANCE * scale:
+            raise Unproved(f"{probe} its values or gradients differ from CRIS's")
+    return {name for name, count in theirs.calls.items() if count > ours.calls[name]}
+
+
+def _attempt(trouble: str, function: Callable, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # whatever a stranger's code raises on our probe, it is no proof
+        lines = str(error).splitlines() or [""]
+        raise Unproved(f"{trouble} ({type(error).__name__}: {lines[0][:120]})") from error
+
+
+class _Traces(NamedTuple):
+    """Everything that one pass leaves: outputs, gradients of inputs and parameters and statistics in ``tensors``."""
+
+    tensors: list[Tensor]
+    structure: Any
+    calls: Counter[str]
+    stored: str
+    random: bool
+
+
+def _run(original: nn.Module, forward: Callable, inputs: tuple, probe: _Probe) -> _Traces:
+    module = copy.deepcopy(original, {id(p): p for p in original.parameters()}).train(probe.training)
+    calls: Counter[str] = Counter()
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Dropout):
+            child.p = float(name == probe.dropped)
+        elif isinstance(child, nn.MultiheadAttention):
+            child.dropout = float(name == probe.dropped)
+        if name:
+            child.register_forward_pre_hook(lambda _module, _args, name=name: calls.update((name,)))
+    leaves = [(x * probe.scale).requires_grad_() if x.is_floating_point() else x for x in _tensors(inputs)]
+    given = _like(inputs, iter(leaves))
+    attributes = [(child, _attributes(child)) for child in module.modules()]
+    before = _random_states()
+    answer = forward(module, *given)
+    drew = _random_states() != before
+    stored = {key for child, known in attributes for key in _changed(known, _attributes(child))}
+    outputs = _tensors(answer)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+    targets = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+    gradients = torch.autograd.grad(outputs, targets, upstream, allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, targets, strict=True)]
+    tensors = [*outputs, *filled, *module.buffers()]
+    return _Traces(tensors, _structure(answer), calls, ", ".join(sorted(stored)), drew)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """A module's own attributes; the length tells of a list that grew."""
+    return {
+        key: (value, len(value) if isinstance(value, (list, dict, set)) else 0)
+        for key, value in vars(module).items()
+        if key not in _MODULE_ATTRIBUTES
+    }
+
+
+def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> list[str]:
+    nothing = (None, -1)
+    pairs = ((key, before.get(key, nothing), after.get(key, nothing)) for key in before.keys() | after.keys())
+    return [key for key, old, new in pairs if old[0] is not new[0] or old[1] != new[1]]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in _MODULE_ATTRIBUTES and isinstance(value, (bool, int, float, str, type(None)))
+    }
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy in float64 on the CPU without hooks, with random parameters and statistics."""
-    bare = _local_norms(copy.deepcopy(module)).cpu().double()
+    bare = _attempt("no copy of it could be made", lambda: _local_norms(copy.deepcopy(module)).cpu().double())
     for child in bare.modules():
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for hooks in _HOOKS:
             getattr(child, hooks).clear()
     for parameter in bare.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -214,58 +273,50 @@ def _local_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def _run(original: nn.Module, forward: Callable, inputs: tuple, training: bool, dropped: str | None) -> list[Tensor]:
-    """Everything that one pass leaves: outputs, gradients of inputs and parameters, statistics."""
-    module = copy.deepcopy(original).train(training)
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Dropout):
-            child.p = float(name == dropped)
-        elif isinstance(child, nn.MultiheadAttention):
-            child.dropout = float(name == dropped)
-    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in _tensors(inputs)]
-    outputs = list(_tensors(forward(module, *_like(inputs, iter(leaves)))))
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
-    targets = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
-    gradients = torch.autograd.grad(outputs, targets, upstream, allow_unused=True)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, targets, strict=True)]
-    return [*outputs, *filled, *module.buffers()]
+def _random_states() -> bytes:
+    return pickle.dumps((torch.random.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
 
 
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    states = torch.random.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a nested structure; anything else in it is a TypeError, as we could not compare it."""
+    """The tensors of a nested structure."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in _tensors(item)]
-    raise TypeError(f"a {type(value).__name__} among tensors")
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return []
+
+
+def _structure(value: Any) -> Any:
+    """What holds the tensors: a type, or (type, structures of the items)."""
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_structure, value)
+    return Tensor if isinstance(value, Tensor) else type(value)
+
+
+def _spelled(structure: Any) -> str:
+    if isinstance(structure, tuple):
+        return f"a {structure[0].__name__} of {len(structure) - 1}"
+    return f"a {structure.__name__}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _like(structure: Any, leaves: Any) -> Any:
     if isinstance(structure, Tensor):
         return next(leaves)
-    return type(structure)(_like(item, leaves) for item in structure)
-
-
-def _difference(theirs: list[Tensor], ours: list[Tensor]) -> str | None:
-    if len(theirs) != len(ours):
-        return f"it returns {len(theirs) - len(ours):+d} tensors more than CRIS's"
-    for mine, yours in zip(theirs, ours, strict=True):
-        if mine.shape != yours.shape:
-            return f"it returns the shape {tuple(mine.shape)} where CRIS's returns {tuple(yours.shape)}"
-        scale = yours.double().abs().max().clamp_min(1.0) if yours.numel() else torch.tensor(1.0)
-        if not torch.isfinite(mine).all() or (mine.double() - yours.double()).abs().max() > TOLERANCE * scale:
-            return "its values or gradients differ from CRIS's"
-    return None
-
-
-def _is_chain(module: Any, kinds: tuple[type, ...], norms_too: bool = False) -> bool:
-    """A Sequential of exactly these kinds; with ``norms_too`` SyncBatchNorm stands for BatchNorm2d."""
-    if not isinstance(module, nn.Sequential) or len(module) != len(kinds):
-        return False
-    allowed = [(k, nn.SyncBatchNorm) if norms_too and k is nn.BatchNorm2d else k for k in kinds]
-    return all(isinstance(child, kind) for child, kind in zip(module, allowed, strict=True))
+    return structure if structure is None else type(structure)(_like(item, leaves) for item in structure)

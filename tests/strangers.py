@@ -64,6 +64,60 @@ class DropFirstLayer(Layer):
     drops_branch_first = True
 
 
+class MasklessLayer(Layer):
+    """Looks at padding as if it were words."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        return super().forward(image, words, image_pos, word_pos, None)
+
+
+class AskedLayer(Layer):
+    """Returns its attention weights when asked; needs no padding mask."""
+
+    def forward(self, image, words, image_pos, word_pos, padding=None, *, want_weights=False):
+        answer = super().forward(image, words, image_pos, word_pos, padding)
+        return (answer, self.norm1(image)) if want_weights else answer
+
+
+class ScaledLayer(Layer):
+    """Learns how much of the layer to take; begins with all of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        return image + self.gain * (super().forward(image, words, image_pos, word_pos, padding) - image)
+
+
+class PostNormLayer(Layer):
+    def forward(self, image, words, image_pos, word_pos, padding):
+        return self.norm1(super().forward(image, words, image_pos, word_pos, padding))
+
+
+class ExtraDropoutLayer(Layer):
+    """A tenth of a percent of the words is dropped, by a dropout that is no module."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        words = F.dropout(words, 0.001, self.training)
+        return super().forward(image, words, image_pos, word_pos, padding)
+
+
+class RememberingLayer(Layer):
+    """Keeps the map of its first head for a picture."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        answer = super().forward(image, words, image_pos, word_pos, padding)
+        self.seen = answer.detach()[0]
+        return answer
+
+
+def layer_with(change, kind=Layer, **options) -> nn.Module:
+    layer = kind(32, 4, 64, **options)
+    change(layer)
+    return layer
+
+
 def sines(length: int, width: int) -> torch.Tensor:
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float) * -(math.log(10000.0) / width))
     table = torch.zeros(length, width)
@@ -133,6 +187,64 @@ class NormalisedHead(MaskHead):
         return super().forward(x, word / word.norm(dim=-1, keepdim=True))
 
 
+class VariedHead(MaskHead):
+    """The projector, and then ``vary(self, answer)``; ``knob`` is a setting and ``temperature`` a parameter for it."""
+
+    def __init__(self, vary, **options):
+        super().__init__(48, 16, **options)
+        self.vary, self.knob, self.temperature = vary, 1.0, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, word):
+        return self.vary(self, super().forward(x, word))
+
+
+class QueryHead(nn.Module):
+    """Several text kernels over one map: all kernels first, then all biases; the text projection has a dropout."""
+
+    def __init__(self, word_dim: int, in_dim: int, kernel_size: int = 3, queries: int = 2, dropout: float = 0.1):
+        super().__init__()
+        self.in_dim, self.kernel_size, self.queries = in_dim, kernel_size, queries
+        self.vis = MaskHead(word_dim, in_dim).vis
+        self.txt_fc = nn.Sequential(nn.Linear(word_dim, queries * (in_dim * kernel_size**2 + 1)), nn.Dropout(dropout))
+
+    def forward(self, x, word):
+        x, parameters = self.vis(x), self.txt_fc(word)
+        answers = []
+        for image, own in zip(x, parameters, strict=True):
+            kernels, biases = self.split(own)
+            kernels = kernels.reshape(self.queries, self.in_dim, self.kernel_size, self.kernel_size)
+            answers.append(F.conv2d(image[None], kernels, biases, padding=self.kernel_size // 2))
+        return torch.cat(answers)
+
+    def split(self, own):
+        return own[: -self.queries], own[-self.queries :]
+
+
+class BiasesFirstHead(QueryHead):
+    """Reads the same numbers in another order."""
+
+    def split(self, own):
+        return own[self.queries :], own[: self.queries]
+
+
+class FullPrecisionHead(MaskHead):
+    """Scores in float32 on a GPU, whatever autocast says."""
+
+    def forward(self, x, word):
+        with torch.autocast("cuda", enabled=False):
+            return super().forward(x.float(), word.float())
+
+
+class ScoredHead(MaskHead):
+    def forward(self, x, word, score):
+        return score * super().forward(x, word)
+
+
+class BundledHead(MaskHead):
+    def forward(self, *inputs):
+        return super().forward(*inputs)
+
+
 class AlignedHead(MaskHead):
     """Upsamples with aligned corners."""
 
@@ -188,14 +300,36 @@ class StatelessFusion(Fusion):
         return super().forward(imgs, state)
 
 
+class UngatedFusion(Fusion):
+    """A neck that lets the image through where there is no sentence."""
+
+    def forward(self, imgs, state=None, deep=False):
+        if state is not None and not deep:
+            return super().forward(imgs, state)
+        v3, v4, v5 = imgs
+        f5 = self.norm_layer(self.f1_v_proj(v5))
+        f4 = self.f2_cat(torch.cat([self.f2_v_proj(v4), self.up(f5)], 1))
+        f3 = self.f3_cat(torch.cat([F.avg_pool2d(self.f3_v_proj(v3), 2, 2), f4], 1))
+        parts = [self.f4_proj3(f3), self.f4_proj4(f4), self.up(self.f4_proj5(f5))]
+        return self.coordconv(self.aggr(torch.cat(parts, 1)))
+
+
+class TwiceFusion(Fusion):
+    """Sends one map through a block twice, so that the block's statistics see it twice."""
+
+    def forward(self, imgs, state):
+        self.f4_proj4(self.f2_v_proj(imgs[1]))
+        return super().forward(imgs, state)
+
+
 class Stranger(nn.Module):
     """A model with all three parts; its forward returns logits (B, 1, 4h, 4w)."""
 
-    def __init__(self, width: int = 32, word_dim: int = 48, **head):
+    def __init__(self, hidden: int = 64, dropout: float = 0.1):
         super().__init__()
         self.fusion = Fusion()
-        self.reader = CrossModalDecoder(2, width, 4, 64, dropout=0.1)
-        self.head = MaskHead(word_dim, width // 2, **head)
+        self.reader = CrossModalDecoder(2, 32, 4, hidden, dropout)
+        self.head = MaskHead(48, 16)
 
     def forward(self, imgs, words, state, padding):
         fused = self.fusion(imgs, state)

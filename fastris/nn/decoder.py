@@ -80,18 +80,9 @@ def decoder_layer_forward(
     layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None
 ) -> Tensor:
     """The forward of any module with the attributes of :class:`TransformerDecoderLayer`."""
-    pixels, words = vis.transpose(0, 1), txt.transpose(0, 1)
+    words = txt.transpose(0, 1)
     positions, word_positions = _table_for(vis, vis_pos[:, 0]), _table_for(vis, txt_pos[:, 0])
-    pixels = self_attention(
-        pixels,
-        positions,
-        _attention_weights(layer.norm1, layer.self_attn, layer.self_attn_norm),
-        layer.self_attn.num_heads,
-        dropout=layer.dropout1.p,
-        attention_dropout=layer.self_attn.dropout,
-        training=layer.training,
-        eps=layer.norm1.eps,
-    )
+    pixels = _attend_to_pixels(layer, vis, positions)
     pixels = cross_attention(
         pixels,
         words,
@@ -100,21 +91,58 @@ def decoder_layer_forward(
         pad_mask,
         _attention_weights(layer.norm2, layer.multihead_attn, layer.cross_attn_norm),
         layer.multihead_attn.num_heads,
-        dropout=layer.dropout2.p,
-        attention_dropout=layer.multihead_attn.dropout,
-        training=layer.training,
+        dropout=_probability(layer.dropout2, layer.dropout2.p),
+        attention_dropout=_probability(layer.multihead_attn, layer.multihead_attn.dropout),
+        training=True,
         eps=layer.norm2.eps,
     )
+    return _feed_forward(layer, pixels.transpose(0, 1))
+
+
+def decoder_layer_forward_with_weights(
+    layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`decoder_layer_forward`, and the weights (B, N, L) of the cross-attention, averaged over the heads.
+
+    The fast path of the cross-attention has no such average, so this sub-layer runs as published; the others are fast.
+    """
+    pixels = _attend_to_pixels(layer, vis, _table_for(vis, vis_pos[:, 0])).transpose(0, 1)
+    query, key = layer.norm2(pixels) + vis_pos.to(vis.device), txt + txt_pos.to(txt.device)
+    branch, weights = layer.multihead_attn(query, key, txt, key_padding_mask=pad_mask)
+    return _feed_forward(layer, pixels + layer.dropout2(layer.cross_attn_norm(branch))), weights
+
+
+def _attend_to_pixels(layer: Any, vis: Tensor, positions: Tensor) -> Tensor:
+    """The self-attention sub-layer: (N, B, D) -> (B, N, D)."""
+    return self_attention(
+        vis.transpose(0, 1),
+        positions,
+        _attention_weights(layer.norm1, layer.self_attn, layer.self_attn_norm),
+        layer.self_attn.num_heads,
+        dropout=_probability(layer.dropout1, layer.dropout1.p),
+        attention_dropout=_probability(layer.self_attn, layer.self_attn.dropout),
+        training=True,
+        eps=layer.norm1.eps,
+    )
+
+
+def _feed_forward(layer: Any, pixels: Tensor) -> Tensor:
+    """The feed-forward sub-layer: (N, B, D) -> (N, B, D)."""
     in_published_order = requested_impl() == "reference"  # the others keep a sample's pixels together: no copies
     pixels = feed_forward(
-        pixels.transpose(0, 1) if in_published_order else pixels,
+        pixels if in_published_order else pixels.transpose(0, 1),
         _feed_forward_weights(layer.norm3, layer.ffn),
-        dropout=layer.dropout3.p,
-        inner_dropout=layer.ffn[2].p,
-        training=layer.training,
+        dropout=_probability(layer.dropout3, layer.dropout3.p),
+        inner_dropout=_probability(layer.ffn[2], layer.ffn[2].p),
+        training=True,
         eps=layer.norm3.eps,
     )
     return pixels if in_published_order else pixels.transpose(0, 1)
+
+
+def _probability(owner: nn.Module, dropout: float) -> float:
+    """A dropout belongs to the module that holds it: that one's mode counts, which need not be the layer's."""
+    return dropout if owner.training else 0.0
 
 
 def _table_for(x: Tensor, table: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class FPN(nn.Module):
         return neck_forward(self, imgs, state)
 
 
-def neck_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
-    """The forward of any module with the attributes of :class:`FPN`."""
+def neck_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor | None) -> Tensor:
+    """The forward of any module with the attributes of :class:`FPN`; without a ``state`` nothing gates C5."""
     return neck_fuse(neck, neck_project(neck, imgs), state)
 
 
@@ -63,9 +63,9 @@ def neck_project(neck: Any, imgs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Ten
     return F.avg_pool2d(neck.f3_v_proj(c3), 2, 2), neck.f2_v_proj(c4), neck.f1_v_proj(c5)
 
 
-def neck_fuse(neck: Any, projected: Sequence[Tensor], state: Tensor) -> Tensor:
+def neck_fuse(neck: Any, projected: Sequence[Tensor], state: Tensor | None) -> Tensor:
     f3, f4, f5 = projected
-    f5 = neck.norm_layer(f5 * neck.txt_proj(state)[:, :, None, None])
+    f5 = neck.norm_layer(f5 if state is None else f5 * neck.txt_proj(state)[:, :, None, None])
     f4 = _cat_block(neck.f2_cat, [f4], [f5])
     f3 = _cat_block(neck.f3_cat, [f3, f4])
     fq = _cat_block(neck.aggr, [neck.f4_proj3(f3), neck.f4_proj4(f4)], [neck.f4_proj5(f5)])

@@ -51,7 +51,7 @@ def projector_loss(projector: Any, x: Tensor, word: Tensor, mask: Tensor) -> tup
 
 
 def projector_forward(projector: Any, x: Tensor, word: Tensor) -> Any:
-    """The forward of any module with the attributes of :class:`Projector`.
+    """The forward of any module with the attributes of :class:`Projector`: logits (B, Q, 4h, 4w) of Q text kernels.
 
     Where its last 1x1 convolution gives M maps of in_dim channels, all are scored by the one text kernel, and the
     answer is a tuple of M logits (B, 1, 4h, 4w).
@@ -60,18 +60,28 @@ def projector_forward(projector: Any, x: Tensor, word: Tensor) -> Any:
     maps = last.out_channels // projector.in_dim
     features, kernel, bias = _features_and_kernel(projector, x, word)
     if maps > 1:
-        kernel, bias = _kernel_of_each_map(kernel, maps), bias[:, None].expand(-1, maps)
+        kernel, bias = _kernel_of_each_map(kernel[:, 0], maps), bias.expand(-1, maps)
     logits = text_to_pixel_similarity(features, kernel, bias, pointwise_weight=last.weight, pointwise_bias=last.bias)
-    return logits.split(1, dim=1) if maps > 1 else logits
+    return tuple(one.contiguous() for one in logits.split(1, dim=1)) if maps > 1 else logits
+
+
+def text_projection(projector: Any) -> Any:
+    """The module that projects the sentence: ``txt``, or ``txt_fc`` where there are several text kernels."""
+    return projector.txt if hasattr(projector, "txt") else projector.txt_fc
 
 
 def _features_and_kernel(projector: Any, x: Tensor, word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The map before the last 1x1 convolution (B, C, 4h, 4w), the sentence's kernel (B, in_dim, k, k) and bias (B,)."""
+    """The map before the last 1x1 convolution (B, C, 4h, 4w), text kernels (B, Q, in_dim, k, k) and biases (B, Q).
+
+    The text projection gives all kernels first and then all biases.
+    """
     for convolution, norm, activation in (projector.vis[1], projector.vis[3]):
         x = activation(norm(upsample2x_conv3x3(x, convolution.weight, convolution.bias)))
-    parameters = projector.txt(word)
+    parameters = text_projection(projector)(word)
     size = projector.kernel_size
-    return x, parameters[:, :-1].reshape(-1, projector.in_dim, size, size), parameters[:, -1]
+    queries = parameters.shape[-1] // (projector.in_dim * size * size + 1)
+    kernels = parameters[:, :-queries].reshape(-1, queries, projector.in_dim, size, size)
+    return x, kernels, parameters[:, -queries:]
 
 
 def _kernel_of_each_map(kernel: Tensor, maps: int) -> Tensor:
