@@ -14,6 +14,7 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "allow_fp16_accumulation": "fastris.accumulation",
     "patch": "fastris.dropin",
     "unpatch": "fastris.dropin",
     "use_impl": "fastris.dispatch",
@@ -26,12 +27,14 @@ __all__ = [
     "ImageFeatures",
     "Segmenter",
     "__version__",
+    "allow_fp16_accumulation",
     "patch",
     "unpatch",
     "use_impl",
 ]
 
 if TYPE_CHECKING:
+    from fastris.accumulation import allow_fp16_accumulation
     from fastris.dispatch import use_impl
     from fastris.dropin import patch, unpatch
     from fastris.models.config import CLIPConfig, CRISConfig
