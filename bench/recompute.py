@@ -124,7 +124,7 @@ def fits_table(cells: Sequence[WholeCell]) -> str:
     ]
     published = f"B={PUBLISHED_BATCH}"
     columns = ("arm", "recompute", *(f"{card} GB" for card in CARDS), f"{published} needs GiB", f"{published} in 12 GB")
-    title = "Largest batch of one training step with Adam, forecast from counted bytes; no GPU has confirmed it."
+    title = "Largest batch of one training step with Adam, forecast from counted bytes, tried on no card."
     return f"{title}\n\n{_table(columns, rows)}"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from training_helpers import model_config
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
 
@@ -91,16 +92,16 @@ def test_live_count_agrees_with_what_autograd_saves(arm):
 def test_each_setting_keeps_less_than_the_one_before_it():
     totals = []
     for setting in ("none", "pointwise", "stages"):
-        kept = count_step(small_config(), setting, CPU).kept
+        kept = count_step(model_config(), setting, CPU).kept
         assert list(kept) == list(STAGES)
         totals.append(sum(stage.total for stage in kept.values()))
     assert totals == sorted(set(totals), reverse=True)
 
 
 def test_gradients_and_optimizer_state_are_in_the_forecast():
-    model, data = model_and_batch(small_config(), "none", CPU, 2)
+    model, data = model_and_batch(model_config(), "none", CPU, 2)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    step = count_step(small_config(), "none", CPU)
+    step = count_step(model_config(), "none", CPU)
     assert step.fixed == 3 * weights + sum(buffer.nbytes for buffer in model.buffers())
     unused = model.backbone.logit_scale.nbytes
     assert step.peaks["backward of stem"] >= weights - unused + sum(tensor.nbytes for tensor in data)
@@ -127,7 +128,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
 
     monkeypatch.setattr("bench.whole.count_step", failing)
     cells: list[WholeCell] = []
-    count_whole([ARMS["reference"], ARMS["torch"]], CPU, lambda text: None, cells, small_config())
+    count_whole([ARMS["reference"], ARMS["torch"]], CPU, lambda text: None, cells, model_config())
     assert [(c.arm, c.recompute, c.status) for c in cells] == [
         ("reference", "none", "measured"),
         ("torch", "none", "measured"),
@@ -138,7 +139,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
 
 
 def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(recompute.CRISConfig, "preset", lambda name: small_config())
+    monkeypatch.setattr(recompute.CRISConfig, "preset", lambda name: model_config())
     path = tmp_path / "memory.json"
     assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_paths import make_batch, make_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ def batch_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return images.to(dtype), tokens, masks.to(dtype)
 
 
-def results(model: CRIS, loss: Tensor) -> dict[str, Tensor]:
+def results(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Loss, gradients and BatchNorm's statistics and counters after the backward pass."""
     torch.manual_seed(9)  # another state than the forward pass's
     loss.backward()
@@ -127,6 +127,33 @@ def test_modules_are_as_before_when_the_backward_fails(monkeypatch):
         loss.backward()
     assert all(module.training for module in model.modules())
     assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("setting", RECOMPUTING)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4, affine=False),
+        nn.SyncBatchNorm(4),
+    ],
+    ids=["cumulative", "untracked", "plain", "sync"],
+)
+def test_every_batch_norm_moves_once_and_dropout_repeats(norm, setting):
+    def step(setting: str) -> dict[str, Tensor]:
+        block = nn.Sequential(
+            nn.Conv2d(3, 4, 3), copy.deepcopy(norm), nn.ReLU(True), nn.Dropout(0.5), nn.Conv2d(4, 2, 1)
+        )
+        block.load_state_dict(state, strict=False)
+        torch.manual_seed(5)
+        loss = sum(recompute.recomputed([block], setting, block, x, large=True).square().sum() for x in inputs)
+        return results(block, loss)
+
+    inputs = torch.randn(2, 5, 3, 6, 6)
+    state = {"0.weight": torch.randn(4, 3, 3, 3), "4.weight": torch.randn(2, 4, 1, 1)}
+    state |= {"0.bias": torch.randn(4), "4.bias": torch.randn(2)}
+    assert_same_bits(step(setting), step("none"))
 
 
 class CountedProducts(TorchDispatchMode):

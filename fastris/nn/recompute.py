@@ -103,7 +103,7 @@ def _second_pass(modes: list[tuple[nn.Module, bool]], inner: AbstractContextMana
             module.training = training
         for norm, buffers in moved:
             for name, buffer in buffers.items():
-                norm._buffers[name] = buffer.clone() if buffer is not None and buffer.is_floating_point() else None
+                norm._buffers[name] = None if buffer is None else buffer.clone()
         with inner:
             yield
     finally:
