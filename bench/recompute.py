@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -151,7 +150,7 @@ def _say(what: str) -> None:
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: {os.path.basename(sys.executable)} -m bench.memory [name=value ...]\n")
+        print("usage: python -m bench.memory [name=value ...]\n")
         print(f"{inspect.getdoc(WholeConfig)}\n\n{describe(WholeConfig)}")
         return 0
     try:
