@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections import Counter
 
 import pytest
@@ -101,6 +102,26 @@ def test_several_expressions_about_one_image_have_the_same_bits(setting):
         return results(model, loss)
 
     assert_same_bits(shared(setting), shared("none"))
+
+
+@pytest.mark.parametrize("setting", RECOMPUTING)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["this thread", "another thread"])
+def test_backward_outside_the_block_takes_the_path_of_the_forward(setting, elsewhere):
+    batch = batch_of(torch.float32)
+
+    def step(setting: str) -> dict[str, Tensor]:
+        model, found = prepared(setting), {}
+        torch.manual_seed(5)
+        with use_impl("reference"):
+            loss = model(*batch)[2]
+        if not elsewhere:
+            return results(model, loss)
+        thread = threading.Thread(target=lambda: found.update(results(model, loss)))  # as CUDA's backward does
+        thread.start()
+        thread.join()
+        return found
+
+    assert_same_bits(step(setting), step("none"))
 
 
 @pytest.mark.parametrize("setting", RECOMPUTING)

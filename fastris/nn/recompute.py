@@ -11,7 +11,8 @@ Both are ``torch.utils.checkpoint`` without reentrance, the first with selective
 function for convolution, norm and ReLU would keep as much and dispatch faster, but would have to do again, for every
 dtype and memory format, what autograd, autocast and SyncBatchNorm do for the modules as they are, and match their bits.
 :func:`recomputed` adds what PyTorch leaves to the caller: BatchNorm's running statistics move once, modules compute
-again in the mode (training or not) that they were in, and the casts of one pass do not depend on another pass's.
+again in the mode (training or not) and by the path (:mod:`fastris.dispatch`) of the forward pass, and the casts of one
+pass do not depend on another pass's.
 
 The decoder and the projector are left alone: their autograd functions keep little as they are.
 """
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fastris.dispatch import requested_impl, use_impl
 
 SETTINGS = ("none", "pointwise", "stages")
 
@@ -61,7 +64,7 @@ def recomputed(
     whole = large and setting == "stages"
     if torch.compiler.is_compiling():
         return checkpoint(function, *inputs, use_reentrant=False) if whole else function(*inputs)
-    kind = inputs[0].device.type
+    kind, impl = inputs[0].device.type, requested_impl()
 
     def first_pass(*inputs: Tensor) -> Any:
         with _own_casts(kind):
@@ -71,7 +74,7 @@ def recomputed(
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         keep, use = (nullcontext(),) * 2 if whole else create_selective_checkpoint_contexts(_keep_products)
-        return keep, _second_pass(modes, use)
+        return keep, _second_pass(modes, impl, use)
 
     return checkpoint(first_pass, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -92,8 +95,11 @@ def _own_casts(kind: str) -> AbstractContextManager:
 
 
 @contextmanager
-def _second_pass(modes: list[tuple[nn.Module, bool]], inner: AbstractContextManager) -> Iterator[None]:
-    """Modules in the mode of the first pass, and norms with copies of their running statistics to move."""
+def _second_pass(modes: list[tuple[nn.Module, bool]], impl: str, inner: AbstractContextManager) -> Iterator[None]:
+    """Modules and operators in the mode of the first pass, and norms with copies of their running statistics to move.
+
+    The backward pass may run outside the forward's :func:`use_impl` block, and on CUDA runs in another thread.
+    """
     now = [(module, module.training) for module, _ in modes]
     moved = [
         (module, module._buffers.copy()) for module, training in modes if training and isinstance(module, _BatchNorm)
@@ -104,7 +110,7 @@ def _second_pass(modes: list[tuple[nn.Module, bool]], inner: AbstractContextMana
         for norm, buffers in moved:
             for name, buffer in buffers.items():
                 norm._buffers[name] = None if buffer is None else buffer.clone()
-        with inner:
+        with use_impl(impl), inner:
             yield
     finally:
         for module, training in now:
