@@ -14,6 +14,7 @@ _LAZY = {
     "CLIPConfig": "fastris.models.config",
     "ImageFeatures": "fastris.models.cris",
     "Segmenter": "fastris.predict",
+    "allow_fp16_accumulation": "fastris.accumulation",
     "for_inference": "fastris.nn.folding",
     "keep_freed_memory": "fastris.host_memory",
     "patch": "fastris.dropin",
@@ -28,6 +29,7 @@ __all__ = [
     "ImageFeatures",
     "Segmenter",
     "__version__",
+    "allow_fp16_accumulation",
     "for_inference",
     "keep_freed_memory",
     "patch",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastris.accumulation import allow_fp16_accumulation
     from fastris.dispatch import use_impl
     from fastris.dropin import patch, unpatch
     from fastris.host_memory import keep_freed_memory

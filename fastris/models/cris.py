@@ -15,6 +15,7 @@ from fastris.nn.clip import CLIPBackbone
 from fastris.nn.decoder import TransformerDecoder
 from fastris.nn.neck import FPN
 from fastris.nn.projector import Projector
+from fastris.nn.recompute import check_setting, recomputed
 from fastris.reference import resize_target
 
 
@@ -54,6 +55,8 @@ class CRIS(
     ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors and config.json).
     """
 
+    recompute = "none"
+
     def __init__(self, config: CRISConfig):
         super().__init__()
         if isinstance(config, Mapping):  # as huggingface_hub hands over the contents of config.json
@@ -86,10 +89,22 @@ class CRIS(
         """As huggingface_hub's, but weights that do not fit are an error unless ``strict=False``."""
         return super().from_pretrained(*args, strict=strict, **kwargs)
 
+    def set_recompute(self, setting: str) -> CRIS:
+        """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
+
+        ``"none"`` keeps what autograd keeps; ``"pointwise"`` computes norms, ReLU, pooling and casts of the weights
+        again in the backward pass, but no convolution or matrix product; ``"stages"`` also the products of the image
+        encoder's first stages. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
+        """
+        for part in (self, self.backbone, self.backbone.visual):
+            part.recompute = check_setting(setting)
+        return self
+
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """Everything that depends on the images (B, 3, H, W) alone. H and W must be multiples of 32 pixels."""
         _check_images(images)
-        return ImageFeatures(*self.neck.project(self.backbone.encode_image(images)))
+        maps = self.backbone.encode_image(images)
+        return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
 
     def segment(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Logits (E, 1, H/4, W/4) of the expressions ``tokens`` (E, L) about encoded images.
@@ -115,11 +130,17 @@ class CRIS(
         _check_index(index, len(features.f3), len(tokens))
         tokens = _without_shared_padding(tokens)
         words, state = self.backbone.encode_text(tokens)
-        fused = self.neck.fuse(features.select(index), state)
+        fused = recomputed([self.neck], self.recompute, self._fuse, state, *features.select(index))
         decoded = self.decoder(fused, words, tokens == 0)
         if isinstance(decoded, list):
             decoded = decoded[-1]
         return decoded.reshape(fused.shape), state
+
+    def _project(self, *maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.neck.project(maps)
+
+    def _fuse(self, state: Tensor, *projected: Tensor) -> Tensor:
+        return self.neck.fuse(projected, state)
 
     def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W)."""

@@ -15,6 +15,8 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.transformer import LayerNorm, QuickGELU, Transformer
 from torch import Tensor, nn
 
+from fastris.nn.recompute import recomputed
+
 
 class DenseAttentionPool(AttentionPool2d):
     """CLIP's attention pool without pooling, plus CRIS's residual ``connect``: (B, C, H, W) -> (B, E, H, W).
@@ -65,8 +67,10 @@ class DenseAttentionPool(AttentionPool2d):
 class DenseResNet(ModifiedResNet):
     """CLIP's ModifiedResNet, returning C3 (layer2), C4 (layer3) and C5 (attention pool) at strides 8, 16 and 32.
 
-    For RN50 and 416x416: 512@52x52, 1024@26x26, 1024@13x13.
+    For RN50 and 416x416: 512@52x52, 1024@26x26, 1024@13x13. ``recompute`` is set by :meth:`fastris.CRIS.set_recompute`.
     """
+
+    recompute = "none"
 
     def __init__(self, layers: tuple[int, ...], output_dim: int, heads: int, image_size: int, width: int):
         super().__init__(list(layers), output_dim, heads, image_size, width)
@@ -74,17 +78,26 @@ class DenseResNet(ModifiedResNet):
         self.init_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c3 = self.layer2(self.layer1(self.stem(x)))
-        c4 = self.layer3(c3)
-        return c3, c4, self.attnpool(self.layer4(c4))
+        setting = self.recompute
+        x = recomputed([self.bn1, self.bn2, self.bn3], setting, self.stem, x, large=True)
+        c2 = recomputed([self.layer1], setting, self.layer1, x, large=True)
+        c3 = recomputed([self.layer2], setting, self.layer2, c2, large=True)
+        c4 = recomputed([self.layer3], setting, self.layer3, c3)
+        return c3, c4, recomputed([self.layer4, self.attnpool], setting, self._last_stage, c4)
+
+    def _last_stage(self, c4: Tensor) -> Tensor:
+        return self.attnpool(self.layer4(c4))
 
 
 class CLIPBackbone(nn.Module):
     """CRIS's two encoders under one roof, with CLIP's parameter names.
 
     Args mirror CLIP's: ``embed_dim`` is the width of ``state`` and of C5; ``image_resolution`` is the resolution the
-    attention pool's positions were trained at (224 for RN50 and RN101), not the one to run at.
+    attention pool's positions were trained at (224 for RN50 and RN101), not the one to run at. ``recompute`` is set by
+    :meth:`fastris.CRIS.set_recompute`.
     """
+
+    recompute = "none"
 
     def __init__(
         self,
@@ -134,6 +147,6 @@ class CLIPBackbone(nn.Module):
         length = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:length]
         causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
-        words = self.ln_final(self.transformer(x, attn_mask=causal))
+        words = self.ln_final(recomputed([self.transformer], self.recompute, self.transformer, x, causal))
         end = words[torch.arange(len(words), device=words.device), text.argmax(dim=-1)]
         return words, end @ self.text_projection

@@ -1,0 +1,166 @@
+"""Live bytes are what autograd and checkpoints keep, each storage once; forecasts follow from them by arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from training_helpers import model_config
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
+
+from bench import recompute
+from bench.arms import ARMS
+from bench.builders import small_config
+from bench.live import LiveStorages
+from bench.memory import KeptStorages
+from bench.whole import (
+    CONTEXT,
+    GIB,
+    GOALS,
+    MIB,
+    STAGES,
+    WORKSPACE,
+    StepCount,
+    WholeCell,
+    count_step,
+    count_whole,
+    lines_through,
+    model_and_batch,
+)
+from fastris import CRISConfig
+
+CPU = torch.device("cpu")
+
+
+def test_freed_results_do_not_count_and_views_count_once():
+    x = torch.randn(10, 4)
+    with LiveStorages([], [x]) as counter:
+        with counter.stage("first"):
+            kept = x * 2
+            (kept + 1).exp()
+        with counter.stage("second"):
+            also = kept.T.reshape(2, 20).clone()
+        views = kept[1:], kept.view(-1)
+    assert {name: stage.total for name, stage in counter.kept().items()} == {"first": 160, "second": 160}
+    del kept, views, also
+    assert counter.kept() == {} and counter.alive() == 0
+
+
+def test_peak_of_a_stage_includes_what_others_keep():
+    x = torch.randn(100)
+    with LiveStorages([], [x]) as counter:
+        with counter.stage("first"):
+            kept = x * 2
+        with counter.stage("second"):
+            (x + 1).exp()
+            x + kept
+    assert counter.peaks["first"] == 400 and counter.peaks["second"] == 1200
+    assert counter.alive() == 400
+
+
+def test_what_a_checkpoint_holds_is_counted_where_hooks_see_nothing():
+    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+
+    def kept(forward):
+        with LiveStorages(layers.parameters(), [x]) as counter:
+            output = forward(2 * x).sum()
+        return counter.alive() - output.nbytes
+
+    assert kept(layers) == 5 * (8 + 16) * 4  # inputs of both products; ReLU keeps the second
+    assert kept(lambda x: checkpoint(layers, x, use_reentrant=False)) == 5 * 8 * 4
+
+
+@pytest.mark.parametrize("arm", ["reference", "torch"])
+def test_live_count_agrees_with_what_autograd_saves(arm):
+    model, data = model_and_batch(small_config(), "none", CPU, 2)
+    saved = KeptStorages([*model.parameters(), *model.buffers(), *data])
+    with ARMS[arm].active():
+        with torch.autocast("cpu", torch.bfloat16), saved.stage("all"):
+            model(*data)
+        live = count_step(small_config(), "none", CPU).kept.values()
+    expected, actual = saved.stages["all"].total, sum(kept.total for kept in live)
+    # A table of positions stays cached, the sentence's padding with the tokens; autograd saves neither.
+    assert expected <= actual <= 1.02 * expected
+
+
+def test_each_setting_keeps_less_than_the_one_before_it():
+    totals = []
+    for setting in ("none", "pointwise", "stages"):
+        kept = count_step(model_config(), setting, CPU).kept
+        assert list(kept) == list(STAGES)
+        totals.append(sum(stage.total for stage in kept.values()))
+    assert totals == sorted(set(totals), reverse=True)
+
+
+def test_gradients_and_optimizer_state_are_in_the_forecast():
+    model, data = model_and_batch(model_config(), "none", CPU, 2)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    step = count_step(model_config(), "none", CPU)
+    assert step.fixed == 3 * weights + sum(buffer.nbytes for buffer in model.buffers())
+    unused = model.backbone.logit_scale.nbytes
+    assert step.peaks["backward of stem"] >= weights - unused + sum(tensor.nbytes for tensor in data)
+
+
+def test_lines_pass_through_both_counts():
+    small, large = StepCount(2, 0, {}, {"a": 10, "b": 8}), StepCount(4, 0, {}, {"a": 16, "b": 8})
+    assert lines_through(small, large) == {"a": (4.0, 3.0), "b": (8.0, 0.0)}
+
+
+def test_largest_batch_is_the_last_that_fits():
+    cell = WholeCell("torch", fixed=GIB, lines={"early": (0.0, 100.0 * MIB), "late": (GIB, 50.0 * MIB)})
+    batch = cell.largest_batch(12)
+    assert CONTEXT + cell.step_bytes(batch) <= 12 * GIB < CONTEXT + cell.step_bytes(batch + 1)
+    assert WholeCell("torch", fixed=12 * GIB, lines={"all": (0.0, 1.0)}).largest_batch(12) == 0
+    assert cell.step_bytes(1) == GIB + WORKSPACE + GIB + 50 * MIB
+
+
+def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
+    def failing(config, setting, device, batch):
+        if setting == "pointwise":
+            raise MemoryError("no room")
+        return StepCount(batch, 0, {}, {"a": batch})
+
+    monkeypatch.setattr("bench.whole.count_step", failing)
+    cells: list[WholeCell] = []
+    count_whole([ARMS["reference"], ARMS["torch"]], CPU, lambda text: None, cells, model_config())
+    assert [(c.arm, c.recompute, c.status) for c in cells] == [
+        ("reference", "none", "measured"),
+        ("torch", "none", "measured"),
+        ("torch", "pointwise", "out of memory"),
+        ("torch", "stages", "measured"),
+    ]
+    assert "no room" in recompute.kept_table(cells) and "no room" not in recompute.fits_table(cells)
+
+
+def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(recompute.CRISConfig, "preset", lambda name: model_config())
+    path = tmp_path / "memory.json"
+    assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
+    assert '"recompute": "pointwise"' in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--arms=fast"], "no arm 'fast'"), (["rounds=-1"], "rounds must be at least 0"), (["batch=1"], "at least 2")],
+)
+def test_bad_options_are_one_line(arguments, message, capsys):
+    assert recompute.main([*arguments, "--device=cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arm", "setting", "most"), [("reference", "none", 476), *(("torch", name, goal) for name, goal in GOALS.items())]
+)
+def test_cris_r50_keeps_no_more_than_its_goal(arm, setting, most):
+    with ARMS[arm].active():
+        kept = count_step(CRISConfig.preset("cris_r50"), setting, CPU).kept
+    assert sum(stage.total for stage in kept.values()) / 2 / MIB <= most
