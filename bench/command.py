@@ -169,6 +169,7 @@ def run(config: BenchConfig) -> int:
 def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting, result: Result) -> None:
     cells: dict[str, Cell] = {}
     soon = [arm for arm in arms if not (config.quick and _is_late(case, arm, setting) and arm.name not in config.arms)]
+    roofline = _work(case, setting)
     try:
         measure_case(case, soon, setting, cells)
     finally:
@@ -176,7 +177,7 @@ def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting,
             if arm not in soon:
                 why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
                 cells[arm.name] = Cell(arm.name, LEFT_OUT, why)
-        result.content["cases"].append(_entry(case, cells, setting))
+        result.content["cases"].append(_entry(case, cells, setting, roofline))
         if result.ceilings is not None:
             details.add_shares(result.content, result.ceilings)
         result.save()
@@ -186,12 +187,16 @@ def _is_late(case: Case, arm: Arm, setting: Setting) -> bool:
     return arm.compile is not None and case.compiles_long and setting.device.type == "cpu"
 
 
-def _entry(case: Case, cells: dict[str, Cell], setting: Setting) -> dict[str, Any]:
-    arms = {name: dataclasses.asdict(cell) for name, cell in cells.items()}
+def _work(case: Case, setting: Setting) -> dict[str, Any]:
+    """What a step has to do. A case that cannot be counted is timed all the same, and its entry says why."""
     try:
-        roofline = count_work(case, setting.dtype)
-    except Exception as error:  # a case that fails to run may fail to be counted, and its timings are worth more
-        roofline = {"error": f"{type(error).__name__}: {error}"[:500]}
+        return count_work(case, setting.dtype)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[str, Any]) -> dict[str, Any]:
+    arms = {name: dataclasses.asdict(cell) for name, cell in cells.items()}
     return {
         "name": case.name,
         "op": case.op,
