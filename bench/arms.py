@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from fastris.dispatch import triton_obstacle, use_impl
 
@@ -73,10 +72,8 @@ class Arm:
             stack.enter_context(use_impl(self.impl))
             if self.tuned:
                 stack.enter_context(_cudnn_benchmark())
-            if self.compile is not None:  # an arm that quietly fell back to eager would be timed under a wrong name
-                stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-                if new_step:
-                    torch.compiler.cudagraph_mark_step_begin()
+            if self.compile is not None and new_step:
+                torch.compiler.cudagraph_mark_step_begin()
             yield
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -84,6 +81,18 @@ class Arm:
         if self.impl == "triton" and (why := triton_obstacle(device, dtype)):
             return why
         return compile_obstacle(device) if self.compile is not None else None
+
+
+@contextmanager
+def compiled_or_failed() -> Iterator[None]:
+    """Within this block code that was compiled too often fails; it would fall back to eager, and be timed as compiled.
+
+    Kept out of :meth:`Arm.active`, which is timed.
+    """
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 @contextmanager

@@ -10,6 +10,9 @@ noise when both hold:
 - the exact two-sided rank test (Mann and Whitney, 1947) of the rounds says p < 1 %, which takes 5 rounds on each side;
 - the medians differ by more than 5 %, because two runs of one program differ by a few percent, however steady each.
 
+With 2 to 4 rounds on a side, as a quick run has of long cases, a change is beyond noise when the slowest round of one
+side is more than 20 % faster than the fastest of the other. One round tells nothing.
+
 An arm *became slower* when its time over the baseline did. The baseline itself has only milliseconds. Where only these
 moved, it is shown, but not counted: that is the machine, or what all arms share.
 """
@@ -29,6 +32,7 @@ import numpy as np
 SIGNIFICANCE = 0.01
 SMALLEST_CHANGE = 0.05
 LEAST_ROUNDS = 5
+FEW_ROUNDS_CHANGE = 0.2
 EXACT_ROUNDS = 60
 """Up to so many rounds of both files together the rank test is exact; beyond, its normal approximation is."""
 
@@ -44,8 +48,10 @@ class Change:
     @classmethod
     def between(cls, before: Sequence[float], now: Sequence[float]) -> Change:
         first, second = float(np.median(before)), float(np.median(now))
-        if min(len(before), len(now)) < LEAST_ROUNDS:
-            return cls(first, second, None)
+        fewest = min(len(before), len(now))
+        if fewest < LEAST_ROUNDS:
+            apart = max(min(now) / max(before), min(before) / max(now)) > 1 + FEW_ROUNDS_CHANGE
+            return cls(first, second, apart if fewest > 1 else None)
         large = abs(second / first - 1) > SMALLEST_CHANGE
         return cls(first, second, large and rank_test(before, now) < SIGNIFICANCE)
 
@@ -55,7 +61,7 @@ class Change:
 
     def verdict(self) -> str:
         if self.beyond_noise is None:
-            return f"cannot tell: fewer than {LEAST_ROUNDS} rounds"
+            return "one round cannot tell"
         if not self.beyond_noise:
             return "within noise"
         return f"{self.factor:.2f}x the time" + (" (slower)" if self.factor > 1 else " (faster)")
@@ -99,7 +105,7 @@ class Comparison:
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  {_describe(row)}" for row in moved]
         if untold:
-            lines.append(f"  {untold} cannot be told: fewer than {LEAST_ROUNDS} rounds in one of the files")
+            lines.append(f"  {untold} cannot be told: one of the files has a single round")
         lines += [f"  not compared: {reason}" for reason in self.left_out]
         return "\n".join(lines)
 

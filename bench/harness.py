@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
-from .arms import Arm
+from .arms import Arm, compiled_or_failed
 from .cases import Case
 from .check import Checker, WrongNumbersError
 from .problem import Problem
@@ -95,6 +95,12 @@ class Setting:
 def measure_case(case: Case, arms: list[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
     """Check every arm of ``case``, then time those that passed. Fills ``cells``, which Ctrl-C leaves as they are."""
     cells.update({arm.name: Cell(arm.name) for arm in arms})
+    with compiled_or_failed() if any(arm.compile is not None for arm in arms) else nullcontext():
+        _check_and_time(case, arms, setting, cells)
+    release(setting.device)
+
+
+def _check_and_time(case: Case, arms: list[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
     checker = None
     for arm in arms:
         setting.progress(f"checking {arm.name}")
@@ -117,7 +123,6 @@ def measure_case(case: Case, arms: list[Arm], setting: Setting, cells: dict[str,
     steps.clear()
     for arm in arms:
         forget_compiled(arm)
-    release(setting.device)
 
 
 def forget_compiled(arm: Arm) -> None:

@@ -124,6 +124,8 @@ class Problem:
         drawn: dict[str, list[Tensor]] = {name: [] for name in leaves}
         for seed in range(draws):
             if seed:  # anew: a compiled backward pass may overwrite what its forward pass kept
+                if self.device.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
                 outputs = self.training_forward(module)
             ends = [output for output in outputs if output.requires_grad]
             gradients = torch.autograd.grad(ends, list(leaves.values()), _random_like(ends, seed), allow_unused=True)

@@ -9,6 +9,7 @@ Sizes are the small copies on a CPU and the real ones elsewhere, unless ``--benc
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from fastris.optim import choose_device
 
-from .arms import Arm, choose_arms
+from .arms import Arm, choose_arms, compiled_or_failed
 from .cases import CASES, Case
 from .check import Checker
 from .harness import Step, forget_compiled, release, synchronize
@@ -38,6 +39,11 @@ def parameters(config: pytest.Config) -> list[Any]:
 
 
 def test_case(benchmark: Any, case: Case, arm: Arm, place: tuple[torch.device, torch.dtype, bool]) -> None:
+    with compiled_or_failed() if arm.compile is not None else nullcontext():
+        _check_and_time(benchmark, case, arm, place)
+
+
+def _check_and_time(benchmark: Any, case: Case, arm: Arm, place: tuple[torch.device, torch.dtype, bool]) -> None:
     device, dtype, small = place
     Checker(case.check_problem(quick=True).to(device, dtype), case.composed).check(arm)
     forget_compiled(arm)

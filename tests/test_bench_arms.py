@@ -18,7 +18,7 @@ from torch import nn
 
 from fastris import cli
 from fastris.bench import bounds, command, roofline
-from fastris.bench.arms import ARMS, choose_arms
+from fastris.bench.arms import ARMS, choose_arms, compiled_or_failed
 from fastris.bench.cases import CASES
 from fastris.bench.check import Checker
 from fastris.bench.details import headline
@@ -76,6 +76,14 @@ def test_max_autotune_runs_on_a_cpu_only_when_asked_for(monkeypatch):
     monkeypatch.setattr("fastris.bench.arms.shutil.which", lambda name: name)
     assert "max_autotune" not in [arm.name for arm in choose_arms((), CPU, torch.float32)]
     assert [arm.name for arm in choose_arms(("max_autotune",), CPU, torch.float32)] == ["reference", "max_autotune"]
+
+
+def test_code_that_would_fall_back_to_eager_fails_instead():
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with compiled_or_failed(), pytest.raises(Exception, match="recompile_limit"):
+        for size in range(2, 20):
+            compiled(torch.ones(size))
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
