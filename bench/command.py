@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,12 +80,22 @@ class BenchConfig:
         cases = [case for case in found if case is not None]
         if rows and not cases:
             raise ValueError(f"{rows[0].name} has no {' or '.join(passes)} pass; choose passes=forward or passes=both")
+        for row in rows:
+            if row.name not in [case.name for case in cases]:
+                warnings.warn(f"left out: {row.name} has no {' or '.join(passes)} pass", stacklevel=2)
         if not self.batch:
             return cases, with_memory
-        fitting = [(case, batch) for case in cases for batch in self.batch if batch >= case.least_batch]
-        if cases and not fitting:
-            cases[0].at_batch(self.batch[0])  # says how many it needs
-        return [case.at_batch(batch) for case, batch in fitting], with_memory
+        chosen, reasons = [], []
+        for case, batch in ((case, batch) for case in cases for batch in self.batch):
+            try:
+                chosen.append(case.at_batch(batch))
+            except ValueError as error:
+                reasons.append(str(error))
+        if cases and not chosen:
+            raise ValueError(reasons[0])
+        for reason in dict.fromkeys(reasons):
+            warnings.warn(f"left out: {reason}", stacklevel=2)
+        return chosen, with_memory
 
 
 class Result:
@@ -139,6 +150,8 @@ def run(config: BenchConfig) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     progress = ProgressLine(len(cases) + with_memory)
+    if config.profile is not None:
+        config.profile.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
     result = Result(config, setting)
     result.save()  # a file that cannot be written is better known now
@@ -196,7 +209,8 @@ def _work(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[str, Any]) -> dict[str, Any]:
-    arms = {name: dataclasses.asdict(cell) for name, cell in cells.items()}
+    arms = {name: dataclasses.asdict(cells[name]) for name in ARMS if name in cells}
+    precision = str(setting.dtype).removeprefix("torch.")
     return {
         "name": case.name,
         "op": case.op,
@@ -204,8 +218,9 @@ def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[
         "sizes": dict(case.sizes),
         "passes": case.passes,
         "baseline": BASELINE,
-        "goal": case.goals.get(f"{setting.device.type}/{str(setting.dtype).removeprefix('torch.')}"),
+        "goal": case.goals.get(f"{setting.device.type}/{precision}"),
         "goal_arms": [name for name in arms if name not in (BASELINE, *THEIRS)],
+        "targets": dict(case.targets) if (setting.device.type, precision) == ("cuda", "bfloat16") else {},
         "roofline": roofline,
         "headline": details.headline(arms),
         "arms": arms,

@@ -54,7 +54,32 @@ def markdown(result: Mapping[str, Any]) -> str:
     heads = [_headline(case) for case in result["cases"] if case.get("headline")]
     if heads:
         parts.append("Best of fastris over best of repaired eager and compiled:\n" + "\n".join(heads))
+    goals = [line for case in result["cases"] for line in target_lines(case)]
+    if goals:
+        parts.append(
+            "Targets, the best of fastris over another arm, or its share of the roofline:\n" + "\n".join(goals)
+        )
     return "\n\n".join(part for part in parts if part)
+
+
+def target_lines(case: Mapping[str, Any]) -> list[str]:
+    """One line for each of the case's targets: what was found, and whether that reaches it."""
+    cells = {name: cell for name, cell in case["arms"].items() if cell["status"] == "measured"}
+    there = [name for name in ours(cells) if name in cells]
+    lines = []
+    for name, target in case.get("targets", {}).items():
+        if not there or (name != "share" and name not in cells):
+            lines.append(f"  {case['name']}: {name} {target:g}: not measured")
+            continue
+        best = min(there, key=lambda arm: float(np.median(cells[arm]["ms"])))
+        if name == "share":
+            found, what = cells[best].get("share") or 0.0, "of the roofline"
+        else:
+            ratio = speedup(cells[name]["ms"], cells[best]["ms"])
+            found, what = (0.0 if ratio is None else ratio.median), f"times faster than {name}"
+        verdict = "reached" if found >= target else "not reached"
+        lines.append(f"  {case['name']}: {found:.2f} {what} ({best}), target {target:g}: {verdict}")
+    return lines
 
 
 def _ceilings(found: Mapping[str, Any] | None) -> str:

@@ -119,7 +119,9 @@ def _check_and_time(case: Case, arms: list[Arm], setting: Setting, cells: dict[s
 
         for name in [name for name in steps if cells[name].status == "measured"]:
             setting.progress(f"tracing {name}")
-            write_trace(steps[name], setting.profile / f"{case.name}-{case.timed}-{name}.json.gz")
+            write_trace(
+                steps[name], setting.profile / f"{case.name}-B{case.sizes['batch']}-{case.timed}-{name}.json.gz"
+            )
     steps.clear()
     for arm in arms:
         forget_compiled(arm)

@@ -21,7 +21,7 @@ from fastris.bench import bounds, command, roofline
 from fastris.bench.arms import ARMS, choose_arms, compiled_or_failed
 from fastris.bench.cases import CASES
 from fastris.bench.check import Checker
-from fastris.bench.details import headline
+from fastris.bench.details import headline, target_lines
 from fastris.bench.harness import Cell, Setting, Step, kept_bytes, measure_case, timed
 from fastris.bench.problem import Problem
 from fastris.bench.repaired import repair
@@ -183,6 +183,8 @@ def test_cases_are_chosen_by_batch_and_pass():
     chosen = [(case.name, case.sizes["batch"], case.timed) for case in config.chosen_cases()[0]]
     assert chosen[:4] == [("decoder", b, t) for t in ("forward", "both") for b in (1, 2)]
     assert ("inference", 2, "both") in chosen
+    with pytest.warns(UserWarning, match="left out: neck needs a batch of at least 2, got 1"):
+        command.BenchConfig(op=("neck",), batch=(1, 2)).chosen_cases()
     with pytest.raises(ValueError, match="inference has no backward pass"):
         command.BenchConfig(op=("inference",), passes=("backward",)).chosen_cases()
     with pytest.raises(ValueError, match="train_step needs a batch of at least 2"):
@@ -247,6 +249,18 @@ def test_the_headline_is_the_best_of_ours_over_the_best_of_theirs():
     assert (found["ours"], found["theirs"], found["ratio"]) == ("triton", "compiled", 2.5)  # torch is only the algebra
     assert headline(cells(repaired=[8.0], torch=[2.0]))["ratio"] == 4.0  # where Triton does not run, torch is ours
     assert headline(cells(reference=[8.0], torch=[2.0])) is None
+
+
+def test_targets_say_what_was_reached_and_what_was_not():
+    cells = {
+        name: {"status": "measured", "ms": [ms], "share": 0.5} for name, ms in {"repaired": 8.0, "triton": 2.0}.items()
+    }
+    case = {"name": "tiny", "arms": cells, "targets": {"repaired": 3.0, "max_autotune": 2.0, "share": 0.6}}
+    assert target_lines(case) == [
+        "  tiny: 4.00 times faster than repaired (triton), target 3: reached",
+        "  tiny: max_autotune 2: not measured",
+        "  tiny: 0.50 of the roofline (triton), target 0.6: not reached",
+    ]
 
 
 def test_a_trace_names_the_stages(tmp_path):
