@@ -1,14 +1,20 @@
 """Benchmarks of fastris: speed and memory of operators and model, every arm checked before it is timed.
 
-Run from a checkout as ``python -m bench --help``; ``python -m bench.report FILE`` prints a result file as Markdown.
+``fastris bench --help``, or ``python -m bench --help`` in a checkout; the folder is imported as ``fastris.bench``.
+``python -m bench.report FILE`` prints a result file as Markdown, ``python -m bench.compare OLD NEW`` what moved, and
+``python -m pytest bench --benchmark-only`` runs the same cases through pytest-benchmark.
 
-    cases.py    what is measured: one table of cases, and how each is built
-    arms.py     what is compared: one table of implementations
-    problem.py  a case made concrete: a module and tensors, in one dtype on one device
-    check.py    an arm's numbers against float64, before its time counts
-    harness.py  rounds, timing, and what happens when an arm fails
-    memory.py   bytes that the forward pass keeps for the backward pass
-    machine.py  what the numbers were measured on
-    report.py   tables from result files
-    results/    result files, one per device
+    cases.py       what is measured: one table of cases; builders.py and stages.py make them
+    arms.py        what is compared: one table of implementations; repaired.py is the strong baseline
+    problem.py     a case made concrete: a module and tensors, in one dtype on one device
+    check.py       an arm's numbers against float64, before its time counts, by the rule of bounds.py
+    harness.py     rounds, timing, memory of a step, and what happens when an arm fails
+    roofline.py    operations, compulsory bytes, and the two ceilings measured in the same run
+    memory.py      bytes that the forward pass keeps for the backward pass, by stages of the model
+    machine.py     what the numbers were measured on
+    command.py     the command; report.py and details.py print its tables
+    compare.py     what moved beyond noise since an older result file
+    tracing.py     traces with named stages
+    test_cases.py  the cases under pytest-benchmark
+    results/       result files, one per device
 """

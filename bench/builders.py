@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from bench.problem import Problem
 from fastris import CRIS, CLIPConfig, CRISConfig, reference
 from fastris import nn as fnn
 from fastris.reference import AttentionWeights
+
+from .problem import Problem
 
 
 def similarity_loss(batch: int, channels: int, side: int) -> Problem:

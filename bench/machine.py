@@ -13,7 +13,7 @@ import torch
 
 import fastris
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "threads": torch.get_num_threads(),
+        "clocks": clocks(device),
         "system": platform.platform(),
         "versions": {
             "fastris": fastris.__version__,
@@ -48,16 +49,44 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Clock rates now and at most, and the power limit, as nvidia-smi or Linux gives them; None where neither does."""
+    if device.type == "cuda":
+        names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        identity = str(getattr(torch.cuda.get_device_properties(index), "uuid", "")) or str(index)
+        place = identity if identity.isdigit() else f"GPU-{identity}"
+        asked = [f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={place}"]
+        answer = _output("nvidia-smi", *asked)
+        return None if answer is None else dict(zip(names, answer.split(", "), strict=False))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return {"cpu": f"{min(rates):.0f} to {max(rates):.0f} MHz"} if rates else None
+
+
 def git_state() -> dict[str, Any]:
-    """The revision of this checkout, and whether anything but result files differs from it; None where unknown."""
+    """The revision of this checkout, and whether anything but result files differs from it; None where unknown.
+
+    An installed package has none: the repository that its environment may lie in is somebody else's.
+    """
+    if not (ROOT / "kernels").is_dir() or not (ROOT / "pyproject.toml").is_file():
+        return {"revision": None, "dirty": None}
     revision = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(ROOT), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it fails or does not exist."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -19,11 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.arms import Arm
-from bench.builders import enliven, make_tokens
-from bench.cases import REAL_LENGTHS
-from bench.harness import Outcome, Progress, failures_into, release
 from fastris import CRIS, CRISConfig
+
+from .arms import Arm
+from .builders import enliven, make_tokens
+from .cases import REAL_LENGTHS
+from .harness import Outcome, Progress, failures_into, release
 
 GOAL = 0.5
 """Bytes kept by an arm, at most this fraction of the baseline's."""

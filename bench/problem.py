@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -28,6 +29,7 @@ class Problem:
         training: whether the backward pass belongs to it; else it runs under inference mode.
         optimizer: whether an Adam step on the parameters belongs to it, too.
         dtype: what it computes in.
+        tuned: whether Adam is fused and, on CUDA, images and weights are channels_last.
     """
 
     module: nn.Module
@@ -36,19 +38,29 @@ class Problem:
     training: bool = True
     optimizer: bool = False
     dtype: torch.dtype = torch.float32
+    tuned: bool = False
 
     def __post_init__(self) -> None:
-        self._adam: torch.optim.Adam | None = None
-        self._upstream: Tensor | None = None
+        self._adam: list[torch.optim.Adam] = []  # made when first needed, and shared by with_module
+        self._upstream: list[Tensor] = []
         self.module.train(self.training)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Problem:
-        """A copy of its own on ``device``, computing in ``dtype``."""
+    def to(self, device: torch.device, dtype: torch.dtype, tuned: bool = False) -> Problem:
+        """A copy of its own on ``device``, computing in ``dtype``, ``tuned`` or as it came."""
         wide = torch.float32 if dtype in LOW_PRECISION else dtype
+        layout = torch.channels_last if tuned and device.type == "cuda" else torch.preserve_format
         module = copy.deepcopy(self.module).to(device, wide)
-        inputs = {name: _moved(tensor, device, dtype) for name, tensor in self.inputs.items()}
-        data = {name: _moved(tensor, device, wide) for name, tensor in self.data.items()}
-        return replace(self, module=module, inputs=inputs, data=data, dtype=dtype)
+        if layout is torch.channels_last:
+            module = module.to(memory_format=layout)
+        inputs = {name: _moved(tensor, device, dtype, layout) for name, tensor in self.inputs.items()}
+        data = {name: _moved(tensor, device, wide, layout) for name, tensor in self.data.items()}
+        return replace(self, module=module, inputs=inputs, data=data, dtype=dtype, tuned=tuned)
+
+    def with_module(self, module: nn.Module) -> Problem:
+        """The same tensors and the same optimizer for another module on the same parameters."""
+        other = replace(self, module=module)
+        other._adam = self._adam
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -62,23 +74,38 @@ class Problem:
     def forward(self, module: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
         """The outputs, of ``module`` where an arm made one from this problem's."""
         with self._autocast():
-            outputs = (module or self.module)(**self.inputs, **self.data)
+            outputs = (self.module if module is None else module)(**self.inputs, **self.data)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def step(self, module: Callable[..., Any] | None = None) -> None:
-        """What is timed: forward, or forward and backward, or these and an Adam step."""
+        """Everything that belongs to it: forward, or forward and backward, or these and an Adam step."""
         if not self.training:
             with torch.inference_mode():
                 self.forward(module)
             return
-        leaves = self.leaves()
+        with record_function("forward"):
+            outputs = self.training_forward(module)
+        self.backward(outputs)
+
+    def training_forward(self, module: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
+        """The outputs, with what the backward pass needs."""
+        self.leaves()
+        return self.forward(module)
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> None:
+        """All gradients of a loss, which comes first, or under random upstream gradients; and the Adam step."""
         try:
-            output = self.forward(module)[0]
-            output.backward(None if output.ndim == 0 else self._upstream_of(output))
+            with record_function("backward"):
+                if outputs[0].ndim == 0:
+                    outputs[0].backward()
+                else:
+                    ends = [output for output in outputs if output.requires_grad]
+                    torch.autograd.backward(ends, self._upstream_of(ends))
             if self.optimizer:
-                self._adam_step()
+                with record_function("optimizer"):
+                    self._adam_step()
         finally:
-            for leaf in leaves.values():
+            for leaf in self.leaves().values():
                 leaf.grad = None
 
     def results(self, draws: int, module: Callable[..., Any] | None = None) -> dict[str, Tensor]:
@@ -87,45 +114,49 @@ class Problem:
         The upstream gradients depend on the outputs' shapes alone, so that arms and dtypes share them. A gradient is
         (draws, *shape). Buffers change as in training: call it on a copy.
         """
-        leaves = self.leaves() if self.training else {}
         with torch.set_grad_enabled(self.training):
-            outputs = self.forward(module)
-        found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+            outputs = self.training_forward(module) if self.training else self.forward(module)
+        found = {f"output {i}": output.detach().clone() for i, output in enumerate(outputs)}
         found |= {f"statistic {name}": b.clone() for name, b in self.module.named_buffers() if b.is_floating_point()}
         if not self.training:
             return found
-        differentiable = [output for output in outputs if output.requires_grad]
+        leaves = self.leaves()
         drawn: dict[str, list[Tensor]] = {name: [] for name in leaves}
         for seed in range(draws):
-            upstream = _random_like(differentiable, seed)
-            gradients = torch.autograd.grad(
-                differentiable, list(leaves.values()), upstream, retain_graph=seed < draws - 1, allow_unused=True
-            )
+            if seed:  # anew: a compiled backward pass may overwrite what its forward pass kept
+                if self.device.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
+                outputs = self.training_forward(module)
+            ends = [output for output in outputs if output.requires_grad]
+            gradients = torch.autograd.grad(ends, list(leaves.values()), _random_like(ends, seed), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    drawn[name].append(gradient)
+                    drawn[name].append(gradient.clone())
         return found | {f"gradient of {name}": torch.stack(values) for name, values in drawn.items() if values}
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype in LOW_PRECISION
         return torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext()
 
-    def _upstream_of(self, output: Tensor) -> Tensor:
-        if self._upstream is None:
-            (self._upstream,) = _random_like([output], seed=0)
+    def _upstream_of(self, outputs: list[Tensor]) -> list[Tensor]:
+        if not self._upstream:
+            self._upstream = _random_like(outputs, seed=0)
         return self._upstream
 
     def _adam_step(self) -> None:
         """With a learning rate of 0: the same arithmetic, and the weights stay where they are round after round."""
-        if self._adam is None:
-            self._adam = torch.optim.Adam(self.module.parameters(), lr=0.0)
-        self._adam.step()
+        if not self._adam:
+            self._adam.append(torch.optim.Adam(self.module.parameters(), lr=0.0, fused=self.tuned or None))
+        self._adam[0].step()
 
 
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return moved.contiguous(memory_format=layout) if layout is torch.channels_last and moved.ndim == 4 else moved
 
 
 def _random_like(outputs: list[Tensor], seed: int) -> list[Tensor]:
+    """Random numbers in the layout, dtype and place of ``outputs``, the same for every one of these."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    random = (torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs)
+    return [torch.empty_like(output).copy_(numbers) for output, numbers in zip(outputs, random, strict=True)]

@@ -63,7 +63,9 @@ def _timed_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
     baseline = case["arms"].get(case["baseline"], {}).get("ms", [])
     rows: list[tuple[str, ...]] = []
     for arm, cell in case["arms"].items():
-        goal = None if arm == case["baseline"] else case["goal"]
+        goal = (
+            case["goal"] if arm in case.get("goal_arms", [a for a in case["arms"] if a != case["baseline"]]) else None
+        )
         ratio = speedup(baseline, cell["ms"]) if cell["status"] == "measured" else None
         rows.append(
             (

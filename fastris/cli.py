@@ -31,6 +31,9 @@ COMMANDS = {
     "eval": Command("fastris.evaluate", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
     "predict": Command("fastris.predict", "PredictConfig", "find what phrases name in a picture of yours"),
     "convert": Command("fastris.checkpoint", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"),
+    "bench": Command(
+        "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"
+    ),
     "doctor": Command("fastris.doctor", "DoctorConfig", "versions, devices, and the path each operator takes"),
 }
 

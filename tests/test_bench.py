@@ -12,20 +12,18 @@ import pytest
 import torch
 from torch import nn
 
+from fastris import cli
+from fastris.bench import command, report
+from fastris.bench.arms import ARMS, choose_arms
+from fastris.bench.builders import small_config
+from fastris.bench.cases import CASES, Case, choose_cases
+from fastris.bench.check import Checker, WrongNumbersError
+from fastris.bench.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
+from fastris.bench.memory import KeptStorages, kept_by_own_parts
+from fastris.bench.problem import Problem
+from fastris.dispatch import requested_impl
+
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # bench/ is no installed package: it is run from a checkout
-
-from bench import __main__ as command  # noqa: E402
-from bench import report  # noqa: E402
-from bench.arms import ARMS, choose_arms  # noqa: E402
-from bench.builders import small_config  # noqa: E402
-from bench.cases import CASES, Case, choose_cases  # noqa: E402
-from bench.check import Checker, WrongNumbersError  # noqa: E402
-from bench.harness import Cell, Effort, measure_case, order_of_round, take_turns  # noqa: E402
-from bench.memory import KeptStorages, kept_by_own_parts  # noqa: E402
-from bench.problem import Problem  # noqa: E402
-from fastris.dispatch import requested_impl  # noqa: E402
-
 CPU = torch.device("cpu")
 FEW_ROUNDS = Effort(rounds=3, min_rounds=3, seconds=0.0)
 
@@ -53,7 +51,7 @@ def make_case(name="tiny", faults=None, composed=False, **fields):
 
 def measure(case, dtype=torch.float32, effort=FEW_ROUNDS):
     cells: dict[str, Cell] = {}
-    measure_case(case, [ARMS["reference"], ARMS["torch"]], CPU, dtype, effort, False, lambda text: None, cells)
+    measure_case(case, [ARMS["reference"], ARMS["torch"]], Setting(CPU, dtype, effort), cells)
     return cells
 
 
@@ -178,7 +176,7 @@ def test_medians_ratios_and_verdicts():
 def test_every_case_passes_its_own_check_on_a_small_copy(case):
     problem = case.check_problem(quick=True)
     checker = Checker(problem, case.composed)
-    for arm in ("reference", "torch"):
+    for arm in ("reference", "repaired", "torch"):
         checked = checker.check(ARMS[arm])
         assert checked.tensors >= 1 and checked.error < 1e-2
 
@@ -201,9 +199,11 @@ def test_operators_and_cases_are_chosen_by_name_and_unknown_ones_list_the_rest()
 
 
 def test_unknown_arms_list_the_rest_and_impossible_ones_say_why():
-    with pytest.raises(ValueError, match="no arm 'fast'; the arms are reference, torch, triton"):
+    with pytest.raises(
+        ValueError, match="no arm 'fast'; the arms are reference, repaired, compiled, max_autotune, torch, triton"
+    ):
         choose_arms(("fast",), CPU, torch.float32)
-    with pytest.raises(ValueError, match=r"arm triton cannot run: .*Here these can: reference, torch"):
+    with pytest.raises(ValueError, match=r"arm triton cannot run: .*Here these can: reference, repaired, .*torch"):
         choose_arms(("triton",), CPU, torch.float64)
     assert [arm.name for arm in choose_arms(("torch",), CPU, torch.float32)] == ["reference", "torch"]
 
@@ -244,9 +244,17 @@ def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path():
     assert 0 < kept["torch"] < kept["reference"]
 
 
+def without_compiler(monkeypatch):
+    """No compiled arms, and ceilings measured on small tensors: both take seconds."""
+    monkeypatch.setattr("fastris.bench.arms.shutil.which", lambda name: None)
+    monkeypatch.setattr("fastris.bench.roofline.COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr("fastris.bench.roofline.MATRIX_SIDE", {"cpu": 64})
+
+
 @pytest.fixture
 def one_case(monkeypatch):
-    """`python -m bench` with a table of one case; gives the function that puts it there."""
+    """`fastris bench` with a table of one case, no compiler and small ceilings; gives what puts the case there."""
+    without_compiler(monkeypatch)
 
     def install(case):
         monkeypatch.setattr(command, "choose_cases", lambda names: ([case], False))
@@ -257,7 +265,7 @@ def one_case(monkeypatch):
 def test_result_file_holds_every_timing_and_what_it_was_measured_on(tmp_path, one_case, capsys):
     one_case(make_case(goals={"cpu/float32": 1000.0}))
     path = tmp_path / "new" / "result.json"
-    assert command.main(["--device", "cpu", "--quick", "--rounds", "4", f"json={path}"]) == 0
+    assert cli.main(["bench", "--device", "cpu", "--quick", "--rounds", "4", f"json={path}"]) == 0
     result = report.load(path)
     assert result["complete"] and result["settings"] == {
         "dtype": "float32", "quick": True, "rounds": 4, "min_rounds": 2, "seconds": 5.0
@@ -265,12 +273,20 @@ def test_result_file_holds_every_timing_and_what_it_was_measured_on(tmp_path, on
     machine = result["machine"]
     assert machine["versions"]["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
     assert machine["device"]["type"] == "cpu" and machine["device"]["name"] and machine["date"][:2] == "20"
-    assert set(machine["git"]) == {"revision", "dirty"}
+    assert set(machine["git"]) == {"revision", "dirty"} and "clocks" in machine
+    assert result["command"] == ["fastris", "bench", "device=cpu", "quick=True", "rounds=4", f"json={path}"]
     (case,) = result["cases"]
-    assert case["sizes"] == {"batch": 5} and case["goal"] == 1000.0 and list(case["arms"]) == ["reference", "torch"]
+    assert (
+        case["sizes"] == {"batch": 5}
+        and case["goal"] == 1000.0
+        and list(case["arms"]) == ["reference", "repaired", "torch"]
+    )
     assert all(len(cell["ms"]) == 4 for cell in case["arms"].values())
     printed = capsys.readouterr().out
-    assert printed.strip() == report.markdown(result).strip() and "a tiny case" in printed and "1000x | no" in printed
+    assert printed.startswith(report.markdown(result)) and "a tiny case" in printed and "1000x | no" in printed
+    assert result["ceilings"]["copy_bytes_per_s"] > 0 and case["roofline"]["ms"] > 0
+    assert all(0 < cell["share"] < 1.5 and cell["kept_bytes"] > 0 for cell in case["arms"].values())
+    assert "share of roofline" in printed and case["headline"]["ours"] == "torch"
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, one_case, capsys):
@@ -284,7 +300,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, one_case, capsys):
 
     one_case(make_case(faults={"torch": interrupt_later}))
     path = tmp_path / "result.json"
-    assert command.main(["--device=cpu", "rounds=1000", f"json={path}"]) == 130
+    assert cli.main(["bench", "--device=cpu", "rounds=1000", f"json={path}"]) == 130
     result = report.load(path)
     assert not result["complete"] and result["cases"][0]["arms"]["reference"]["ms"]
     assert "Incomplete: stopped by Ctrl-C" in capsys.readouterr().out
@@ -292,7 +308,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, one_case, capsys):
 
 def test_a_refused_arm_is_shown_and_fails_the_command(one_case, capsys):
     one_case(make_case(faults={"torch": lambda output: -output}, goals={"cpu/float32": 1.0}))
-    assert command.main(["--device=cpu", "--quick"]) == 1
+    assert cli.main(["bench", "--device=cpu", "--quick"]) == 1
     printed = capsys.readouterr().out
     assert "REFUSED: output 0: error" in printed and "| 1x   | no" in printed
 
@@ -308,7 +324,7 @@ def test_a_refused_arm_is_shown_and_fails_the_command(one_case, capsys):
     ],
 )
 def test_wrong_calls_are_told_in_one_line(arguments, message, capsys):
-    assert command.main(arguments) == 2
+    assert cli.main(["bench", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 

@@ -62,6 +62,18 @@ def test_wheel_leaves_the_package_named_kernels_alone(fresh_environment):
     assert run(python, "-c", "import kernels; print(kernels.get_kernel)", cwd=fresh_environment) == "somebody else"
 
 
+PACKAGE = "import fastris.bench, pathlib; print(pathlib.Path(fastris.bench.__file__).parent)"
+
+
+@pytest.mark.slow
+def test_installed_wheel_benchmarks_without_a_checkout(fresh_environment):
+    bench = [fresh_environment / "venv" / "bin" / "fastris", "bench", "--op", "loss", "--arms", "torch", "--quick"]
+    printed = run(*bench, "device=cpu", "rounds=2", f"json={fresh_environment / 'loss.json'}", cwd=fresh_environment)
+    assert "loss alone" in printed and "unknown revision" in printed
+    package = run(fresh_environment / "venv" / "bin" / "python", "-c", PACKAGE, cwd=fresh_environment)
+    assert not (Path(package) / "results").exists(), "a wheel holds no results"
+
+
 @pytest.mark.slow
 def test_installed_command_prints_its_help(fresh_environment):
     assert "demo" in run(fresh_environment / "venv" / "bin" / "fastris", "--help", cwd=fresh_environment)
@@ -88,4 +100,4 @@ def test_kernels_folder_is_no_top_level_package():
 def test_every_package_folder_is_listed_for_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "fastris").rglob("__init__.py")}
-    assert listed == folders | {"fastris.kernels"}
+    assert listed == folders | {"fastris.bench", "fastris.kernels"}

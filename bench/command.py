@@ -1,0 +1,271 @@
+"""``fastris bench``: check, time, count, and print tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastris import CRISConfig
+from fastris.config import option
+from fastris.optim import choose_device
+
+from . import compare, details, machine, memory, report
+from .arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
+from .cases import PASSES, Case, choose_cases
+from .harness import Cell, Effort, Progress, Setting, measure_case
+from .roofline import Ceilings, count_work, measure_ceilings
+
+QUICK = Effort(rounds=5, min_rounds=2, seconds=5.0)
+
+
+@dataclass
+class BenchConfig:
+    """Checks every arm against float64, times the arms in turns, and prints medians, ratios and shares of the roofline.
+
+    Ctrl-C keeps what was measured. The exit code is 1 when an arm was refused or failed, or when --compare finds one
+    that became slower.
+    """
+
+    op: tuple[str, ...] = option((), "operators or cases, and memory, e.g. --op decoder,memory; all if empty")
+    arms: tuple[str, ...] = option((), f"arms to measure beside {BASELINE}, of {', '.join(ARMS)}; all usual if empty")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision; the lower two under autocast")
+    batch: tuple[int, ...] = option((), "batch sizes, e.g. batch=1,8,16,32; each case's own if empty")
+    passes: tuple[Literal["forward", "backward", "both"], ...] = option(("both",), "what to time of a training step")
+    threads: int | None = option(None, "CPU threads; PyTorch's choice if none")
+    quick: bool = option(False, "few rounds, checks on small copies, compiled arms only where they compile soon")
+    rounds: int = option(Effort.rounds, "rounds per case at most")
+    seconds: float = option(Effort.seconds, f"no new round after this, but at least {Effort.min_rounds}", "s per case")
+    json: Path | None = option(None, "file for every single timing; written after each case")
+    compare: Path | None = option(None, "older file; prints what moved beyond noise since then")
+    profile: Path | None = option(None, "folder for a trace of each case and arm, to open in Perfetto")
+
+    def effort(self) -> Effort:
+        asked = Effort(self.rounds, min(self.rounds, Effort.min_rounds), self.seconds)
+        if not self.quick:
+            return asked
+        return Effort(*map(min, dataclasses.astuple(asked), dataclasses.astuple(QUICK)))
+
+    def check(self) -> None:
+        """Raises ValueError, naming the option."""
+        for name in ("rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if any(batch < 1 for batch in self.batch):
+            raise ValueError(f"batch must be at least 1, got {', '.join(map(str, self.batch))}")
+
+    def command(self) -> list[str]:
+        """The command line that asks for this."""
+        words = ["fastris", "bench"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return words
+
+    def chosen_cases(self) -> tuple[list[Case], bool]:
+        """The cases at the batches and passes asked for, and whether memory is to be counted."""
+        rows, with_memory = choose_cases(self.op)
+        passes = [name for name in PASSES if name in self.passes]
+        found = [row.of_pass(name) for row in rows for name in passes]
+        cases = [case for case in found if case is not None]
+        if rows and not cases:
+            raise ValueError(f"{rows[0].name} has no {' or '.join(passes)} pass; choose passes=forward or passes=both")
+        for row in rows:
+            if row.name not in [case.name for case in cases]:
+                warnings.warn(f"left out: {row.name} has no {' or '.join(passes)} pass", stacklevel=2)
+        if not self.batch:
+            return cases, with_memory
+        chosen, reasons = [], []
+        for case, batch in ((case, batch) for case in cases for batch in self.batch):
+            try:
+                chosen.append(case.at_batch(batch))
+            except ValueError as error:
+                reasons.append(str(error))
+        if cases and not chosen:
+            raise ValueError(reasons[0])
+        for reason in dict.fromkeys(reasons):
+            warnings.warn(f"left out: {reason}", stacklevel=2)
+        return chosen, with_memory
+
+
+class Result:
+    """What was found so far, kept on disk as it grows."""
+
+    def __init__(self, config: BenchConfig, setting: Setting):
+        self.path = config.json
+        self.ceilings: Ceilings | None = None
+        self.content: dict[str, Any] = {
+            "format": report.FORMAT,
+            "command": config.command(),
+            "complete": False,
+            "machine": machine.describe(setting.device),
+            "settings": {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())},
+            "ceilings": None,
+            "cases": [],
+            "memory": None,
+        }
+
+    def save(self) -> None:
+        """Write the file as a whole, so that whoever reads it sees the old or the new one."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(self.path.name + ".part")
+        draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, self.path)
+
+    def hold_to(self, ceilings: Ceilings) -> None:
+        """Hold every timing to ``ceilings``, or to the best ones found before."""
+        self.ceilings = ceilings.or_better(self.ceilings or ceilings)
+        self.content["ceilings"] = dataclasses.asdict(self.ceilings)
+        details.add_shares(self.content, self.ceilings)
+
+    def troubles(self) -> bool:
+        """Whether an arm was refused, failed or ran out of memory."""
+        tables = [*self.content["cases"], *filter(None, [self.content["memory"]])]
+        cells = [cell for table in tables for cell in table["arms"].values()]
+        return any(cell["message"] and cell["status"] != LEFT_OUT for cell in cells)
+
+
+LEFT_OUT = "left out"
+
+
+def run(config: BenchConfig) -> int:
+    """Measure what ``config`` asks for. Raises ValueError for names and devices that do not exist."""
+    config.check()
+    older = None if config.compare is None else compare.load(config.compare)
+    device, dtype = choose_device(config.device), getattr(torch, config.dtype)
+    cases, with_memory = config.chosen_cases()
+    arms = choose_arms(config.arms, device, dtype)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    progress = ProgressLine(len(cases) + with_memory)
+    if config.profile is not None:
+        config.profile.mkdir(parents=True, exist_ok=True)
+    setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
+    result = Result(config, setting)
+    result.save()  # a file that cannot be written is better known now
+    code = 0
+    try:
+        if cases:
+            result.hold_to(measure_ceilings(device, dtype, setting.synchronize))
+        for case in cases:
+            progress.begin(f"{case.name}, B={case.sizes['batch']}" if config.batch else case.name)
+            _measure(case, arms, config, setting, result)
+        if cases:  # again: at the beginning the device may have been cold, or busy
+            result.hold_to(measure_ceilings(device, dtype, setting.synchronize))
+        if with_memory:
+            progress.begin("memory")
+            _count(arms, device, progress.show, result)
+        result.content["complete"] = True
+    except KeyboardInterrupt:
+        code = 130
+    progress.end()
+    result.save()
+    print(report.markdown(result.content))
+    if cases:
+        print("\n" + details.markdown(result.content))
+    slower = _compare(older, result.content) if older is not None else 0
+    return code or int(result.troubles()) or slower
+
+
+def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting, result: Result) -> None:
+    cells: dict[str, Cell] = {}
+    soon = [arm for arm in arms if not (config.quick and _is_late(case, arm, setting) and arm.name not in config.arms)]
+    roofline = _work(case, setting)
+    try:
+        measure_case(case, soon, setting, cells)
+    finally:
+        for arm in arms:
+            if arm not in soon:
+                why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
+                cells[arm.name] = Cell(arm.name, LEFT_OUT, why)
+        result.content["cases"].append(_entry(case, cells, setting, roofline))
+        if result.ceilings is not None:
+            details.add_shares(result.content, result.ceilings)
+        result.save()
+
+
+def _is_late(case: Case, arm: Arm, setting: Setting) -> bool:
+    return arm.compile is not None and case.compiles_long and setting.device.type == "cpu"
+
+
+def _work(case: Case, setting: Setting) -> dict[str, Any]:
+    """What a step has to do. A case that cannot be counted is timed all the same, and its entry says why."""
+    try:
+        return count_work(case, setting.dtype)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[str, Any]) -> dict[str, Any]:
+    arms = {name: dataclasses.asdict(cells[name]) for name in ARMS if name in cells}
+    precision = str(setting.dtype).removeprefix("torch.")
+    return {
+        "name": case.name,
+        "op": case.op,
+        "title": case.title,
+        "sizes": dict(case.sizes),
+        "passes": case.passes,
+        "baseline": BASELINE,
+        "goal": case.goals.get(f"{setting.device.type}/{precision}"),
+        "goal_arms": [name for name in arms if name not in (BASELINE, *THEIRS)],
+        "targets": dict(case.targets) if (setting.device.type, precision) == ("cuda", "bfloat16") else {},
+        "roofline": roofline,
+        "headline": details.headline(arms),
+        "arms": arms,
+    }
+
+
+def _compare(older: dict[str, Any], newer: dict[str, Any]) -> int:
+    found = compare.compare(older, newer)
+    print("\n" + found.text())
+    return int(found.slower())
+
+
+def _count(arms: list[Arm], device: torch.device, progress: Progress, result: Result) -> None:
+    cells: dict[str, memory.MemoryCell] = {}
+    eager = [arm for arm in arms if arm.compile is None and not arm.repaired]
+    try:
+        memory.count_memory(eager, device, progress, cells, CRISConfig.preset("cris_r50"))
+    finally:
+        result.content["memory"] = {
+            "title": memory.TITLE,
+            "batch": memory.BATCH,
+            "baseline": BASELINE,
+            "goal": memory.GOAL,
+            "arms": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
+        }
+        result.save()
+
+
+class ProgressLine:
+    """One line on the terminal's error stream that says what is going on; where there is no terminal, a line a case."""
+
+    def __init__(self, total: int):
+        self.total, self.number, self.case = total, 0, ""
+        self.live = sys.stderr.isatty()
+
+    def begin(self, case: str) -> None:
+        self.number, self.case = self.number + 1, case
+        if not self.live:
+            print(f"[{self.number}/{self.total}] {case}", file=sys.stderr, flush=True)
+
+    def show(self, what: str) -> None:
+        if self.live:
+            text = f"[{self.number}/{self.total}] {self.case}: {what}"
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
