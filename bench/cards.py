@@ -21,7 +21,7 @@ from typing import Any
 from . import charts, machine, report
 
 FORMAT = 1
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 RESULT = RESULTS / "modelled_cards.json"
 BATCH = 16
 

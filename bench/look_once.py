@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,10 @@ from . import machine, report
 from .arms import Arm
 from .builders import enliven, make_tokens, small_config
 from .cases import REAL_LENGTHS, Case
-from .harness import Cell, Effort, measure_case
+from .harness import Cell, Effort, Setting, measure_case
 from .problem import Problem
 
-RESULT = Path(__file__).parent / "results" / "look_once.json"
+RESULT = Path(__file__).resolve().parent / "results" / "look_once.json"
 CHECKED_EXPRESSIONS = 6
 NOTE = (
     "Logits, and in training loss and gradients, of every arm were held against float64 on a small copy before it was "
@@ -95,9 +95,9 @@ class Way(Arm):
     once: bool = False
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, new_step: bool = True) -> Iterator[None]:
         before = Asking.looks_once
-        with super().active():
+        with super().active(new_step):
             Asking.looks_once = self.once
             try:
                 yield
@@ -105,7 +105,7 @@ class Way(Arm):
                 Asking.looks_once = before
 
 
-PUBLISHED = Way("published", "reference")
+PUBLISHED = Way("published", "reference", tuned=False)
 WAYS = {
     "inference": [PUBLISHED, Way("one by one", "auto"), Way("look once", "auto", once=True)],
     "training": [PUBLISHED, Way("look once", "auto", once=True)],
@@ -170,10 +170,11 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
         "memory": None,
     }
     effort = Effort(config.rounds, min(config.rounds, 2), config.seconds)
+    setting = Setting(device, torch.float32, effort, progress=progress)
     wanted = [("inference", count) for count in config.expressions] + [("training", n) for n in config.training]
     try:
         for kind, count in wanted:
-            _measure(make_case(kind, count, config.model), WAYS[kind], device, effort, progress, content)
+            _measure(make_case(kind, count, config.model), WAYS[kind], setting, content)
             report.save(config.json, content)
         content["complete"] = True
     except KeyboardInterrupt:
@@ -182,19 +183,11 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
     return content
 
 
-def _measure(
-    case: Case,
-    arms: list[Arm],
-    device: torch.device,
-    effort: Effort,
-    progress: Callable[[str], None],
-    content: dict[str, Any],
-) -> None:
+def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[str, Any]) -> None:
+    setting.progress(case.name)
     cells: dict[str, Cell] = {}
     try:
-        measure_case(
-            case, arms, device, torch.float32, effort, False, lambda text: progress(f"{case.name}: {text}"), cells
-        )
+        measure_case(case, list(arms), setting, cells)
     finally:
         content["cases"].append(
             {

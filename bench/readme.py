@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cards, charts, look_once, report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench") / "results"
 COMMAND = "python -m bench.readme"
 MARK = re.compile(r"<!-- (?P<end>/)?bench(?:: (?P<name>\S+))? -->")

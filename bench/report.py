@@ -115,7 +115,7 @@ def _tall_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for place, (arm, cell) in enumerate(case["arms"].items()):
         goal = case["goal"] if is_own(case, arm) else None
         yield (
-            "" if place else _name(case),
+            "" if place else case_name(case),
             arm,
             spread(Spread.of(cell["ms"])) if is_measured(cell) else _trouble(cell),
             spread(gain[arm], "x") + _slower(gain[arm]) if arm in gain else "-",
@@ -124,7 +124,7 @@ def _tall_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _name(case: Mapping[str, Any]) -> str:
+def case_name(case: Mapping[str, Any]) -> str:
     """The case's own name, and what else tells it from its neighbours."""
     batch = case["sizes"].get("batch")
     part = case["passes"] if case["passes"].endswith("alone") else ""
@@ -133,14 +133,14 @@ def _name(case: Mapping[str, Any]) -> str:
 
 def _legend(cases: Sequence[Mapping[str, Any]]) -> str:
     """What the names mean, and what went wrong."""
-    lines = dict.fromkeys(f"- {_name(case)}: {case['title']}, {case['passes']}" for case in cases)
+    lines = dict.fromkeys(f"- {case_name(case)}: {case['title']}, {case['passes']}" for case in cases)
     for case in cases:
         told = ((arm, cell) for arm, cell in case["arms"].items() if cell["message"])
-        lines |= dict.fromkeys(f"- {_name(case)}, {arm}: {_trouble(cell)}: {cell['message']}" for arm, cell in told)
+        lines |= dict.fromkeys(f"- {case_name(case)}, {arm}: {_trouble(cell)}: {cell['message']}" for arm, cell in told)
     return "\n".join(lines)
 
 
-def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, Any]], str] = _name) -> str:
+def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, Any]], str] = case_name) -> str:
     """Two lines for whoever reads no table: where fastris is slower, and which goals are not met."""
     slower, missed = [], []
     for case in cases:
@@ -209,7 +209,7 @@ def _wide_cell(case: Mapping[str, Any], arm: str | None, named: bool = False) ->
         return "-"
     if not is_measured(cell):
         return "-" if cell["status"] == LEFT_OUT else f"**{_trouble(cell)}**"
-    gain = gains(case).get(arm)
+    gain = gains(case).get(arm or "")
     lines = [f"{number(Spread.of(cell['ms']).median)} ms"]
     if gain is not None:
         lines.append(f"**{number(gain.median)}x{_slower(gain)}**")

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastris import CRIS, CRISConfig, use_impl
-from fastris.nn import positions
 
 from . import cards, report
 from .cases import CASES, Case
-from .harness import timed
 from .problem import LOW_PRECISION
+from .roofline import measure_ceilings, without_numbers
 from .traffic import Operation, Traffic
 
 PATHS = ("reference", "repaired", "torch")
@@ -91,15 +90,11 @@ def adam(parameters: int) -> dict[str, Any]:
 @contextmanager
 def shapes_of(path: str, gpu: bool) -> Iterator[None]:
     """Tensors without numbers, operators by ``path``; with ``gpu``, as they run there although they lie on a CPU."""
-    operator: Any = importlib.import_module("fastris.ops.cross_attention")
     upsample: Any = importlib.import_module("fastris.ops.upsample_conv")
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(use_impl("torch" if path == "torch" else "reference"))
-        # A cached table without numbers would outlive this block.
-        stack.enter_context(mock.patch.object(positions, "_cached", positions._cached.__wrapped__))
-        # Which words to cut off is read from the numbers, and here there are none.
-        stack.enter_context(mock.patch.object(operator, "_trim", lambda *given: given))
+        stack.enter_context(without_numbers())
         if path == "repaired":
             stack.enter_context(mock.patch.object(F, "multi_head_attention_forward", _without_weights))
         if gpu:
@@ -144,7 +139,7 @@ def count_case(case: Case, path: str, dtype: torch.dtype, gpu: bool) -> Counted:
 
 def checks(folder: Path) -> list[dict[str, Any]]:
     """The model of every measured case and arm that it has a path for, beside the median that was measured."""
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = report.load(path)
@@ -157,32 +152,33 @@ def checks(folder: Path) -> list[dict[str, Any]]:
 def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     machine, dtype = result["machine"], getattr(torch, result["settings"]["dtype"])
     known = {case.name: case for case in CASES}
-    rates, described = _rates(result)
+    rates, described = _rates(result, dtype)
     if rates is None:
         return
     for entry in result["cases"]:
         case = known.get(entry["name"])
-        if case is None or dict(case.sizes) != _as_sizes(case, entry["sizes"]) or case.passes != entry["passes"]:
-            continue
+        if case is None or set(case.sizes) != set(entry["sizes"]) or case.passes != entry["passes"]:
+            continue  # of another version, or of one pass alone
+        case = dataclasses.replace(case, sizes=_as_sizes(entry["sizes"]))
         for arm, cell in entry["arms"].items():
             if arm in PATHS and report.is_measured(cell):
                 operations = count_case(case, arm, dtype, machine["device"]["type"] != "cpu")
                 yield {
                     "device": ", ".join((machine["device"]["name"], f"{machine['threads']} threads", str(dtype)[6:])),
                     "rates": described,
-                    "case": entry["name"],
+                    "case": report.case_name(entry),
                     "arm": arm,
                     "modelled_ms": rates.milliseconds(operations),
                     "measured_ms": report.Spread.of(cell["ms"]).median,
                 }
 
 
-def _as_sizes(case: Case, sizes: dict[str, Any]) -> dict[str, Any]:
+def _as_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """As in the table of cases, where JSON has lists for tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
 
 
-def _rates(result: dict[str, Any]) -> tuple[cards.Rates | None, str]:
+def _rates(result: dict[str, Any], dtype: torch.dtype) -> tuple[cards.Rates | None, str]:
     """What the measured device is taken to reach, and in words: its card's, or the ceilings measured with it or now."""
     name = result["machine"]["device"]["name"]
     for card in cards.CARDS:
@@ -193,21 +189,9 @@ def _rates(result: dict[str, Any]) -> tuple[cards.Rates | None, str]:
     ceilings = result.get("ceilings")
     origin = "in the same run"
     if not ceilings:
-        ceilings, origin = measure_ceilings(result["machine"]["threads"]), "when the model was made"
+        torch.set_num_threads(result["machine"]["threads"])
+        ceilings = dataclasses.asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
+        origin = "when the model was made"
     matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
     text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
     return cards.Rates(matrix, matrix, copy, cards.LAUNCH_SECONDS), text
-
-
-def measure_ceilings(threads: int) -> dict[str, float]:
-    """Best rate of a float32 product and of a copy on this processor, for result files that hold no ceilings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        left, right, source = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.ones(2**27, dtype=torch.uint8)
-        target = torch.empty_like(source)
-        matrix = min(timed(lambda: torch.mm(left, right), 1, lambda: None) for _ in range(10))
-        copy = min(timed(lambda: target.copy_(source), 1, lambda: None) for _ in range(10))
-    finally:
-        torch.set_num_threads(before)
-    return {"matrix_flops_per_s": 2 * 1024**3 / matrix, "copy_bytes_per_s": 2 * 2**27 / copy}

@@ -8,7 +8,7 @@ multiplication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from .roofline import FORMULAS
 
 aten = torch.ops.aten
 
@@ -64,29 +66,9 @@ def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Arithmetic of one operation; 0 for all but matrix products, convolutions and attention."""
     formula = FORMULAS.get(packet)
     if formula is not None:
-        return formula(*args)
+        return shape_wrapper(formula)(*args, **kwargs, out_val=result)
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-
-
-def _convolution_backward(upstream: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
-    transposed, wanted = rest[4], rest[7]
-    once = conv_flop_count(list(x.shape), list(weight.shape), list(upstream.shape), transposed)
-    return once * (bool(wanted[0]) + bool(wanted[1]))
-
-
-FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.convolution_backward: _convolution_backward,
-    aten.addmm_: lambda total, left, right, *_: 2 * left.shape[0] * left.shape[1] * right.shape[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_: sdpa_flop_count(
-        query.shape, key.shape, value.shape
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda upstream, query, key, value, *_: (
-        sdpa_backward_flop_count(upstream.shape, query.shape, key.shape, value.shape)
-    ),
-}
-"""Where PyTorch's counter is wrong or silent: it counts the weight's gradient of a grouped convolution as many times
-too high as there are groups (each of both gradients costs what the forward pass does)."""
 
 
 def _bytes_moved(function: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -122,7 +104,7 @@ def existing_bytes(tensors: Iterable[Tensor]) -> int:
         count = 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             count *= size if stride else min(size, 1)
-        found[_storage(tensor), tensor.storage_offset(), tensor.shape] = count * tensor.itemsize
+        found[_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()] = count * tensor.itemsize
     return sum(found.values())
 
 
