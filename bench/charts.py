@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape
 
-from .report import MIB, OTHERS, best_arms, gains, is_measured, kept_bytes, main_cases, number
+from .report import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number
 
 WIDTH, PLOT_LEFT, PLOT_WIDTH = 860, 340, 350
 BAR, GAP, GROUP_GAP, LINE = 14, 4, 12, 13
@@ -113,8 +113,8 @@ def look_once_chart(result: Mapping[str, Any]) -> str:
         bars = []
         for arm, cell in case["arms"].items():
             if is_measured(cell):
-                rates = sorted(1000 * count / ms for ms in cell["ms"])
-                low, median, high = (rates[round(q * (len(rates) - 1))] for q in (0.2, 0.5, 0.8))
+                times = Spread.of(cell["ms"])
+                median, low, high = (1000 * count / ms for ms in (times.median, times.high, times.low))
                 gain = gains(case).get(arm)
                 factor = f", {number(gain.median)}x" if gain else ""
                 bars.append(Bar(arm, median, f"{number(median)}/s{factor}", low, high))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,58 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench") / "results"
 COMMAND = "python -m bench.readme"
 MARK = re.compile(r"<!-- (?P<end>/)?bench(?:: (?P<name>\S+))? -->")
-SPECIAL = {"look-once": "look_once.json", "cards": "modelled_cards.json", "demo": "demo_metrics.json"}
-"""Blocks that are no table of cases, and their files; any other block NAME is of NAME.json or NAME_*.json."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a result file becomes: how it is read, the text of its block, and its chart, if it has one.
+
+    ``page`` gets the content and the file's name; ``picture`` is the chart's alternative text.
+    """
+
+    load: Callable[[Path], Any]
+    page: Callable[[Any, str], str]
+    chart: Callable[[Any], str] | None = None
+    picture: str = ""
+
+
+def _demo_page(metrics: dict[str, Any], source: str) -> str:
+    """The demo's test of language: how well masks follow the right phrase, and another object's."""
+    columns = ("mIoU", "oIoU", "Pr@50")
+    names = {"right_phrase": "the right phrase", "other_objects_phrase": "another object's phrase"}
+    rows = [(text, *(_percent(metrics[name][column]) for column in columns)) for name, text in names.items()]
+    kinds = ", ".join(f"{kind}s {_percent(value)}" for kind, value in metrics["right_phrase_by_kind"].items())
+    right = metrics["right_phrase"]
+    notes = [
+        f"mIoU by kind of phrase: {kinds}.",
+        f"{right['expressions']} expressions, rule {right['rule']}, {right['sentences']} sentences;",
+        f"seed {metrics['seed']}, {metrics['steps']} steps, {metrics['seconds']:.0f} s",
+        f"on {metrics['threads']} CPU cores, PyTorch {metrics['torch']}. Raw data: `{source}`.",
+    ]
+    return f"{report.table(('', *columns), rows, aligned=False)}\n\n<sub>{' '.join(notes)}</sub>"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+TIMED = Kind(report.load, report.page, charts.speed_chart, "times faster than the published formulas")
+SPECIAL = {
+    "look-once": (
+        "look_once.json",
+        Kind(report.load, look_once.page, charts.look_once_chart, "expressions per second, over expressions per image"),
+    ),
+    "cards": (
+        "modelled_cards.json",
+        Kind(cards.load, cards.page, cards.chart, "modelled time of a training step on cards that were not measured"),
+    ),
+    "demo": ("demo_metrics.json", Kind(_load_json, _demo_page)),
+}
+"""Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""
 
 
 class BlockError(ValueError):
@@ -79,29 +130,18 @@ def _pieces(root: Path, text: str) -> list[tuple[str | None, str]]:
 
 def block(root: Path, name: str) -> str:
     """The text of one block. Raises BlockError for a name that no result file goes by."""
-    source = _source(root, name)
-    shown = str(source.relative_to(root))
-    if name == "demo":
-        return demo_page(json.loads(source.read_text(encoding="utf-8")), shown)
-    picture = f"![{_ALTERNATIVES.get(name, 'times faster than the published formulas')}]({RESULTS / source.stem}.svg)"
-    if name == "cards":
-        return f"{picture}\n\n{cards.page(cards.load(source), shown)}"
-    result = report.load(source)
-    if name == "look-once":
-        return f"{picture}\n\n{look_once.page(result, shown)}"
-    return f"{picture}\n\n{report.page(result, shown)}" if result["cases"] else report.page(result, shown)
-
-
-_ALTERNATIVES = {
-    "look-once": "expressions per second over the number of expressions per image",
-    "cards": "modelled time of a training step on cards that were not measured",
-}
+    source, kind = _source(root, name), SPECIAL[name][1] if name in SPECIAL else TIMED
+    content = kind.load(source)
+    text = kind.page(content, str(source.relative_to(root)))
+    if kind.chart is None or not content.get("cases", True):
+        return text
+    return f"![{kind.picture}]({RESULTS / source.stem}.svg)\n\n{text}"
 
 
 def _source(root: Path, name: str) -> Path:
     folder = root / RESULTS
     if name in SPECIAL:
-        found = [folder / SPECIAL[name]]
+        found = [folder / SPECIAL[name][0]]
     else:
         found = [folder / f"{name}.json"] if (folder / f"{name}.json").is_file() else _timed_files(root, f"{name}_*")
     if len(found) != 1 or not found[0].is_file():
@@ -111,9 +151,10 @@ def _source(root: Path, name: str) -> Path:
 
 
 def _timed_files(root: Path, stem: str = "*") -> list[Path]:
-    """The files of ``python -m bench``."""
-    paths = sorted((root / RESULTS).glob(f"{stem}.json"))
-    return [path for path in paths if path.name not in SPECIAL.values()]
+    """The files of ``python -m bench``: those that hold cases."""
+    special = {file for file, _ in SPECIAL.values()}
+    paths = [path for path in sorted((root / RESULTS).glob(f"{stem}.json")) if path.name not in special]
+    return [path for path in paths if "cases" in _load_json(path)]
 
 
 def _charts(root: Path) -> dict[str, str]:
@@ -125,32 +166,11 @@ def _charts(root: Path) -> dict[str, str]:
             found[f"{path.stem}.svg"] = charts.speed_chart(result)
         if result.get("memory"):
             found[f"{path.stem}_memory.svg"] = charts.memory_chart(result["memory"])
-    once, modelled = (root / RESULTS / SPECIAL[name] for name in ("look-once", "cards"))
-    if once.is_file():
-        found["look_once.svg"] = charts.look_once_chart(report.load(once))
-    if modelled.is_file():
-        found["modelled_cards.svg"] = cards.chart(cards.load(modelled))
+    for file, kind in SPECIAL.values():
+        path = root / RESULTS / file
+        if kind.chart is not None and path.is_file():
+            found[f"{path.stem}.svg"] = kind.chart(kind.load(path))
     return found
-
-
-def demo_page(metrics: dict[str, Any], source: str) -> str:
-    """The demo's test of language: how well masks follow the right phrase, and another object's."""
-    columns = ("mIoU", "oIoU", "Pr@50")
-    names = {"right_phrase": "the right phrase", "other_objects_phrase": "another object's phrase"}
-    rows = [(text, *(_percent(metrics[name][column]) for column in columns)) for name, text in names.items()]
-    kinds = ", ".join(f"{kind}s {_percent(value)}" for kind, value in metrics["right_phrase_by_kind"].items())
-    right = metrics["right_phrase"]
-    notes = [
-        f"mIoU by kind of phrase: {kinds}.",
-        f"{right['expressions']} expressions, rule {right['rule']}, {right['sentences']} sentences;",
-        f"seed {metrics['seed']}, {metrics['steps']} steps, {metrics['seconds']:.0f} s",
-        f"on {metrics['threads']} CPU cores, PyTorch {metrics['torch']}. Raw data: `{source}`.",
-    ]
-    return f"{report.table(('', *columns), rows, aligned=False)}\n\n<sub>{' '.join(notes)}</sub>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:

@@ -179,8 +179,13 @@ def page(result: Mapping[str, Any], source: str) -> str:
 
 
 def main_cases(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What README shows first and charts show: cases with a goal and whole models; all where there are none."""
-    return [case for case in cases if case["goal"] is not None or case["op"] == "model"] or cases
+    """What README and charts show first: goals, whole models, and wherever fastris is slower; all if there are none."""
+    return [case for case in cases if case["goal"] is not None or case["op"] == "model" or _is_slower(case)] or cases
+
+
+def _is_slower(case: Mapping[str, Any]) -> bool:
+    ahead = lead(case)
+    return ahead is not None and ahead.median < 1
 
 
 def _narrow_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -191,7 +196,9 @@ def _narrow_table(cases: Sequence[Mapping[str, Any]]) -> str:
     for case in cases:
         own, other = best_arms(case)
         best = [_wide_cell(case, other, named=True)] if others else []
-        cells = [_wide_cell(case, first), *best, _wide_cell(case, own, named=True), _wide_goal(case)]
+        ahead = lead(case) if others else None
+        factor = "" if ahead is None else f"<br>{number(ahead.median)}x the best other{_slower(ahead)}"
+        cells = [_wide_cell(case, first), *best, _wide_cell(case, own, named=True) + factor, _wide_goal(case)]
         rows.append((_label(case), *cells))
     return table(("", first, *(["best other"] if others else []), "fastris", "goal"), rows, aligned=False)
 
@@ -302,7 +309,7 @@ def caption(result: Mapping[str, Any]) -> str:
 
 
 def _slower(gain: Spread) -> str:
-    return "" if gain.median >= 1 else " slower" if gain.high < 1 else " slower, within noise"
+    return "" if gain.median >= 1 else ", slower" if gain.high < 1 else ", slower within noise"
 
 
 def _trouble(cell: Mapping[str, Any]) -> str:
