@@ -80,7 +80,7 @@ def speed_chart(result: Mapping[str, Any]) -> str:
         bars = []
         own, _ = best_arms(case)
         for arm, gain in gains(case).items():
-            goal = case["goal"] if arm == own else None
+            goal = (case["goal"] or case.get("targets", {}).get(case["baseline"])) if arm == own else None
             mark = " slower" if gain.median < 1 else ""
             bars.append(Bar(arm, gain.median, f"{number(gain.median)}x{mark}", gain.low, gain.high, goal))
         groups.append(Group(head, details.strip(), tuple(bars)))

@@ -58,6 +58,21 @@ def test_slower_within_noise_is_said_to_be_so():
     assert "speed of reference, within noise" in report.page(found, "x.json")
 
 
+def test_targets_over_other_arms_and_of_the_roofline_are_judged_one_by_one():
+    arms = {"repaired": cell(8.0, 8.0), "max_autotune": cell(3.0, 3.0), "torch": cell(2.0, 2.0, share=0.7)}
+    targets = {"repaired": 4.0, "max_autotune": 2.0, "share": 0.8, "compiled": 3.0}
+    one = case(arms, targets=targets, goal_arms=["torch"])
+    assert report.goals(one) == [
+        ("4x repaired", "4.00x", "yes"),
+        ("2x max_autotune", "1.50x", "no"),
+        ("80 % of roofline", "70 %", "no"),
+        ("3x compiled", "-", "no"),
+    ]
+    text = report.page(result(one), "x.json")
+    assert "4x repaired: yes<br>2x max_autotune: **no**" in text
+    assert "(1.50x of 2x max_autotune); tiny case, 3 pixels (70 % of 80 % of roofline)" in text
+
+
 def test_nothing_slower_and_nothing_missed_is_said_too():
     text = report.page(result(case({"torch": cell(2.0, 2.0, 2.0)}, goal=2.0)), "x.json")
     assert "Slower than the best other arm: nothing here." in text and "Goals not met: none." in text
