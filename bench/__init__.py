@@ -16,5 +16,10 @@
     compare.py     what moved beyond noise since an older result file
     tracing.py     traces with named stages
     test_cases.py  the cases under pytest-benchmark
+    charts.py      charts of result files as SVG
+    readme.py      README's blocks and charts, generated; ``--check`` says where they disagree with the result files
+    look_once.py   several expressions about one image, against asking one by one
+    cards.py       a model of the training step on cards that were not measured: traffic.py counts operations,
+                   step_traffic.py the stages of a step, kernel_traffic.py what the Triton kernels move
     results/       result files, one per device
 """

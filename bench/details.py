@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arms import ARMS, THEIRS, ours
-from .report import MIB, Spread, _table, speedup
+from .report import MIB, Spread, speedup, table
 from .roofline import Ceilings, bound
 
 
@@ -50,7 +50,7 @@ COLUMNS = ("case", "arm", "GFLOP", "GFLOP/s", "share of roofline", "kept, MiB", 
 def markdown(result: Mapping[str, Any]) -> str:
     """The second table of a result, its ceilings above and its headlines below it."""
     rows = [row for case in result["cases"] for row in _rows(case)]
-    parts = [_ceilings(result["ceilings"]), _table(COLUMNS, rows)]
+    parts = [_ceilings(result["ceilings"]), table(COLUMNS, rows)]
     heads = [_headline(case) for case in result["cases"] if case.get("headline")]
     if heads:
         parts.append("Best of fastris over best of repaired eager and compiled:\n" + "\n".join(heads))

@@ -110,7 +110,7 @@ def bound(work: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
 
 def count_flops(case: Case, path: str) -> int:
     """Multiplications and additions of matrix products and convolutions in one step of ``case`` by ``path``."""
-    with case.shapes_only() as problem, use_impl(path), _without_numbers():
+    with case.shapes_only() as problem, use_impl(path), without_numbers():
         if not problem.training:
             return _counted(problem.forward)
         problem.optimizer = False  # Adam has no products, and steps on numbers
@@ -122,7 +122,7 @@ def count_flops(case: Case, path: str) -> int:
 
 
 @contextmanager
-def _without_numbers() -> Iterator[None]:
+def without_numbers() -> Iterator[None]:
     """What reads or keeps numbers steps aside where there are none: no word is cut off, no position table is kept."""
     words: Any = importlib.import_module("fastris.ops.cross_attention")
     tables: Any = importlib.import_module("fastris.nn.positions")
