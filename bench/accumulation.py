@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from bench.harness import timed
 from fastris.accumulation import allow_fp16_accumulation, fp16_accumulation_obstacle
+
+from .harness import timed
 
 PRODUCTS = {
     "projector, 512 -> 3x512 taps": (16 * 26 * 26, 512, 3 * 512),

@@ -8,8 +8,10 @@
     triton            fastris's algebra with its Triton kernels
     fastris_compiled  whatever path fastris chooses by itself, under torch.compile
 
+Where the whole model only answers, fastris's arms run it as ``fastris eval`` does, through ``for_inference``.
+
 All but the first are tuned alike: fused Adam and, on CUDA, channels_last and cudnn.benchmark. On a CPU channels_last
-stays off for everybody.
+stays off in training for everybody.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastris import CRIS, for_inference
 from fastris.dispatch import triton_obstacle, use_impl
 
 from .problem import Problem
@@ -58,6 +61,8 @@ class Arm:
             from .repaired import repair
 
             problem = problem.with_module(repair(problem.module))
+        if self.impl != "reference" and not problem.training and isinstance(problem.module, CRIS):
+            problem = problem.with_module(for_inference(problem.module))
         if self.compile is None:
             return problem, problem.module
         return problem, torch.compile(problem.module, dynamic=False, **self.compile)

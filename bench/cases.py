@@ -280,7 +280,7 @@ CASES: tuple[Case, ...] = (
     Case(
         name="inference",
         op="model",
-        title="CRIS-RN50, inference: 416x416, B=1 (checked smaller)",
+        title="CRIS-RN50, inference: 416x416, B=1 (ours: for_inference; checked smaller)",
         build=builders.inference,
         composed=True,
         sizes={**_CRIS_R50, "batch": 1},

@@ -15,6 +15,7 @@ import torch
 
 from fastris import CRISConfig
 from fastris.config import option
+from fastris.host_memory import keep_freed_memory
 from fastris.optim import choose_device
 
 from . import compare, details, machine, memory, report
@@ -101,14 +102,14 @@ class BenchConfig:
 class Result:
     """What was found so far, kept on disk as it grows."""
 
-    def __init__(self, config: BenchConfig, setting: Setting):
+    def __init__(self, config: BenchConfig, setting: Setting, keeps_freed_memory: bool):
         self.path = config.json
         self.ceilings: Ceilings | None = None
         self.content: dict[str, Any] = {
             "format": report.FORMAT,
             "command": config.command(),
             "complete": False,
-            "machine": machine.describe(setting.device),
+            "machine": machine.describe(setting.device, keeps_freed_memory),
             "settings": {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())},
             "ceilings": None,
             "cases": [],
@@ -153,7 +154,7 @@ def run(config: BenchConfig) -> int:
     if config.profile is not None:
         config.profile.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
-    result = Result(config, setting)
+    result = Result(config, setting, device.type == "cpu" and keep_freed_memory())
     result.save()  # a file that cannot be written is better known now
     code = 0
     try:

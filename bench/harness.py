@@ -261,7 +261,7 @@ def order_of_round(names: list[str], number: int) -> list[str]:
     return names[shift:] + names[:shift]
 
 
-def timed(step: Callable[[], None], repeats: int, synchronize: Callable[[], None]) -> float:
+def timed(step: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
     """Seconds per step, from an idle device to an idle device; what a :class:`Step` sets up before it is not timed."""
     set_up = getattr(step, "set_up", None)
     if set_up is None:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.memory import Kept
+from .memory import Kept
 
 
 class LiveStorages(TorchDispatchMode):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastris import CRIS, CRISConfig
 from fastris.config import describe, load_options, option
+from fastris.host_memory import keep_freed_memory
 from fastris.optim import choose_device
 
 from . import machine, report
@@ -163,7 +164,7 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
         "format": report.FORMAT,
         "command": ["python", "-m", "bench.look_once", *arguments],
         "complete": False,
-        "machine": machine.describe(device),
+        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
         "settings": {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds},
         "note": NOTE,
         "cases": [],

@@ -16,12 +16,13 @@ import fastris
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device, keeps_freed_memory: bool = False) -> dict[str, Any]:
     """Everything that a reader needs to measure the same again, as it goes into a result file."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": keeps_freed_memory,
         "clocks": clocks(device),
         "system": platform.platform(),
         "versions": {

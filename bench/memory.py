@@ -151,6 +151,6 @@ def kept_by_own_parts(config: CRISConfig, device: torch.device) -> dict[str, Kep
 
 
 if __name__ == "__main__":
-    from bench.recompute import main
+    from .recompute import main
 
     sys.exit(main(sys.argv[1:]))

@@ -117,9 +117,9 @@ class Problem:
         with torch.set_grad_enabled(self.training):
             outputs = self.training_forward(module) if self.training else self.forward(module)
         found = {f"output {i}": output.detach().clone() for i, output in enumerate(outputs)}
-        found |= {f"statistic {name}": b.clone() for name, b in self.module.named_buffers() if b.is_floating_point()}
         if not self.training:
             return found
+        found |= {f"statistic {name}": b.clone() for name, b in self.module.named_buffers() if b.is_floating_point()}
         leaves = self.leaves()
         drawn: dict[str, list[Tensor]] = {name: [] for name in leaves}
         for seed in range(draws):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cards, charts, look_once, report
+from . import cards, charts, look_once, recompute, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench") / "results"
@@ -69,6 +69,7 @@ SPECIAL = {
         "modelled_cards.json",
         Kind(cards.load, cards.page, cards.chart, "modelled time of a training step on cards that were not measured"),
     ),
+    "memory": ("whole_memory.json", Kind(recompute.load, recompute.page)),
     "demo": ("demo_metrics.json", Kind(_load_json, _demo_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""

@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 import torch
 
-from bench import machine
-from bench.arms import BASELINE, choose_arms
-from bench.harness import order_of_round, timed
-from bench.memory import BATCH, DTYPE, Kept
-from bench.whole import CARDS, GOALS, MIB, PUBLISHED_BATCH, WholeCell, count_whole, model_and_batch
 from fastris import CRISConfig
 from fastris.config import describe, load_options, option
+from fastris.host_memory import keep_freed_memory
 from fastris.nn.recompute import SETTINGS
 from fastris.optim import choose_device
+
+from . import machine
+from .arms import BASELINE, choose_arms
+from .harness import order_of_round, timed
+from .memory import BATCH, DTYPE, Kept
+from .whole import CARDS, GOALS, MIB, PUBLISHED_BATCH, WholeCell, count_whole, model_and_batch
 
 TIME_GOAL = 1.15
 """A step with ``"stages"`` takes at most this many times one with ``"none"``."""
@@ -49,7 +51,7 @@ def run(config: WholeConfig) -> int:
     count_whole(choose_arms(config.arms, device, DTYPE), device, _say, cells, model)
     print(kept_table(cells), fits_table(cells), sep="\n\n")
     content: dict[str, Any] = {
-        "machine": machine.describe(device),
+        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
         "batch": BATCH,
         "goals": GOALS,
         "cells": [dataclasses.asdict(cell) for cell in cells],
@@ -89,6 +91,31 @@ def time_settings(
             if number:
                 seconds[setting].append(taken)
     return seconds
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file that ``python -m bench.memory json=FILE`` wrote. Raises ValueError when it is none."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "cells" not in content:
+        raise ValueError(f"{path} holds no counts; write it anew with python -m bench.memory json={path}")
+    return content
+
+
+def page(content: dict[str, Any], source: str) -> str:
+    """README's block: what is kept, what fits, and what recomputing costs where it was timed."""
+    cells = [WholeCell(**cell) for cell in content["cells"]]
+    parts = [kept_table(cells), fits_table(cells)]
+    if content.get("seconds"):
+        config = WholeConfig(
+            rounds=len(content["seconds"]["none"]), batch=content["timed_batch"], dtype=content["timed_dtype"]
+        )
+        parts.append(time_table(content["seconds"], config))
+    about = content["machine"]
+    parts.append(
+        f"<sub>{about['device']['name']}, {about['threads']} threads, PyTorch {about['versions']['torch']}, "
+        f"{about['date'][:10]}. Raw data: `{source}`.</sub>"
+    )
+    return "\n\n".join(parts)
 
 
 def kept_table(cells: Sequence[WholeCell]) -> str:

@@ -316,6 +316,7 @@ def caption(result: Mapping[str, Any]) -> str:
     facts = [
         machine["device"]["name"],
         f"{machine['threads']} threads",
+        *(["freed memory kept for all arms"] if machine.get("keeps_freed_memory") else []),
         settings["dtype"],
         f"PyTorch {machine['versions']['torch']}",
         f"fastris {machine['versions']['fastris']}, {source}{' with changes' if machine['git']['dirty'] else ''}",

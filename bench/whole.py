@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.arms import BASELINE, Arm
-from bench.builders import enliven, make_tokens
-from bench.cases import REAL_LENGTHS
-from bench.harness import Progress, failures_into, release
-from bench.live import LiveStorages
-from bench.memory import BATCH, DTYPE, Kept, MemoryCell
 from fastris import CRIS, CRISConfig
 from fastris.nn.recompute import SETTINGS
 from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
+
+from .arms import BASELINE, Arm
+from .builders import enliven, make_tokens
+from .cases import REAL_LENGTHS
+from .harness import Progress, failures_into, release
+from .live import LiveStorages
+from .memory import BATCH, DTYPE, Kept, MemoryCell
 
 GOALS = {"pointwise": 240, "stages": 135}
 """Recompute setting -> MiB kept per image, at most, with the weights' copies, by every arm but the baseline."""

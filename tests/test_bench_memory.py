@@ -138,13 +138,16 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
     assert "no room" in recompute.kept_table(cells) and "no room" not in recompute.fits_table(cells)
 
 
+@pytest.mark.slow
 def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recompute.CRISConfig, "preset", lambda name: model_config())
     path = tmp_path / "memory.json"
     assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out
     assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
-    assert '"recompute": "pointwise"' in path.read_text()
+    block = recompute.page(recompute.load(path), "memory.json")
+    assert all(f"{table}\n" in block for table in printed.split("\n\n") if table.startswith("| arm"))
+    assert "Raw data: `memory.json`" in block
 
 
 @pytest.mark.parametrize(

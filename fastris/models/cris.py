@@ -156,9 +156,11 @@ def _without_shared_padding(tokens: Tensor) -> Tensor:
     """Token ids (E, L) without the columns at the end that are padding in every sentence.
 
     Exact: CLIP's text encoder is causal, so no word sees what follows it, and the decoder masks padding. Only on a CPU,
-    where looking at the ids costs no wait for the device, and not while compiling, which would depend on the values.
+    where looking at the ids costs no wait for the device, and not where there are no values to look at: while compiling
+    or under PyTorch's fake tensors.
     """
-    if tokens.device.type != "cpu" or requested_impl() == "reference" or torch.compiler.is_compiling():
+    has_values = type(tokens) is Tensor and not torch.compiler.is_compiling()
+    if tokens.device.type != "cpu" or not has_values or requested_impl() == "reference":
         return tokens
     used = tokens.ne(0).any(dim=0).nonzero()
     return tokens[:, : int(used.max()) + 1 if len(used) else 1]
