@@ -158,13 +158,10 @@ def run(config: BenchConfig) -> int:
     result.save()  # a file that cannot be written is better known now
     code = 0
     try:
-        if cases:
-            result.hold_to(measure_ceilings(device, dtype, setting.synchronize))
         for case in cases:
             progress.begin(f"{case.name}, B={case.sizes['batch']}" if config.batch else case.name)
+            result.hold_to(measure_ceilings(device, dtype, setting.synchronize))  # best of all: it may be busy now
             _measure(case, arms, config, setting, result)
-        if cases:  # again: at the beginning the device may have been cold, or busy
-            result.hold_to(measure_ceilings(device, dtype, setting.synchronize))
         if with_memory:
             progress.begin("memory")
             _count(arms, device, progress.show, result)

@@ -34,7 +34,7 @@ COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 CEILING_ROUNDS = 12
-CEILING_SECONDS = 2.0
+CEILING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
