@@ -4,6 +4,10 @@ Python's own unpickler looks up and calls whatever a file names; refusing global
 (a memo index of four billion, a key that is a million tuples deep). This one knows only the opcodes that build
 lists, dicts, tuples, strings, numbers, booleans and None, for protocols 0 to 5 of Python 2 and 3. Any other
 opcode is refused by name before it has an effect, and work and memory stay proportional to the size of the file.
+
+Records that hold encoded images are read with `binary=True`, where bytes stay bytes. Protocol 2 has no instruction for
+bytes: Python 3 writes a text and a call of `_codecs.encode(text, "latin1")`. That one spelling is understood as the
+bytes that it stands for; nothing is looked up or called for it.
 """
 
 from __future__ import annotations
@@ -22,6 +26,13 @@ MAX_DEPTH = 32  # the REFER layout nests five deep
 MAX_NUMBER = 64  # bytes of one written number
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_LEAVES = _SCALARS | {bytes}
+_ENCODE, _BYTES = object(), object()  # what stands on the stack for the only two names that are understood
+_KNOWN = {
+    (b"_codecs", b"encode"): _ENCODE,
+    (b"__builtin__", b"bytes"): _BYTES,
+    (b"builtins", b"bytes"): _BYTES,
+}
 _BAD_KEY = "a dict key that is neither a string nor a number"
 _MEND = (
     "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
@@ -57,9 +68,13 @@ def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
     return loads_plain(data, str(path))
 
 
-def loads_plain(data: bytes, source: str = "the pickle") -> Any:
-    """`load_plain` for bytes in memory; `source` is how error messages name them."""
-    machine = _Machine(data, source)
+def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False) -> Any:
+    """`load_plain` for bytes in memory; `source` is how error messages name them.
+
+    `binary`: bytes are accepted and stay bytes; what Python 2 wrote as a string is text all the same, or, where it is
+    not UTF-8, one character a byte.
+    """
+    machine = _Machine(data, source, binary)
     try:
         value = machine.run()
         _check_tree(value, [8 * len(data) + 1000])
@@ -75,11 +90,12 @@ def loads_plain(data: bytes, source: str = "the pickle") -> Any:
 class _Machine:
     """The pickle stack machine, without the opcodes that name, call or build objects."""
 
-    __slots__ = ("data", "marks", "memo", "position", "source", "stack")
+    __slots__ = ("binary", "data", "marks", "memo", "position", "source", "stack")
 
-    def __init__(self, data: bytes, source: str):
+    def __init__(self, data: bytes, source: str, binary: bool = False):
         self.data = data
         self.source = source
+        self.binary = binary
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -141,8 +157,10 @@ class _Machine:
 def _check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
     """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in _LEAVES:
         return
+    if kind not in (list, tuple, dict):
+        raise _Malformed("a name that is not used")
     budget[0] -= len(value) + 1
     if depth > MAX_DEPTH or budget[0] < 0:
         raise _Malformed("the values contain themselves, nest too deep or repeat without end")
@@ -229,6 +247,32 @@ def _skip(count: int) -> _Handler:
         machine.position += count
 
     return handler
+
+
+def _bytes(layout: str) -> _Handler:
+    """Bytes, after their number: as they are, or as the text that Python 2 meant by them."""
+    as_bytes, as_text = _counted(layout, lambda raw: raw), _counted(layout, _text)
+    return lambda machine: (as_bytes if machine.binary else as_text)(machine)
+
+
+def _global(machine: _Machine) -> None:
+    start = machine.position
+    name = _KNOWN.get((machine.line(), machine.line())) if machine.binary else None
+    if name is None:
+        machine.position = start
+        machine.refuse(pickle.GLOBAL[0])
+    machine.stack.append(name)
+
+
+def _reduce(machine: _Machine) -> None:
+    """Bytes, as protocol 2 spells them; any other call is refused."""
+    arguments, function = machine.stack.pop(), machine.stack.pop()
+    if function is _BYTES and arguments == ():
+        machine.stack.append(b"")
+    elif function is _ENCODE and type(arguments) is tuple and arguments[1:] == ("latin1",):
+        machine.stack.append(arguments[0].encode("latin-1") if type(arguments[0]) is str else machine.refuse(ord("R")))
+    else:
+        machine.refuse(pickle.REDUCE[0])
 
 
 def _mark(machine: _Machine) -> None:
@@ -337,9 +381,11 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.UNICODE: lambda machine: machine.stack.append(machine.line().decode("raw-unicode-escape")),
     pickle.SHORT_BINSTRING: _counted("<B", _text),
     pickle.BINSTRING: _counted("<i", _text),
-    pickle.SHORT_BINBYTES: _counted("<B", _text),
-    pickle.BINBYTES: _counted("<I", _text),
-    pickle.BINBYTES8: _counted("<Q", _text),
+    pickle.SHORT_BINBYTES: _bytes("<B"),
+    pickle.BINBYTES: _bytes("<I"),
+    pickle.BINBYTES8: _bytes("<Q"),
+    pickle.GLOBAL: _global,
+    pickle.REDUCE: _reduce,
     pickle.SHORT_BINUNICODE: _counted("<B", bytes.decode),
     pickle.BINUNICODE: _counted("<I", bytes.decode),
     pickle.BINUNICODE8: _counted("<Q", bytes.decode),
