@@ -20,7 +20,13 @@ SPLITS = ("train", "val", "testA", "testB")
 
 def content(data: ReferringDataset) -> list[Any]:
     """Sentences, image and mask of every reference, without the ids that formats do not share."""
-    return [(data.reference(i).sentences, data.image(i).tolist(), data.mask(i).tolist()) for i in range(len(data))]
+    return [(data.reference(index).sentences, *pixels(data, index)) for index in range(len(data))]
+
+
+def pixels(data: ReferringDataset, index: int) -> tuple[Any, ...]:
+    """Image and mask of a reference in a form that compares."""
+    image, mask = data.image(index), data.mask(index)
+    return image.shape, image.dtype, image.tobytes(), mask.shape, mask.dtype, mask.tobytes()
 
 
 def _source(root: Path) -> Path:

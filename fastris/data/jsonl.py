@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _splits_in(path: Path) -> set[str]:
     rows = [row for _, row in _lines(path) if type(row) is dict]
-    return {row["split"] if type(row.get("split")) is str else path.stem for row in rows}
+    return {row["split"] if type(row.get("split")) is str else path.stem for row in rows} or {path.stem}
 
 
 def _rows_of(root: Path, split: str) -> Iterator[Any]:

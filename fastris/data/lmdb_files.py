@@ -8,6 +8,7 @@ Source: `tools/folder2lmdb.py` and `utils/dataset.py` of CRIS.
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,18 @@ _ARROW = b"\xff\xff\xff\xff"  # begins the message of pyarrow.serialize, after 1
 _ONE_AT_A_TIME = threading.RLock()  # a process may open a file but once
 os.register_at_fork(after_in_child=lambda: globals().update(_ONE_AT_A_TIME=threading.RLock()))
 _RECIPE = """\
-{path} was written with pyarrow.serialize, which pyarrow has dropped. Rewrite it once, with Python 3.7 to 3.11:
+{path} was written with pyarrow.serialize, which pyarrow has dropped. Rewrite it once, with Python 3.7 to 3.11, \
+and only if you trust its author: unlike fastris, pyarrow.deserialize can run code that a file holds.
   python -m venv old && old/bin/pip install "pyarrow==10.0.1" "numpy<2" lmdb
   old/bin/python -c "
-import lmdb, os, pickle, pyarrow
-old = lmdb.open('{path}', subdir=os.path.isdir('{path}'), readonly=True, lock=False)
-new = lmdb.open('{path}.new', subdir=False, map_size=1 << 40)
-with old.begin() as a, new.begin(write=True) as b:
-    for key, value in a.cursor():
-        b.put(key, pickle.dumps(pyarrow.deserialize(value), 4))
-"
-then put {path}.new in its place"""
+import lmdb, os, pickle, pyarrow, sys
+path = sys.argv[1]
+old = lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False)
+new = lmdb.open(path + '.new', subdir=False, map_size=1 << 40)
+with old.begin() as source, new.begin(write=True) as target:
+    for key, value in source.cursor():
+        target.put(key, pickle.dumps(pyarrow.deserialize(value), 4))
+" {quoted} && mv {quoted}.new {quoted}"""
 
 
 def find_file(name: str, root: Path, split: str) -> Path | None:
@@ -227,7 +229,7 @@ def _encoded(record: Any, key: str, where: str) -> bytes:
 
 def _unpickle(data: bytes, path: Path, where: str) -> Any:
     if data[:1] != b"\x80" and data[16:20] == _ARROW:
-        raise DataError(_RECIPE.format(path=path))
+        raise DataError(_RECIPE.format(path=path, quoted=shlex.quote(str(path))))
     return loads_plain(data, where.rstrip(", "), binary=True)
 
 
