@@ -15,6 +15,7 @@ from refer_tree import IMAGE_FOLDER, make_refer_tree
 
 from fastris import cli
 from fastris.data import ReferringDataset, commands, load_dataset, published
+from fastris.data.annotated import AnnotatedDataset
 from fastris.data.convert import convert
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,17 @@ def test_check_names_every_reference_of_every_problem(tmp_path: Path, capsys: py
     assert code == 1
     assert "3 x missing image: ref_id 3, 4, 5\n" in printed
     assert printed.splitlines()[-1] == f"{sum(map(len, expected.values()))} problems"
+
+
+def test_check_decodes_each_image_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_refer_tree(tmp_path)
+    decoded = []
+    original = AnnotatedDataset.image
+    monkeypatch.setattr(AnnotatedDataset, "image", lambda data, i: decoded.append(i) or original(data, i))
+    assert run(capsys, "check", tmp_path, "split=train", "word_len=0")[0] == 0
+    assert decoded == [0, 3]
 
 
 def test_check_prints_nothing_but_json_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

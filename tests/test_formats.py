@@ -178,6 +178,37 @@ def test_damaged_parquet_and_other_columns_are_one_error(tmp_path: Path) -> None
         load_dataset("refcoco", "train", tmp_path)
 
 
+def test_parquet_that_would_take_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file holds a text once, and 100,000 rows repeat it: 100 kB that become 10 GB."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from fastris.data import parquet as reader
+
+    file = make_parquet_tree(tmp_path) / "data" / "train-00000-of-00001.parquet"
+    table, many = parquet.read_table(file), 100_000
+    indices, text = pyarrow.array(np.zeros(many, np.int32)), pyarrow.array(["x" * 100_000])
+    columns = {key: pyarrow.array([table[key][0].as_py()] * many) for key in ("ref_id", "image_id", "ann_id", "split")}
+    columns["sentences"] = pyarrow.array([None] * many, table.schema.field("sentences").type)
+    columns["raw_anns"] = pyarrow.DictionaryArray.from_arrays(indices, text)
+    columns["raw_image_info"] = columns["raw_anns"]
+    parquet.write_table(pyarrow.table(columns), file, use_dictionary=True, row_group_size=many)
+    assert file.stat().st_size < 1_000_000
+    monkeypatch.setattr(reader, "MAX_TEXT", 50_000)
+    with pytest.raises(DataError, match="holds a text of 100000 bytes; the limit is 50000"):
+        load_dataset("refcoco", "train", tmp_path)
+    monkeypatch.setattr(reader, "MAX_ROWS", 1000)
+    with pytest.raises(DataError, match=r"has 100000 rows, .* the limits are 1000 and"):
+        load_dataset("refcoco", "train", tmp_path)
+
+
+def test_a_parquet_row_of_too_many_sentences_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    make_parquet_tree(tmp_path, lambda rows: rows[0].update(sentences=rows[0]["sentences"] * 1000))
+    with pytest.raises(DataError, match="holds a list of 3000 values; the limit is 1000"):
+        load_dataset("refcoco", "train", tmp_path)
+
+
 # People's own folders
 
 

@@ -31,6 +31,7 @@ LAYOUT = "the layout of a folder of your own data"
 MANIFEST = "dataset.json"
 MANIFEST_FORMAT = "fastris-data"
 MANIFEST_VERSION = 1
+MAX_FILE = 4 << 30  # bytes; RefCOCO converted takes 0.02 GB
 MAX_LINE = 32 << 20  # bytes
 MAX_MANIFEST = 1 << 20  # bytes
 
@@ -113,6 +114,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each line is, and its object, or the error that it is; empty lines are passed over."""
+    if path.stat().st_size > MAX_FILE:
+        raise DataError(f"{path} has {path.stat().st_size} bytes and was not read; the limit is {MAX_FILE}")
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):

@@ -25,7 +25,9 @@ PLACES = ("coco/train2014", *IMAGE_FOLDERS)
 COLUMNS = ("ref_id", "image_id", "ann_id", "split", "sentences", "raw_anns", "raw_image_info")
 LAYOUT = "the layout of jxu124/refcoco"
 MAX_ROWS = 5_000_000
-MAX_GROUP_BYTES = 2 << 30  # of one row group, unpacked
+MAX_GROUP_BYTES = 1 << 30  # of one row group, unpacked
+MAX_TEXT = 16 << 20  # bytes; annotations as JSON
+MAX_SENTENCES = 1000  # of a reference
 _BATCH = 512  # rows
 
 
@@ -110,22 +112,31 @@ def _id_of(where: str, row: dict[str, Any]) -> int | str:
 
 
 def _rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and its columns; a few rows are in memory at a time."""
+    """Where each row is, and its columns; few rows are in memory at a time.
+
+    Texts are kept as Parquet stores them, each but once, until a row is made: a small file can repeat a large text
+    millions of times.
+    """
     parquet, arrow = need("pyarrow.parquet", "parquet", "to read Parquet files"), need("pyarrow", "parquet", "")
     for path in files:
         number = 0
         try:
             with parquet.ParquetFile(path) as file:
-                _check(file, path, columns)
-                for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
-                    for row in batch.to_pylist():
-                        yield f"{path}, row {number}", row
+                leaves = _leaves(file, path, columns)
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            with parquet.ParquetFile(path, read_dictionary=texts) as file:
+                for batch in file.iter_batches(batch_size=_BATCH, columns=[leaf.path for leaf in leaves]):
+                    for column in batch.columns:
+                        _check_values(column, path)
+                    for index in range(batch.num_rows):
+                        yield f"{path}, row {number}", {key: batch.column(key)[index].as_py() for key in columns}
                         number += 1
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a whole Parquet file ({error}); download it again") from error
 
 
-def _check(file: Any, path: Path, columns: tuple[str, ...]) -> None:
+def _leaves(file: Any, path: Path, columns: tuple[str, ...]) -> list[Any]:
+    """The primitive columns that are needed; of the sentences only what `sent` holds. The file's size is checked."""
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{path} lacks the column {', '.join(missing)}; is this file in {LAYOUT}?")
@@ -133,6 +144,35 @@ def _check(file: Any, path: Path, columns: tuple[str, ...]) -> None:
     if file.metadata.num_rows > MAX_ROWS or largest > MAX_GROUP_BYTES:
         sizes = f"{file.metadata.num_rows} rows, up to {largest} bytes a row group"
         raise DataError(f"{path} has {sizes}; the limits are {MAX_ROWS} and {MAX_GROUP_BYTES}. It was not read")
+    leaves = [file.schema.column(number) for number in range(len(file.schema))]
+    leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in columns]
+    said = [leaf for leaf in leaves if leaf.path.startswith("sentences.") and leaf.path.endswith(".sent")]
+    return [leaf for leaf in leaves if leaf in said or not (said and leaf.path.startswith("sentences."))]
+
+
+def _check_values(column: Any, path: Path) -> None:
+    """Refuse texts and lists that would take the memory once they are Python's."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    kind = column.type
+    if types.is_list(kind) or types.is_large_list(kind):
+        most, limit, what = compute.max(compute.list_value_length(column)).as_py(), MAX_SENTENCES, "a list of {} values"
+        _check_values(column.flatten(), path)
+    elif types.is_struct(kind):
+        for part in column.flatten():
+            _check_values(part, path)
+        return
+    elif types.is_dictionary(kind):
+        most, limit, what = (
+            compute.max(compute.binary_length(column.dictionary)).as_py(),
+            MAX_TEXT,
+            "a text of {} bytes",
+        )
+    else:
+        return
+    if (most or 0) > limit:
+        raise DataError(f"{path} holds {what.format(most)}; the limit is {limit}")
 
 
 def build(row: dict[str, Any], folder: Path, where: str) -> Annotated:
