@@ -9,6 +9,7 @@ Run from a checkout as ``python -m bench --help``; ``python -m bench.report FILE
     harness.py  rounds, timing, and what happens when an arm fails
     memory.py   bytes that the forward pass keeps for the backward pass
     machine.py  what the numbers were measured on
+    loader.py   what the data loader delivers, beside what a step needs: python -m bench.loader
     report.py   tables from result files
     results/    result files, one per device
 """

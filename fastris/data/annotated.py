@@ -200,7 +200,7 @@ class AnnotatedDataset(ReferringDataset):
         checks: list[Callable[[Annotated], Any]] = [self._check_sentences, self._check_segmentation]
         if on_error == "skip":
             checks += [self._check_size, self._check_mask]
-        present = {path for path in {item.path for item in records if isinstance(item, Annotated)} if path.is_file()}
+        looked: dict[Path, str] = {}
         seen: set[int | str] = set()
         usable: list[Record] = []
         unusable: list[UnusableReference] = []
@@ -211,7 +211,7 @@ class AnnotatedDataset(ReferringDataset):
                 if item.reference.ref_id in seen:
                     raise self._unusable(DUPLICATE_ID, item, "another reference has this id")
                 seen.add(item.reference.ref_id)
-                self._check_file(item, present)
+                self._check_file(item, looked)
                 for check in checks:
                     check(item)
                 usable.append(item)
@@ -248,13 +248,17 @@ class AnnotatedDataset(ReferringDataset):
     def _missing(self, item: Annotated) -> UnusableReference:
         return self._unusable(MISSING_IMAGE, item, f"no file {item.path.name} in {item.path.parent}")
 
-    def _check_file(self, item: Annotated, present: set[Path]) -> None:
+    def _check_file(self, item: Annotated, looked: dict[Path, str]) -> None:
+        """Whether the image is there and stays in its folder; `looked` keeps what is known about each file."""
         if item.pixels is not None:
             return
-        if item.path not in present:
+        if item.path not in looked:
+            leaves = item.root is not None and leaves_by_link(*item.root)
+            looked[item.path] = OUTSIDE if leaves else "" if item.path.is_file() else MISSING_IMAGE
+        if looked[item.path] == MISSING_IMAGE:
             raise self._missing(item)
-        if item.root is not None and leaves_by_link(*item.root):
-            raise self._unusable(OUTSIDE, item, f"a symbolic link leads out of {item.root[0]}")
+        if looked[item.path]:
+            raise self._unusable(OUTSIDE, item, f"a symbolic link leads out of {item.path.parent}")
 
     def _check_sentences(self, item: Annotated) -> None:
         if not all(item.reference.sentences):
