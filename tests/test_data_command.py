@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -70,6 +71,20 @@ def test_the_published_counts_are_the_papers() -> None:
         "refcocog_u": {"train": 42226, "val": 2573, "test": 5023},
         "refcocog_g": {"train": 44822, "val": 5000},
     }
+
+
+def test_inspect_counts_references_without_their_images_and_fails_on_files_that_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_refer_tree(tmp_path)
+    for file in (tmp_path / IMAGE_FOLDER).iterdir():
+        file.unlink()
+    code, printed, _ = run(capsys, "inspect", tmp_path, "split=val")
+    assert code == 0
+    assert "val    6 references, 0 sentences, 0 images; 3805 fewer" in printed
+    assert "6 x missing image" in printed
+    (tmp_path / "refcoco" / "instances.json").write_text("{")
+    assert run(capsys, "inspect", tmp_path, "split=val")[0] == 1
 
 
 def test_a_folder_with_several_data_sets_shows_all_and_convert_asks_which(
@@ -274,6 +289,22 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys
     assert code == 2
     assert "exists and is not empty" in errors
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, number: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    make_refer_tree(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", fail)
+    code, printed, errors = run(capsys, "convert", tmp_path / "a", f"out={tmp_path / 'out'}")
+    assert (code, printed) == (2, "")
+    assert f"could not write {tmp_path / 'out'}: {words}" in errors
+    assert errors.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def test_whatever_interrupts_a_conversion_leaves_nothing_behind(

@@ -35,7 +35,8 @@ class SplitReport:
     """What a split holds, and what is wrong with it.
 
     Attributes:
-        references, images, sentences: number of those that could be read.
+        references: number of records, whether they can be used or not.
+        images, sentences: number of those whose reference could be read.
         no_target: references whose sentences name nothing in the image.
         problems: problem -> (reference, what is wrong) of each case.
     """
@@ -51,7 +52,6 @@ class SplitReport:
 
     def count(self, reference: Reference, images: set[Any]) -> None:
         images.add(reference.image_id)
-        self.references += 1
         self.images = len(images)
         self.sentences += len(reference.sentences)
         self.no_target += reference.no_target
@@ -72,7 +72,7 @@ class SplitReport:
 
 def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport:
     """The numbers of a split that was opened with `on_error="defer"`, from its annotations alone."""
-    report, images = SplitReport(), set[Any]()
+    report, images = SplitReport(len(dataset)), set[Any]()
     for index in track(range(len(dataset)), len(dataset), f"read {dataset.name} {dataset.split}"):
         try:
             report.count(dataset.reference(index), images)
@@ -89,7 +89,7 @@ def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent)
         word_len: phrases of more tokens than this, start and end included, are reported; 0: none is.
         track: shows how far it is.
     """
-    report, images, ref_ids = SplitReport(), set[Any](), set[int | str]()
+    report, images, ref_ids = SplitReport(len(dataset)), set[Any](), set[int | str]()
     looked: dict[Path, UnusableReference | None] = {}
     for index in track(range(len(dataset)), len(dataset), f"check {dataset.name} {dataset.split}"):
         try:

@@ -70,7 +70,7 @@ def run(config: DataConfig) -> int:
         for entry, splits in reports.items():
             _print(config, entry, splits)
     if config.action == "inspect":
-        return 0
+        return int(any(UNREADABLE_FILE in report.problems for splits in reports.values() for report in splits.values()))
     print(f"{troubles} problems" if troubles else "no problems", file=sys.stderr if config.json is True else sys.stdout)
     return int(troubles > 0)
 

@@ -73,19 +73,22 @@ def _new_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"out={str(out)!r} exists and is not empty; choose another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         yield folder
         os.replace(folder, out)
+    except OSError as error:
+        why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        message = f"could not write {out}: {why}; nothing is left of it. Free some space or choose another folder"
+        raise OSError(error.errno, message) from error
     finally:
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_split(dataset: AnnotatedDataset, folder: Path, copy_images: bool, track: Track) -> SplitReport:
-    report, images = SplitReport(), set[Any]()
+    report, images = SplitReport(len(dataset)), set[Any]()
 
     def lines() -> Iterator[str]:
         for index in track(range(len(dataset)), len(dataset), f"convert {dataset.name} {dataset.split}"):
