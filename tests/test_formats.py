@@ -309,6 +309,16 @@ def test_no_link_among_the_images_leads_out_of_their_folder(tmp_path: Path, layo
         load_dataset(MAKERS[layout][0], "train", root)
 
 
+def test_no_name_of_a_split_leads_out_of_the_folder(tmp_path: Path) -> None:
+    root = make_folder_tree(tmp_path / "tree")
+    (root / "val.jsonl").rename(tmp_path / "secret.jsonl")
+    (root / "train.jsonl").rename(root / "secret.jsonl")
+    manifest = {"format": "fastris-data", "version": 1, "name": "folder", "splits": {"../secret": {"references": 6}}}
+    (root / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"split='\.\./secret' is unknown or empty"):
+        load_dataset("folder", "../secret", root)
+
+
 def test_no_link_among_the_masks_leads_out_of_their_folder(tmp_path: Path) -> None:
     make_folder_tree(tmp_path / "tree")
     (tmp_path / "tree" / "masks" / "0.png").rename(tmp_path / "secret.png")

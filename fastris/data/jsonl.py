@@ -141,10 +141,8 @@ def _splits_in(path: Path) -> set[str]:
 
 def _rows_of(root: Path, split: str) -> Iterator[Any]:
     """The rows of one split: pairs of where and what, or errors."""
-    own = root / f"{split}.jsonl"
-    paths = (
-        [own] if split and own.name in {path.name for path in root.glob("*.jsonl")} else sorted(root.glob("*.jsonl"))
-    )
+    files, own = sorted(root.glob("*.jsonl")), root / f"{split}.jsonl"  # a split of "../x" is no file among these
+    paths = [own] if own in files else files
     count = 0
     for path in paths:
         for where, row in _lines(path):
