@@ -310,8 +310,11 @@ def test_no_link_among_the_images_leads_out_of_their_folder(tmp_path: Path, layo
 
 
 def test_no_name_of_a_split_leads_out_of_the_folder(tmp_path: Path) -> None:
-    root = make_folder_tree(tmp_path / "tree")
+    root = make_folder_tree(tmp_path / "tree", lambda row: row.update(split="../secret"))
     (root / "val.jsonl").rename(tmp_path / "secret.jsonl")
+    for split in ("testA", "testB"):
+        (root / f"{split}.jsonl").unlink()
+    (root / "train.jsonl").write_text('{"split": "train"}')
     (root / "train.jsonl").rename(root / "secret.jsonl")
     manifest = {"format": "fastris-data", "version": 1, "name": "folder", "splits": {"../secret": {"references": 6}}}
     (root / "dataset.json").write_text(json.dumps(manifest))
