@@ -15,7 +15,7 @@ from PIL import Image
 from refer_tree import IMAGE_FOLDER, make_refer_tree
 
 from fastris import cli
-from fastris.data import ReferringDataset, commands, load_dataset, published
+from fastris.data import ReferringDataset, load_dataset, published
 from fastris.data.annotated import AnnotatedDataset
 from fastris.data.convert import convert
 
@@ -378,9 +378,23 @@ def test_a_wrong_split_lists_the_right_ones(tmp_path: Path, capsys: pytest.Captu
         assert (code, errors) == (2, "fastris data: split='dev' is unknown; refcoco has train, val, testA, testB\n")
 
 
+@pytest.mark.parametrize("layout", LIBRARIES)
+def test_a_missing_library_is_one_line_with_its_extra(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = made(layout, tmp_path / "tree")
+    monkeypatch.setitem(sys.modules, LIBRARIES[layout], None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for action in ("inspect", "check", "convert"):
+        out = [f"out={tmp_path / 'out'}"] if action == "convert" else []
+        code, printed, errors = run(capsys, action, root, "dataset=refcoco", *out)
+        assert (code, printed) == (2, "")
+        assert errors.startswith(f"fastris data: {LIBRARIES[layout]} is needed to read")
+        assert errors.endswith(f"and is not installed: pip install 'fastris[{layout}]'\n")
+
+
 def test_help_tells_what_each_action_does(capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(capsys, "--help")
     assert code == 0
     assert "usage: fastris data ACTION ROOT" in printed
     assert all(f"\n{action}" in printed for action in ("inspect:", "check:", "convert:"))
-    assert commands.NAMES[-1] == "folder"

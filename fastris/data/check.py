@@ -17,7 +17,7 @@ UNREADABLE_FILE = "unreadable annotation file"
 MENDS_OF_CHECK = MENDS | {
     LONG_PHRASE: "training and evaluation cut it to word_len tokens, as published; word_len=0 leaves this check out",
     BAD_PHRASE: "write a phrase that names the object, of at most 1000 characters",
-    UNREADABLE_FILE: "download it again",
+    UNREADABLE_FILE: "do what the message says, or download the file again",
 }
 """Problem, as `check` reports it -> what to do about it."""
 

@@ -14,6 +14,7 @@ from fastris.config import REQUIRED, option
 from fastris.data.base import DataError
 from fastris.data.check import MENDS_OF_CHECK, UNREADABLE_FILE, SplitReport, check_split, count_split
 from fastris.data.convert import convert
+from fastris.data.extras import MissingLibrary
 from fastris.data.formats import FORMATS, NAMES, Found, choose_format, discover, open_split
 from fastris.data.published import compare
 
@@ -107,7 +108,7 @@ def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
     try:
         splits = _splits(config, entry)
     except DataError as error:
-        if config.split != "all":
+        if config.split != "all" or isinstance(error, MissingLibrary):
             raise
         reports["all"] = _unreadable(error)
         return reports
@@ -122,6 +123,8 @@ def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
                     reports[split] = count_split(dataset, tracker)
                 else:
                     reports[split] = check_split(dataset, word_len, tracker)
+            except MissingLibrary:
+                raise
             except DataError as error:
                 reports[split] = _unreadable(error)
     return reports
