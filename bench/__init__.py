@@ -11,6 +11,8 @@
     harness.py     rounds, timing, memory of a step, and what happens when an arm fails
     roofline.py    operations, compulsory bytes, and the two ceilings measured in the same run
     memory.py      bytes that the forward pass keeps for the backward pass, by stages of the model
+    live.py        what is alive between forward and backward; whole.py counts the whole model with it, recompute.py
+                   is ``python -m bench.memory``, accumulation.py float16 sums
     machine.py     what the numbers were measured on
     command.py     the command; report.py and details.py print its tables
     compare.py     what moved beyond noise since an older result file
@@ -21,5 +23,6 @@
     look_once.py   several expressions about one image, against asking one by one
     cards.py       a model of the training step on cards that were not measured: traffic.py counts operations,
                    step_traffic.py the stages of a step, kernel_traffic.py what the Triton kernels move
+    loader.py      what the data loader delivers, beside what a step needs: ``python -m bench.loader``
     results/       result files, one per device
 """

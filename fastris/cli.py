@@ -30,6 +30,9 @@ COMMANDS = {
     "train": Command("fastris.train", "TrainConfig", "train CRIS, by default with the published recipe"),
     "eval": Command("fastris.evaluate", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
     "predict": Command("fastris.predict", "PredictConfig", "find what phrases name in a picture of yours"),
+    "data": Command(
+        "fastris.data.commands", "DataConfig", "look at, check or convert a data set: inspect, check, convert"
+    ),
     "convert": Command("fastris.checkpoint", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"),
     "bench": Command(
         "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"

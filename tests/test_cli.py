@@ -55,7 +55,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, errors = run(args, capsys)
     assert (code, errors) == (0, "")
-    for name in ("demo", "train", "eval", "predict", "convert", "doctor"):
+    for name in ("demo", "train", "eval", "predict", "data", "convert", "doctor"):
         assert f"\n  {name} " in printed
 
 

@@ -125,6 +125,39 @@ def test_every_instruction_that_could_run_code_is_refused(data: bytes, what: str
     assert what in str(error.value)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_bytes_of_every_protocol_stay_bytes_on_request(protocol: int) -> None:
+    value = {"img": b"\xff\xd8\x00\x80", "empty": b"", "again": [b"\xff\xd8\x00\x80"], "text": "caf\xe9"}
+    assert loads_plain(pickle.dumps(value, protocol), binary=True) == value
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"c_codecs\nencode\n(X\x02\x00\x00\x00abX\x05\x00\x00\x00utf-8tR.", id="another encoding"),
+        pytest.param(b"c_codecs\nencode\n(K\x01X\x06\x00\x00\x00latin1tR.", id="no text"),
+        pytest.param(b"c_codecs\nencode\n(X\x02\x00\x00\x00abtR.", id="no encoding"),
+        pytest.param(b"c_codecs\nencode\n)R.", id="no argument"),
+        pytest.param(b"c__builtin__\nbytes\n(K\x01tR.", id="bytes of a number"),
+        pytest.param(b"c_codecs\nencode\n.", id="the name alone"),
+        pytest.param(b"]c_codecs\nencode\na.", id="the name in a list"),
+        pytest.param(b"}c_codecs\nencode\nK\x01s.", id="the name as a key"),
+        pytest.param(b"c_codecs\ndecode\n.", id="another function"),
+        pytest.param(b"c__builtin__\neval\n(X\x01\x00\x00\x001tR.", id="another builtin"),
+        pytest.param(b"\x8c\x07_codecs\x8c\x06encode\x93.", id="by the stack"),
+    ],
+)
+def test_of_calls_only_the_spelling_of_bytes_is_understood(data: bytes) -> None:
+    for binary in (True, False):
+        with pytest.raises(DataError, match=r"refused|not a whole pickle"):
+            loads_plain(data, binary=binary)
+
+
+def test_bytes_by_a_call_are_refused_unless_asked_for() -> None:
+    with pytest.raises(DataError, match=r"_codecs\.encode, which was refused"):
+        loads_plain(pickle.dumps([b"ab"], 2))
+
+
 def _laughs(levels: int) -> bytes:
     """A list of ten times the same list of ten times the same list ..."""
     data = b"]q\x00(K\x01K\x01e"

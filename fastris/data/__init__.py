@@ -9,7 +9,7 @@ from fastris.data.base import DataError, Reference, ReferringDataset
 
 __all__ = ["DATASETS", "DataError", "Reference", "ReferringDataset", "load_dataset"]
 
-DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g")
+DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
 
 
 def load_dataset(
@@ -23,13 +23,14 @@ def load_dataset(
     """Open one split of a data set by name.
 
     Args:
-        name: "synthetic" (made on the fly, no files), or one of the REFER layout: "refcoco", "refcoco+",
-            "refcocog_u" (the UMD split, `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`).
+        name: "synthetic" (made on the fly, no files); "refcoco", "refcoco+", "refcocog_u" (the UMD split,
+            `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`) or "grefcoco"; "folder" for your own.
         split: the split's name in that data set, for instance "train", "val", "testA", "testB", "test".
-        root: the folder that holds the REFER layout; not used by "synthetic".
+        root: the folder that holds the files, in any of the formats of `fastris.data.formats`; not used by "synthetic".
         on_error: "raise" for an error that names the first reference that is unusable, "skip" to leave such
             references out and list them in `.skipped`.
-        options: passed on to `SyntheticExpressions` or `ReferDataset`.
+        options: passed on to `SyntheticExpressions`, or to the reader of the format; those share `images=`, the folder
+            of the images, and `format=`, one of "jsonl", "refer", "lmdb", "parquet" where `root` holds several.
 
     Raises:
         DataError: unknown name or split, missing `root`, or missing or unusable files.
@@ -43,7 +44,7 @@ def load_dataset(
 
         return SyntheticExpressions(split, **options)
     if root is None:
-        raise DataError(f"dataset={name!r} needs root= (data_root), the folder that holds the REFER layout")
-    from fastris.data.refer import ReferDataset
+        raise DataError(f"dataset={name!r} needs root= (data_root), the folder that holds its files")
+    from fastris.data.formats import open_split
 
-    return ReferDataset(name, split, root, on_error=on_error, **options)
+    return open_split(name, split, root, on_error=on_error, **options)

@@ -1,12 +1,32 @@
-"""COCO segmentations, polygons and run lengths, to masks."""
+"""COCO segmentations, polygons and run lengths, and pictures of masks, to masks."""
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, beyond which it suspects a decompression bomb; COCO has 0.4 million
+MAX_OUTLINE = 1_000_000  # pixels along all polygons of a mask; pycocotools takes 40 bytes for each
+MASK_FORMATS = ("PNG", "BMP")  # lossless, and small readers
+MASK_MODES = ("1", "L", "P", "I", "I;16", "RGB")
+
+
+@dataclass(frozen=True)
+class Several:
+    """The union of several segmentations of one image; of none: nothing is referred to."""
+
+    parts: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """A mask as a picture: a file, or the bytes of one. What is not zero belongs to the object."""
+
+    file: Path | bytes
 
 
 class BadAnnotation(ValueError):
@@ -22,17 +42,21 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
 
     Args:
         segmentation: polygons `[[x1, y1, x2, y2, ...], ...]`, whose union counts; or, for crowds, run lengths
-            `{"size": [height, width], "counts": ...}` with counts as a list of ints or as COCO's compressed string.
+            `{"size": [height, width], "counts": ...}` with counts as a list of ints or as COCO's compressed string;
+            or `Several` of these.
         height, width: of the image, in pixels.
 
     Returns:
-        the polygons that enclose something (fewer than three points do not), or the run lengths; [] if nothing is left.
+        the polygons that enclose something (fewer than three points do not), or the run lengths, or the parts of
+        `Several` of which something is left; [] if nothing is left.
 
     Raises:
         BadAnnotation: not of that form; `WrongSize` if made for an image of another size.
     """
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise BadAnnotation(f"an image of {height} x {width} pixels (height x width) is out of bounds")
+    if isinstance(segmentation, Several):
+        return [part for part in segmentation.parts if checked(part, height, width)]
     if not segmentation:
         return []
     if isinstance(segmentation, dict):
@@ -43,19 +67,25 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
 
 
 def encode(segmentation: Any, height: int, width: int) -> Any:
-    """A COCO segmentation as one run-length code of pycocotools; no pixel is decoded.
+    """A segmentation as one run-length code of pycocotools; of polygons and run lengths no pixel is decoded.
 
-    Polygons are merged; the published loader adds them up, so that overlaps wrap. Arguments and errors are those of
-    `checked`.
+    Polygons, and the parts of `Several`, are merged; the published loader adds them up, so that overlaps wrap.
+    Arguments and errors are those of `checked`; `MaskPicture` is accepted too.
 
     Returns:
         the code, or None where no pixel is enclosed.
     """
     from pycocotools import mask
 
+    if isinstance(segmentation, MaskPicture):
+        code = mask.encode(np.asfortranarray(_read_picture(segmentation.file, height, width), np.uint8))
+        return code if mask.area(code) else None
     parts = checked(segmentation, height, width)
     if not parts:
         return None
+    if isinstance(segmentation, Several):
+        codes = [code for code in (encode(part, height, width) for part in parts) if code]
+        return mask.merge(codes) if codes else None
     if isinstance(segmentation, dict):
         code = mask.frPyObjects({"size": [height, width], "counts": parts}, height, width)
     else:
@@ -70,6 +100,25 @@ def decode(code: Any) -> np.ndarray:
     return mask.decode(code).astype(bool, order="C")
 
 
+def _read_picture(file: Path | bytes, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of a picture of a mask, of which palette indices count, not colours."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=MASK_FORMATS) as image:
+            if image.size != (width, height):
+                real, wanted = f"{image.width} x {image.height}", f"{width} x {height}"
+                raise WrongSize(f"the mask is {real} pixels (width x height), its image {wanted}")
+            if image.mode not in MASK_MODES:
+                raise BadAnnotation(f"the mask has colour mode {image.mode}; save it as grey, 0 outside the object")
+            values = np.asarray(image)
+    except BadAnnotation:
+        raise
+    except Exception as error:  # decoders fail in many ways
+        raise BadAnnotation(f"the mask cannot be decoded as {' or '.join(MASK_FORMATS)} ({error})") from error
+    return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)
+
+
 def _checked_polygons(polygons: list[Any], height: int, width: int) -> list[list[float]]:
     """The polygons that enclose something, after a check of their form."""
     for number, polygon in enumerate(polygons):
@@ -80,7 +129,16 @@ def _checked_polygons(polygons: list[Any], height: int, width: int) -> list[list
         for name, values, side in (("x", polygon[::2], width), ("y", polygon[1::2], height)):
             if not all(-side <= value <= 2 * side for value in values):
                 raise BadAnnotation(f"polygon {number} lies outside of its {height} x {width} image ({name})")
+    if sum(map(_outline, polygons)) > MAX_OUTLINE:
+        raise BadAnnotation(f"the polygons' outlines are longer than {MAX_OUTLINE} pixels")
     return [polygon for polygon in polygons if len(polygon) >= 6]
+
+
+def _outline(polygon: list[float]) -> float:
+    """Steps that drawing a polygon takes: along each side, the pixels of its longer direction, and one."""
+    xs, ys = polygon[::2], polygon[1::2]
+    sides = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+    return sum(max(abs(x2 - x1), abs(y2 - y1)) + 1 for x1, y1, x2, y2 in sides)
 
 
 def _checked_counts(runs: dict[Any, Any], height: int, width: int) -> list[int]:
@@ -88,17 +146,18 @@ def _checked_counts(runs: dict[Any, Any], height: int, width: int) -> list[int]:
     size, counts = runs.get("size"), runs.get("counts")
     if size != [height, width]:
         raise WrongSize(f"run lengths for size {size!r}, but the image is {[height, width]} (height, width)")
+    most = height * width + 2  # runs of one pixel, and an empty one at either end
     if isinstance(counts, str):
-        counts = _decompress(counts)
+        counts = _decompress(counts, most)
     elif not isinstance(counts, list) or not all(type(count) is int for count in counts):
         raise BadAnnotation("the run lengths' counts are neither a list of ints nor a compressed string")
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
+    if len(counts) > most or min(counts, default=0) < 0 or sum(counts) != height * width:
         raise BadAnnotation(f"the run lengths do not add up to the image's {height * width} pixels")
     return counts
 
 
-def _decompress(text: str) -> list[int]:
-    """Counts from COCO's compressed string.
+def _decompress(text: str, most: int) -> list[int]:
+    """Counts from COCO's compressed string, `most` of them.
 
     Each number is written in digits of 5 bits, lowest first, as characters from "0" on; 32 marks that more digits
     follow, and the last digit's 16 is the sign. From the fourth on, numbers are differences to the one two before.
@@ -107,7 +166,7 @@ def _decompress(text: str) -> list[int]:
     number = shift = 0
     for character in text:
         digit = ord(character) - ord("0")
-        if not 0 <= digit < 64 or shift > 30:
+        if not 0 <= digit < 64 or shift > 30 or len(counts) > most:
             raise BadAnnotation("the run lengths' compressed counts are damaged")
         number |= (digit & 31) << shift
         shift += 5

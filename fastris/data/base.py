@@ -21,12 +21,14 @@ class Reference:
         image_id: the image's id; references with equal ids share the image.
         sentences: the referring expressions, as the data set spells them; at least one.
         file_name: the image's file name, or "" where there is no file.
+        no_target: the sentences name nothing in the image; its mask is empty on purpose.
     """
 
     ref_id: int | str
     image_id: int | str
     sentences: tuple[str, ...]
     file_name: str = ""
+    no_target: bool = False
 
 
 class ReferringDataset(ABC):

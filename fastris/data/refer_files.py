@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastris.data.annotated import DUPLICATE_ID, Annotated, Record, UnusableReference, collect
+from fastris.data.annotation import Several
 from fastris.data.base import DataError, Reference
+from fastris.data.paths import safe_name
+from fastris.data.records import ID, by_id, field, read_json, sentences_of
 from fastris.data.unpickle import load_plain
 
 LAYOUT = {
@@ -16,22 +18,12 @@ LAYOUT = {
     "refcoco+": ("refcoco+", "refs(unc).p"),
     "refcocog_u": ("refcocog", "refs(umd).p"),
     "refcocog_g": ("refcocog", "refs(google).p"),
+    "grefcoco": ("grefcoco", "grefs(unc).json"),
 }
-"""Data set -> its folder under the root, and its pickle there; `instances.json` lies beside."""
+"""Data set -> its folder under the root, and its references there; `instances.json` lies beside."""
 
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """A reference with its annotation, not decoded; sizes in pixels, as `instances.json` states them."""
-
-    reference: Reference
-    ann_id: int | str
-    path: Path
-    height: int
-    width: int
-    segmentation: Any
+NO_TARGET_ID = -1  # gRefCOCO's annotation of an expression that names nothing
 
 
 class Files(NamedTuple):
@@ -42,18 +34,29 @@ class Files(NamedTuple):
     images: Path
 
 
+def holds(name: str, root: Path) -> bool:
+    """Whether the references of a data set lie under `root`."""
+    folder, refs_name = LAYOUT[name]
+    return (root / folder / refs_name).is_file()
+
+
+def image_folder(root: Path, images: str | Path | None, places: tuple[str, ...] = IMAGE_FOLDERS) -> Path | None:
+    """The folder that the user named, or the first of the usual places that exists."""
+    folders = [root / place for place in places] if images is None else [Path(images).expanduser()]
+    return next((place for place in folders if place.is_dir()), None)
+
+
 def locate(name: str, root: Path, images: str | Path | None) -> Files:
     """The files of a data set, or one error that lists all of them and says which are missing."""
     folder, refs_name = LAYOUT[name]
     refs, instances = root / folder / refs_name, root / folder / "instances.json"
-    image_folders = [root / place for place in IMAGE_FOLDERS] if images is None else [Path(images).expanduser()]
-    image_folder = next((place for place in image_folders if place.is_dir()), None)
-    if image_folder is not None and refs.is_file() and instances.is_file():
-        return Files(refs, instances, image_folder)
+    folder_of_images = image_folder(root, images)
+    if folder_of_images is not None and refs.is_file() and instances.is_file():
+        return Files(refs, instances, folder_of_images)
 
     states = [f"{folder}/{file.name} ({'found' if file.is_file() else 'MISSING'})" for file in (refs, instances)]
-    if image_folder is not None:
-        states.append(f"COCO's train2014 images in {image_folder} (found)")
+    if folder_of_images is not None:
+        states.append(f"COCO's train2014 images in {folder_of_images} (found)")
     elif images is not None:
         states.append(f"COCO's train2014 images in images={str(images)!r} (MISSING)")
     else:
@@ -66,114 +69,122 @@ def locate(name: str, root: Path, images: str | Path | None) -> Files:
     raise DataError(f"root={str(root)!r} does not hold dataset {name!r}. Expected there: {'; '.join(states)}{hint}")
 
 
-_ID = (int, str)
-
-
-def _field(record: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
-    """`record[key]`, if `record` is a dict that has it, of one of the types."""
-    if type(record) is not dict:
-        raise DataError(f"{where} is {type(record).__name__}, but must be a dict")
-    if key not in record:
-        raise DataError(f"{where} lacks the key {key!r}; is this file in the REFER layout?")
-    if type(record[key]) not in kinds:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise DataError(f"{where} has {key!r} of type {type(record[key]).__name__}, but it must be {wanted}")
-    return record[key]
-
-
-def read_split(files: Files, split: str) -> list[Annotated]:
+def read_split(files: Files, split: str) -> list[Record]:
     """The references of one split with their annotations and images, every key that is used here checked.
 
     Raises:
-        DataError: unknown split, or files that are damaged or do not fit each other; the message names the record.
+        DataError: unknown split, or files that are damaged or do not fit each other.
     """
     return list(_join(_refs_of(files.refs, split), files))
 
 
-def _refs_of(path: Path, split: str) -> list[dict[str, Any]]:
-    """The references of one split, as the pickle holds them."""
-    refs = load_plain(path)
+def splits_of(path: Path) -> list[str]:
+    """The splits that a file of references has, in order of first appearance."""
+    return list(_by_split(path))
+
+
+def _load(path: Path) -> list[Any]:
+    refs = read_json(path) if path.suffix == ".json" else load_plain(path)
     if type(refs) is not list:
         raise DataError(f"{path} holds {type(refs).__name__}, but must hold a list of references")
-    splits: dict[str, list[dict[str, Any]]] = {}
+    return refs
+
+
+def _by_split(path: Path) -> dict[str, list[Any]]:
+    """Split -> its references, with an error in place of each that is bad; those without a split are in all of them."""
+    splits: dict[str, list[Any]] = {}
+    nowhere: list[UnusableReference] = []
     seen: set[int | str] = set()
-    for number, ref in enumerate(refs):
-        ref_id = _field(ref, "ref_id", _ID, f"{path}, reference number {number},")
+    for number, ref in enumerate(_load(path)):
+        ref_id: int | str = f"record {number}"
+        try:
+            ref_id = field(ref, "ref_id", ID, f"{path}, reference number {number},")
+            split = field(ref, "split", (str,), f"{path}, ref_id {ref_id},")
+        except DataError as error:
+            nowhere.append(UnusableReference(str(error), ref_id=ref_id))
+            continue
         if ref_id in seen:
-            raise DataError(f"{path} holds ref_id {ref_id} twice; download it again")
+            ref = UnusableReference(f"{path} holds ref_id {ref_id} twice; download it again", DUPLICATE_ID, ref_id)
         seen.add(ref_id)
-        splits.setdefault(_field(ref, "split", (str,), f"{path}, ref_id {ref_id},"), []).append(ref)
+        splits.setdefault(split, []).append(ref)
+    if not splits and nowhere:
+        raise nowhere[0]
+    return {split: [*refs, *nowhere] for split, refs in splits.items()}
+
+
+def _refs_of(path: Path, split: str) -> list[Any]:
+    """The references of one split, as the file holds them."""
+    splits = _by_split(path)
     if split not in splits:
         raise DataError(f"split={split!r} is unknown; {path} has {', '.join(splits) or 'no references at all'}")
     return splits[split]
 
 
-def _sentences(ref: dict[str, Any], where: str) -> tuple[str, ...]:
-    sentences = _field(ref, "sentences", (list, tuple), where)
-    if not sentences:
-        raise DataError(f"{where} has no sentences; leave the reference out of the file, or add one")
-    return tuple(
-        _field(sentence, "sent", (str,), f"{where} sentence number {number},").strip()
-        for number, sentence in enumerate(sentences)
-    )
-
-
 def _read_instances(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            instances = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); download it again") from error
+    instances = read_json(path)
     for key in ("images", "annotations"):
-        _field(instances, key, (list,), str(path))
+        field(instances, key, (list,), str(path))
     return instances
 
 
-def _by_id(records: list[Any], wanted: Iterable[int | str], where: str) -> dict[int | str, dict[str, Any]]:
-    """Those of the records whose id is wanted."""
-    wanted = set(wanted)
-    found = {}
-    for number, record in enumerate(records):
-        record_id = _field(record, "id", _ID, f"{where} number {number}")
-        if record_id in wanted:
-            found[record_id] = record
-    return found
+def _ann_ids(ref: dict[str, Any], where: str) -> list[int | str]:
+    """The annotations of a reference: one; or in gRefCOCO several, or none."""
+    ids = field(ref, "ann_id", (*ID, list), where)
+    ids = ids if type(ids) is list else [ids]
+    if not all(type(ann_id) in ID for ann_id in ids):
+        raise DataError(f"{where} has 'ann_id' {str(ids)[:100]}, but it must be int or str, or a list of them")
+    return [] if ids == [NO_TARGET_ID] else ids
 
 
-def _join(refs: list[dict[str, Any]], files: Files) -> Iterable[Annotated]:
+def _join(refs: list[Any], files: Files) -> Iterator[Record]:
     """References with their annotations and images."""
     instances = _read_instances(files.instances)
-    names = [f"{files.refs}, ref_id {ref['ref_id']}," for ref in refs]
-    ann_ids = [_field(ref, "ann_id", _ID, where) for ref, where in zip(refs, names, strict=True)]
-    image_ids = [_field(ref, "image_id", _ID, where) for ref, where in zip(refs, names, strict=True)]
-    annotations = _by_id(instances["annotations"], ann_ids, f"{files.instances}, annotation")
-    images = _by_id(instances["images"], image_ids, f"{files.instances}, image")
-    for ref, where, ann_id, image_id in zip(refs, names, ann_ids, image_ids, strict=True):
-        for key, value, known in (("ann_id", ann_id, annotations), ("image_id", image_id, images)):
-            if value not in known:
-                raise DataError(
-                    f"{where} has {key!r} {value}, but {files.instances} does not; are both of one data set?"
-                )
-        ann, image = annotations[ann_id], images[image_id]
-        in_instances = f"{files.instances}, annotation {ann_id},"
-        if _field(ann, "image_id", _ID, in_instances) != image_id:
+    wanted: dict[str, set[int | str]] = {"annotations": set(), "images": set()}
+    for ref in refs:
+        if type(ref) is dict:
+            ann_ids, image_id = ref.get("ann_id"), ref.get("image_id")
+            ann_ids = ann_ids if type(ann_ids) is list else [ann_ids]
+            wanted["annotations"].update(ann_id for ann_id in ann_ids if type(ann_id) in ID)
+            wanted["images"].update(value for value in [image_id] if isinstance(value, ID))
+    known = {key: by_id(instances[key], ids, f"{files.instances}, {key[:-1]}") for key, ids in wanted.items()}
+    yield from collect(refs, lambda ref: _joined(ref, files, known), lambda ref: ref["ref_id"])
+
+
+def _side(image: dict[str, Any], key: str, where: str) -> int:
+    side = field(image, key, (int,), where)
+    if side < 1:
+        raise DataError(f"{where} has {key} {side}, but it must be at least 1 pixel")
+    return side
+
+
+def _joined(ref: dict[str, Any], files: Files, known: dict[str, dict[int | str, dict[str, Any]]]) -> Annotated:
+    where = f"{files.refs}, ref_id {ref['ref_id']},"
+    ann_ids, image_id = _ann_ids(ref, where), field(ref, "image_id", ID, where)
+    for key, value, found in [
+        *(("ann_id", ann_id, known["annotations"]) for ann_id in ann_ids),
+        ("image_id", image_id, known["images"]),
+    ]:
+        if value not in found:
+            raise DataError(f"{where} has {key!r} {value}, but {files.instances} does not; are both of one data set?")
+    segmentations = []
+    for ann_id in ann_ids:
+        ann, in_instances = known["annotations"][ann_id], f"{files.instances}, annotation {ann_id},"
+        if field(ann, "image_id", ID, in_instances) != image_id:
             raise DataError(f"{where} is about image {image_id}, but {in_instances} about image {ann['image_id']}")
-        image_name = f"{files.instances}, image {image_id},"
-        file_name = _safe_name(_field(image, "file_name", (str,), image_name), image_name)
-        yield Annotated(
-            Reference(ref["ref_id"], image_id, _sentences(ref, where), file_name),
-            ann_id,
-            files.images / file_name,
-            _field(image, "height", (int,), image_name),
-            _field(image, "width", (int,), image_name),
-            _field(ann, "segmentation", (list, dict), in_instances),
-        )
-
-
-def _safe_name(file_name: str, where: str) -> str:
-    """The file name, if it stays inside the folder of images on every system."""
-    posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
-    leaves = posix.is_absolute() or windows.is_absolute() or windows.drive or ".." in (*posix.parts, *windows.parts)
-    if leaves or "\0" in file_name or not posix.parts:
-        raise DataError(f"{where} has file_name {file_name!r}, which leaves the folder of images; correct it")
-    return file_name
+        segmentation = field(ann, "segmentation", (list, dict), in_instances)
+        if type(ref["ann_id"]) is not list or not ann.get("iscrowd"):  # gRefCOCO's published reader leaves crowds out
+            segmentations.append(segmentation)
+    no_target = not ann_ids
+    if type(ref.get("no_target", no_target)) is not bool or ref.get("no_target", no_target) != no_target:
+        raise DataError(f"{where} has no_target {ref['no_target']!r}, but ann_id {str(ref['ann_id'])[:100]}")
+    image, image_name = known["images"][image_id], f"{files.instances}, image {image_id},"
+    file_name = safe_name(field(image, "file_name", (str,), image_name), image_name)
+    return Annotated(
+        Reference(ref["ref_id"], image_id, sentences_of(ref, where), file_name, no_target),
+        f"ann_id {', '.join(map(str, ann_ids)) or 'none'}, ",
+        files.images / file_name,
+        _side(image, "height", image_name),
+        _side(image, "width", image_name),
+        segmentations[0] if ann_ids == [ref["ann_id"]] else Several(tuple(segmentations)),
+        (files.images, file_name),
+    )

@@ -4,11 +4,14 @@ Python's own unpickler looks up and calls whatever a file names; refusing global
 (a memo index of four billion, a key that is a million tuples deep). This one knows only the opcodes that build
 lists, dicts, tuples, strings, numbers, booleans and None, for protocols 0 to 5 of Python 2 and 3. Any other
 opcode is refused by name before it has an effect, and work and memory stay proportional to the size of the file.
+
+Records that hold encoded images are read with `binary=True`, where bytes stay bytes. Protocol 2 has no instruction for
+bytes: Python 3 writes a text and a call of `_codecs.encode(text, "latin1")`. That one spelling is understood as the
+bytes that it stands for; nothing is looked up or called for it.
 """
 
 from __future__ import annotations
 
-import codecs
 import pickle
 import struct
 from collections.abc import Callable
@@ -16,21 +19,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastris.data.base import DataError
+from fastris.data.unpickle_values import MAX_NUMBER, Malformed, line_int, long, quoted, text
 
 MAX_BYTES = 128 << 20  # 50,000 references with 150,000 sentences take about 30 MB
 MAX_DEPTH = 32  # the REFER layout nests five deep
-MAX_NUMBER = 64  # bytes of one written number
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_LEAVES = _SCALARS | {bytes}
+_ENCODE, _BYTES = object(), object()  # what stands on the stack for the only two names that are understood
+_KNOWN = {
+    (b"_codecs", b"encode"): _ENCODE,
+    (b"__builtin__", b"bytes"): _BYTES,
+    (b"builtins", b"bytes"): _BYTES,
+}
 _BAD_KEY = "a dict key that is neither a string nor a number"
 _MEND = (
     "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
     "can run code. Download the file again, or save it with plain values (int(x) for a NumPy number)"
 )
-
-
-class _Malformed(ValueError):
-    """The bytes are not a pickle, or a damaged one."""
 
 
 def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -57,9 +63,13 @@ def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
     return loads_plain(data, str(path))
 
 
-def loads_plain(data: bytes, source: str = "the pickle") -> Any:
-    """`load_plain` for bytes in memory; `source` is how error messages name them."""
-    machine = _Machine(data, source)
+def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False) -> Any:
+    """`load_plain` for bytes in memory; `source` is how error messages name them.
+
+    `binary`: bytes are accepted and stay bytes; what Python 2 wrote as a string is text all the same, or, where it is
+    not UTF-8, one character a byte.
+    """
+    machine = _Machine(data, source, binary)
     try:
         value = machine.run()
         _check_tree(value, [8 * len(data) + 1000])
@@ -75,11 +85,12 @@ def loads_plain(data: bytes, source: str = "the pickle") -> Any:
 class _Machine:
     """The pickle stack machine, without the opcodes that name, call or build objects."""
 
-    __slots__ = ("data", "marks", "memo", "position", "source", "stack")
+    __slots__ = ("binary", "data", "marks", "memo", "position", "source", "stack")
 
-    def __init__(self, data: bytes, source: str):
+    def __init__(self, data: bytes, source: str, binary: bool = False):
         self.data = data
         self.source = source
+        self.binary = binary
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -107,7 +118,7 @@ class _Machine:
     def number(self) -> bytes:
         line = self.line()
         if len(line) > MAX_NUMBER:
-            raise _Malformed(f"a number of {len(line)} digits")
+            raise Malformed(f"a number of {len(line)} digits")
         return line
 
     def pop_mark(self) -> list[Any]:
@@ -118,7 +129,7 @@ class _Machine:
     def top(self, kind: type) -> Any:
         top = self.stack[-1]
         if type(top) is not kind:
-            raise _Malformed(f"{kind.__name__} expected, {type(top).__name__} found")
+            raise Malformed(f"{kind.__name__} expected, {type(top).__name__} found")
         return top
 
     def refuse(self, opcode: int) -> NoReturn:
@@ -126,13 +137,13 @@ class _Machine:
 
         name = {ord(known.code): known.name for known in opcodes}.get(opcode)
         if name is None:
-            raise _Malformed(f"unknown opcode {opcode:#04x}")
+            raise Malformed(f"unknown opcode {opcode:#04x}")
         if name in ("GLOBAL", "INST"):
-            what = f"the global {_text(self.line())}.{_text(self.line())}"
+            what = f"the global {text(self.line())}.{text(self.line())}"
         elif name == "STACK_GLOBAL":
             what = "the global " + ".".join(str(part)[:200] for part in self.stack[-2:])
         elif name == "PERSID":
-            what = f"the persistent id {_text(self.line())}"
+            what = f"the persistent id {text(self.line())}"
         else:
             what = f"the pickle instruction {name}"
         raise DataError(f"{self.source} asks for {what[:500]}, which was refused. {_MEND}")
@@ -141,38 +152,15 @@ class _Machine:
 def _check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
     """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in _LEAVES:
         return
+    if kind not in (list, tuple, dict):
+        raise Malformed("a name that is not used")
     budget[0] -= len(value) + 1
     if depth > MAX_DEPTH or budget[0] < 0:
-        raise _Malformed("the values contain themselves, nest too deep or repeat without end")
+        raise Malformed("the values contain themselves, nest too deep or repeat without end")
     for item in value.values() if kind is dict else value:
         _check_tree(item, budget, depth + 1)
-
-
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
-def _line_int(line: bytes) -> int | bool:
-    return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line)
-
-
-def _quoted(line: bytes) -> str:
-    quoted = line.strip()
-    body = quoted[1:-1]
-    if len(quoted) < 2 or quoted[0] not in b"'\"" or quoted[-1] != quoted[0]:
-        raise _Malformed("a string without quotes")
-    return _text(codecs.escape_decode(body)[0] if b"\\" in body else body)  # type: ignore[attr-defined]
-
-
-def _long(raw: bytes) -> int:
-    if len(raw) > MAX_NUMBER:
-        raise _Malformed(f"an integer of {len(raw)} bytes")
-    return int.from_bytes(raw, "little", signed=True)
 
 
 _Handler = Callable[[_Machine], None]
@@ -218,7 +206,7 @@ def _counted(layout: str, convert: Callable[[bytes], Any]) -> _Handler:
         start = machine.position
         machine.position = end = start + count
         if count < 0 or end > len(machine.data):
-            raise _Malformed(f"{count} bytes are announced, {len(machine.data) - start} are left")
+            raise Malformed(f"{count} bytes are announced, {len(machine.data) - start} are left")
         machine.stack.append(convert(machine.data[start:end]))
 
     return handler
@@ -229,6 +217,32 @@ def _skip(count: int) -> _Handler:
         machine.position += count
 
     return handler
+
+
+def _bytes(layout: str) -> _Handler:
+    """Bytes, after their number: as they are, or as the text that Python 2 meant by them."""
+    as_bytes, as_text = _counted(layout, lambda raw: raw), _counted(layout, text)
+    return lambda machine: (as_bytes if machine.binary else as_text)(machine)
+
+
+def _global(machine: _Machine) -> None:
+    start = machine.position
+    name = _KNOWN.get((machine.line(), machine.line())) if machine.binary else None
+    if name is None:
+        machine.position = start
+        machine.refuse(pickle.GLOBAL[0])
+    machine.stack.append(name)
+
+
+def _reduce(machine: _Machine) -> None:
+    """Bytes, as protocol 2 spells them; any other call is refused."""
+    arguments, function = machine.stack.pop(), machine.stack.pop()
+    if function is _BYTES and arguments == ():
+        machine.stack.append(b"")
+    elif function is _ENCODE and type(arguments) is tuple and arguments[1:] == ("latin1",):
+        machine.stack.append(arguments[0].encode("latin-1") if type(arguments[0]) is str else machine.refuse(ord("R")))
+    else:
+        machine.refuse(pickle.REDUCE[0])
 
 
 def _mark(machine: _Machine) -> None:
@@ -260,7 +274,7 @@ def _collect(kind: Callable[[list[Any]], Any]) -> _Handler:
 def _tuple_of(count: int) -> _Handler:
     def handler(machine: _Machine) -> None:
         if len(machine.stack) < count:
-            raise _Malformed("too few values for a tuple")
+            raise Malformed("too few values for a tuple")
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return handler
@@ -279,16 +293,16 @@ def _appends(machine: _Machine) -> None:
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     keys, values = items[::2], items[1::2]
     if len(keys) != len(values):
-        raise _Malformed("a key without a value")
+        raise Malformed("a key without a value")
     if not _SCALARS.issuperset(map(type, keys)):
-        raise _Malformed(_BAD_KEY)
+        raise Malformed(_BAD_KEY)
     return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
 
 
 def _setitem(machine: _Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
     if type(key) not in _SCALARS:
-        raise _Malformed(_BAD_KEY)
+        raise Malformed(_BAD_KEY)
     machine.top(dict)[key] = value
 
 
@@ -324,22 +338,24 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.NONE: _constant(None),
     pickle.NEWTRUE: _constant(True),
     pickle.NEWFALSE: _constant(False),
-    pickle.INT: _written(_line_int),
+    pickle.INT: _written(line_int),
     pickle.LONG: _written(lambda line: int(line.rstrip(b"L"))),
     pickle.FLOAT: _written(float),
     pickle.BININT: _fixed("<i"),
     pickle.BININT1: _fixed("<B"),
     pickle.BININT2: _fixed("<H"),
     pickle.BINFLOAT: _fixed(">d"),
-    pickle.LONG1: _counted("<B", _long),
-    pickle.LONG4: _counted("<i", _long),
-    pickle.STRING: lambda machine: machine.stack.append(_quoted(machine.line())),
+    pickle.LONG1: _counted("<B", long),
+    pickle.LONG4: _counted("<i", long),
+    pickle.STRING: lambda machine: machine.stack.append(quoted(machine.line())),
     pickle.UNICODE: lambda machine: machine.stack.append(machine.line().decode("raw-unicode-escape")),
-    pickle.SHORT_BINSTRING: _counted("<B", _text),
-    pickle.BINSTRING: _counted("<i", _text),
-    pickle.SHORT_BINBYTES: _counted("<B", _text),
-    pickle.BINBYTES: _counted("<I", _text),
-    pickle.BINBYTES8: _counted("<Q", _text),
+    pickle.SHORT_BINSTRING: _counted("<B", text),
+    pickle.BINSTRING: _counted("<i", text),
+    pickle.SHORT_BINBYTES: _bytes("<B"),
+    pickle.BINBYTES: _bytes("<I"),
+    pickle.BINBYTES8: _bytes("<Q"),
+    pickle.GLOBAL: _global,
+    pickle.REDUCE: _reduce,
     pickle.SHORT_BINUNICODE: _counted("<B", bytes.decode),
     pickle.BINUNICODE: _counted("<I", bytes.decode),
     pickle.BINUNICODE8: _counted("<Q", bytes.decode),
