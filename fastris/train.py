@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastris import find_batch
 from fastris.data import ReferringDataset, load_dataset
 from fastris.data.samples import EpochSampler, TrainSamples, worker_init
 from fastris.data.tokens import PAD, tokenize
 from fastris.evaluate import evaluate
+from fastris.expressions import training_samples
+from fastris.gpu_settings import fused_on, out_of_memory_explained, set_recompute
 from fastris.interrupt import StopSignal, leave_signals_to_parent
 from fastris.metrics import Scores, batch_iou
 from fastris.models.config import CLIP_PRESETS, CLIPConfig
@@ -104,17 +107,20 @@ def prepare(
     precision = Precision.choose(config.amp, device)
     seed_everything(config.manual_seed)
     model = build_model(config, with_weights=checkpoint is None).to(device)
+    set_recompute(model, config.recompute)
 
-    samples = TrainSamples(train_set, model.config.input_size, model.config.word_len, config.manual_seed)
-    count = min(len(samples), config.limit_train or len(samples))
+    samples = training_samples(config, train_set, model.config)
+    count = min(len(train_set), config.limit_train or len(train_set))
     if count < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the {count} training references "
             f"({train_set.name} {train_set.split}), so there is no full batch; give at most {count}"
         )
-    sampler = EpochSampler(count, config.manual_seed, config.batch_size, drop_last=True)
+    sampler = EpochSampler(
+        min(len(samples), count), config.manual_seed, config.batch_size // config.expressions_per_image, drop_last=True
+    )
 
-    optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay)
+    optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay, fused_on(config, device))
     quirk = 1 / config.lr_multi if config.published_first_epoch_quirk else 1.0
     scheduler = build_scheduler(optimizer, config.milestones, config.lr_decay, first_epoch_backbone_factor=quirk)
     recipe = identity(config, model.config, amp=precision.name, **describe_data(train_set, count))
@@ -136,7 +142,8 @@ def train_epoch(
     run.model.train()
     started = time.perf_counter()
     for batch in _loader(config, samples, sampler, run.precision.device):
-        loss, iou = train_step(config, run, batch)
+        with out_of_memory_explained(config):
+            loss, iou = train_step(config, run, batch)
         if not math.isfinite(loss):
             raise RuntimeError(_not_finite(run, loss, batch["index"].tolist()))
         position.advance(loss, iou, _count_cut(samples, batch))
@@ -206,6 +213,8 @@ def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
 
 def run(config: TrainConfig) -> int:
     """`fastris train`: train, say where everything is and what to do next. 130 if it was interrupted, else 0."""
+    if config.find_batch:
+        return find_batch.run(config)
     result = train(config)
     folder = result.folder
     if result.interrupted:
@@ -264,7 +273,7 @@ def _open_log(config: TrainConfig, run: Run) -> RunLog:
 def _count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
     """Expressions of the batch that lost words: their row is full, and a sentence that was cut gives this very row."""
     cut = 0
-    for index, row in zip(batch["index"].tolist(), batch["tokens"], strict=True):
+    for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
         if row[-1] != PAD:
             rows, truncated = tokenize(samples.dataset.reference(index).sentences, samples.word_len)
             cut += any(flag and torch.equal(row, other) for other, flag in zip(rows, truncated, strict=True))

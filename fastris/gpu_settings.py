@@ -1,0 +1,164 @@
+"""Training on one small GPU: named settings, what to do when memory runs out, and recomputation where a model has it.
+
+=====  ===========  ==========  ==================================================================================
+gpu=   micro-batch  recompute   of a batch of 64, cris_r50 at 416 pixels, bf16
+=====  ===========  ==========  ==================================================================================
+8gb    8            stages      8 parts; BatchNorm sees 8 references at a time
+12gb   16           pointwise   4 parts; BatchNorm sees 16
+16gb   32           pointwise   2 parts; BatchNorm sees 32
+24gb   64           pointwise   the whole batch at once, as published; BatchNorm sees all 64
+=====  ===========  ==========  ==================================================================================
+
+Whatever the setting, an optimizer step still averages the published batch of 64. What does change is BatchNorm: its
+statistics follow the micro-batch, which is what one forward pass sees, so that a run of many small parts is not the
+published one. Nothing but memory makes the batch smaller; `--find-batch` looks for the largest part that fits.
+
+The sizes are worked out, not measured on these cards: :func:`estimate_gib` counts what has to be there. For cris_r101
+take the next smaller setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fastris.recipe import TrainConfig
+
+Recompute = Literal["auto", "none", "pointwise", "stages"]
+
+
+@dataclass(frozen=True)
+class GpuSetting:
+    """What fits on a card.
+
+    Attributes:
+        memory: of the card, in GiB.
+        micro_batch: references in one forward and backward pass.
+        recompute: what is computed again in backward instead of kept; see :func:`set_recompute`.
+        fused: update all weights in one kernel (CUDA only).
+    """
+
+    memory: int
+    micro_batch: int
+    recompute: Recompute
+    fused: bool = True
+
+
+SETTINGS = {
+    "8gb": GpuSetting(8, 8, "stages"),
+    "12gb": GpuSetting(12, 16, "pointwise"),
+    "16gb": GpuSetting(16, 32, "pointwise"),
+    "24gb": GpuSetting(24, 64, "pointwise"),
+}
+"""The table above, from the smallest card to the largest."""
+
+
+def find_setting(name: str) -> GpuSetting:
+    """The setting of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SETTINGS:
+        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(SETTINGS)}, the memory of the card")
+    return SETTINGS[name]
+
+
+def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of: int = 1) -> int:
+    """The fewest equal parts (`accumulate`) of a batch in which no process holds more than `micro_batch` references.
+
+    `multiple_of`: a part holds a multiple of so many references (those of one image).
+
+    Raises:
+        ValueError: the batch does not split that way.
+    """
+    for parts in range(1, batch_size // processes + 1):
+        size, rest = divmod(batch_size, parts * processes)
+        if not rest and size <= micro_batch and size % multiple_of == 0 and size >= 2:
+            return parts
+    raise ValueError(
+        f"batch_size={batch_size} does not split into equal parts of 2 to {micro_batch} references"
+        + (f" for each of {processes} processes" if processes > 1 else "")
+        + (f", a multiple of {multiple_of} (expressions_per_image)" if multiple_of > 1 else "")
+        + "; choose another batch_size, such as 64, or give accumulate"
+    )
+
+
+def set_recompute(model: nn.Module, mode: str) -> None:
+    """Have the model compute some of its activations again in backward, in place of keeping them. Changes no number.
+
+    `mode`: "none", "pointwise" (what is cheap to compute again) or "stages" (whole stages: the least memory, about a
+    third more time).
+
+    Raises:
+        ValueError: the model does not offer it.
+    """
+    setter = getattr(model, "set_recompute", None)
+    if setter is not None:
+        setter(mode)
+    elif mode != "none":
+        raise ValueError(
+            f"recompute={mode} needs a model with set_recompute, which {type(model).__name__} of this version has not; "
+            "give recompute=none, and a smaller part of the batch instead (accumulate)"
+        )
+
+
+def fused_on(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the optimizer is fused: where it was asked for, on CUDA."""
+    return bool(config.fused) and device.type == "cuda"
+
+
+@contextmanager
+def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+    """Within this block, PyTorch's out-of-memory error becomes a RuntimeError that says what to give next."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(f"{_first_line(error)}. {what_next(config)}") from error
+
+
+def what_next(config: TrainConfig) -> str:
+    """What to do about a batch that does not fit, with the next smaller setting by name."""
+    gpu = f", gpu={config.gpu}" if config.gpu else ""
+    text = (
+        f"{config.micro_batch} references at once (batch_size={config.batch_size}, accumulate={config.accumulate}, "
+        f"recompute={config.recompute}{gpu}) do not fit this GPU. "
+    )
+    if config.recompute != "stages":
+        text += "recompute=stages needs less memory and changes no number, so that --resume takes it. "
+    smaller = next_smaller(config)
+    if smaller is None:
+        text += f"There is no smaller setting; more parts are accumulate={2 * config.accumulate}"
+    else:
+        setting = SETTINGS[smaller]
+        text += (
+            f"The next smaller setting is gpu={smaller} (micro-batch {setting.micro_batch}, "
+            f"recompute={setting.recompute}; leave out accumulate= and recompute=)"
+        )
+    return text + (
+        ", which is another run, because BatchNorm's statistics follow the micro-batch: choose a new output_folder. "
+        "--find-batch searches for the largest micro-batch that fits"
+    )
+
+
+def next_smaller(config: TrainConfig) -> str | None:
+    """The largest setting below the one in use; if none is, the largest one with smaller parts. None: there is none."""
+    names = list(SETTINGS)
+    if config.gpu:
+        below = names[: names.index(config.gpu)]
+        fitting = [name for name in below if SETTINGS[name].micro_batch < config.micro_batch]
+    else:
+        fitting = [name for name in names if SETTINGS[name].micro_batch < config.micro_batch]
+    return fitting[-1] if fitting else None
+
+
+def _first_line(error: BaseException) -> str:
+    """PyTorch's own message up to its advice about the allocator."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.split(" See documentation")[0].split(" If reserved but")[0].rstrip(". ")[:300]
