@@ -118,12 +118,18 @@ class Run:
         )
         self.saved_step = self.position.step
 
-    def save_best(self, scores: Mapping[str, Any]) -> None:
-        """Write `best.pth`: the weights and the configuration, with the scores that made them the best."""
-        from fastris.checkpoint import save_atomic
+    def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
+        """Write `best.pth`: the weights and the configuration, with the scores that made them the best.
 
-        content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores)}
+        Their model card goes into it, and beside it as `README.md`.
+        """
+        from fastris.checkpoint import save_atomic
+        from fastris.modelcard import CARD, write_card
+
+        content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores), "card": card}
         save_atomic(content | {"state_dict": self.model.state_dict()}, self.folder / BEST)
+        if card:
+            write_card(self.folder / CARD, card)
 
     def restore(self, path: Path) -> None:
         """Go back to the state in `path`, random number generators included.

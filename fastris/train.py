@@ -42,6 +42,8 @@ from fastris.runstate import (
     save_options,
     seed_everything,
 )
+from fastris.trackers import picture_path
+from fastris.validation import card_of, draw_predictions, pictured
 
 if TYPE_CHECKING:
     from fastris.models.cris import CRIS
@@ -221,10 +223,11 @@ def run(config: TrainConfig) -> int:
         print(f"stopped; {folder / LAST} is from step {result.step}. Go on with:\n  {resume_command(folder)}")
         return 130
     has_best = (folder / BEST).exists()
+    name = "gIoU" if config.val_rule == "gres" else "mIoU"
     weights = folder / (BEST if has_best else LAST)
     data = f"dataset={config.dataset}" + (f" data_root={shlex.quote(config.data_root)}" if config.data_root else "")
     model = shlex.quote(str(weights))
-    score = f", best validation mIoU {100 * result.best_iou:.2f} %" if has_best else ", not validated"
+    score = f", best validation {name} {100 * result.best_iou:.2f} %" if has_best else ", not validated"
     print(
         f"done: {result.epoch} epochs, {result.step} steps{score}\n"
         f"  {'best' if has_best else 'last'} weights  {weights}\n"
@@ -266,6 +269,8 @@ def _open_log(config: TrainConfig, run: Run) -> RunLog:
         last_validation=step - 1 if in_epoch else step,
         print_freq=config.print_freq,
         tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        settings=run.recipe,
         progress=config.progress,
     )
 
@@ -323,20 +328,24 @@ def _evaluate(config: TrainConfig, run: Run, val_set: ReferringDataset) -> Score
         run.model,
         val_set,
         sentences=config.val_sentences,
+        rule=config.val_rule,
+        keep=pictured(val_set, config.pictures, config.val_sentences),
         device=run.precision.device,
         workers=choose_workers(config.workers_val),
         batch_size=config.batch_size_val,
         progress=config.progress,
     )
+    epoch, step = run.position.epoch + 1, run.position.step
+    draw_predictions(picture_path(run.folder, epoch), val_set, result, f"epoch {epoch}, step {step}")
     return result.scores
 
 
 def _keep_if_best(run: Run, scores: Scores, log: RunLog) -> None:
     position = run.position
     log.validation(position.step, position.epoch + 1, scores)
-    if scores.mIoU >= position.best_iou:
-        position.best_iou = scores.mIoU
-        run.save_best(scores.as_dict())
+    if scores.best_by >= position.best_iou:
+        position.best_iou = scores.best_by
+        run.save_best(scores.as_dict(), card_of(run, scores))
 
 
 def _not_finite(run: Run, loss: float, indices: list[int]) -> str:

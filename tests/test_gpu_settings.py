@@ -7,11 +7,19 @@ import torch
 from torch import nn
 from training_helpers import train_config, train_set
 
-from fastris import find_batch
+from fastris import find_batch, gpu_settings
 from fastris import train as training
 from fastris.config import load_options
 from fastris.find_batch import StepProbe, largest_that_fits
-from fastris.gpu_settings import SETTINGS, find_setting, next_smaller, parts_for, set_recompute
+from fastris.gpu_settings import (
+    SETTINGS,
+    GpuSetting,
+    estimate_gib,
+    find_setting,
+    next_smaller,
+    parts_for,
+    set_recompute,
+)
 from fastris.recipe import TrainConfig
 from fastris.train import train
 
@@ -24,14 +32,29 @@ def test_every_setting_keeps_the_published_batch(name: str) -> None:
     assert (config.recompute, config.fused) == (setting.recompute, True)
 
 
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
+def test_every_setting_leaves_a_quarter_of_the_card_by_the_estimate(setting: GpuSetting) -> None:
+    assert estimate_gib(setting.micro_batch, setting.recompute) < 0.75 * setting.memory
+
+
+def test_the_documented_table_is_the_one_in_use() -> None:
+    for name, setting in SETTINGS.items():
+        gib = f"{estimate_gib(setting.micro_batch, setting.recompute):.1f}"
+        row = next(line for line in gpu_settings.__doc__.splitlines() if line.startswith(f"{name} "))
+        assert row.split()[:4] == [name, str(setting.micro_batch), setting.recompute, gib]
+
+
 def test_settings_ask_for_less_memory_from_large_to_small() -> None:
     sizes = [(setting.memory, setting.micro_batch) for setting in SETTINGS.values()]
-    assert sizes == sorted(sizes) and [f"{memory}gb" for memory, _ in sizes] == list(SETTINGS)
+    needs = [estimate_gib(setting.micro_batch, setting.recompute) for setting in SETTINGS.values()]
+    assert (
+        sizes == sorted(sizes) and needs == sorted(needs) and [f"{memory}gb" for memory, _ in sizes] == list(SETTINGS)
+    )
 
 
 def test_single_options_go_over_the_setting() -> None:
-    config = load_options(TrainConfig, ["gpu=12gb", "accumulate=16", "recompute=none", "fused=false"])
-    assert (config.accumulate, config.recompute, config.fused) == (16, "none", False)
+    config = load_options(TrainConfig, ["gpu=8gb", "accumulate=32", "recompute=none", "fused=false"])
+    assert (config.accumulate, config.recompute, config.fused) == (32, "none", False)
 
 
 def test_without_a_setting_nothing_changes() -> None:
@@ -96,13 +119,14 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(training, "train_step", full)
     config = train_config(tmp_path, batch_size=12, gpu="16gb", recompute="none")
+    monkeypatch.setattr("fastris.gpu_settings.next_smaller", lambda config: "8gb")
     with pytest.raises(RuntimeError) as caught:
         train(config, train_set())
     text = str(caught.value)
     assert text.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in text
     assert "12 references at once (batch_size=12, accumulate=1, recompute=none, gpu=16gb) do not fit" in text
-    assert "gpu=8gb (micro-batch 8, recompute=stages" in text and "--find-batch" in text
+    assert "gpu=8gb (micro-batch 16, recompute=stages; leave out" in text and "--find-batch" in text
 
 
 @pytest.mark.parametrize(
@@ -112,13 +136,16 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path, monkeypatch) -> 
         (["gpu=16gb"], "12gb"),
         (["gpu=12gb"], "8gb"),
         (["gpu=8gb"], None),
-        ([], "16gb"),
+        ([], "24gb"),
+        (["recompute=pointwise"], "16gb"),
+        (["recompute=stages"], "12gb"),
         (["accumulate=4"], "8gb"),
-        (["accumulate=8"], None),
-        (["gpu=24gb", "accumulate=8"], None),
+        (["accumulate=16"], None),
+        (["gpu=24gb", "accumulate=4"], "8gb"),
+        (["gpu=24gb", "accumulate=16"], None),
     ],
 )
-def test_next_smaller_setting_has_smaller_parts(options: list[str], smaller: str | None) -> None:
+def test_next_smaller_setting_needs_less_memory(options: list[str], smaller: str | None) -> None:
     assert next_smaller(load_options(TrainConfig, options)) == smaller
 
 
