@@ -332,7 +332,14 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class EvalConfig:
-    """Options of `fastris eval`."""
+    """Scores a model: mIoU, oIoU and Pr@50-90, with the rule, the split and the sentence rule beside the numbers.
+
+    Numbers compare only under one rule:
+      cris      threshold 0.35, at each image's own size, as CRIS published
+      cgformer  threshold 0.5, otherwise the same
+      lavt      threshold 0.5, at 480 x 480, where every image weighs the same in oIoU
+      gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
+    """
 
     model: str = option(REQUIRED, "checkpoint (.pth), folder or .safetensors file, or Hugging Face id of the model")
     dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
@@ -342,7 +349,7 @@ class EvalConfig:
     rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
     out: Path | None = option(
-        None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES"
+        None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: Amp = option("off", "precision of the forward pass; off (float32) as published")
@@ -374,7 +381,7 @@ def run(config: EvalConfig) -> None:
         word_len=config.word_len,
         progress=config.progress,
     )
-    name = f"{config.dataset}_{config.split}_{config.sentences}"
+    name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())
     print(

@@ -33,6 +33,7 @@ from torch import Tensor
 from fastris.rules import find_rule
 
 PRECISION_LEVELS = (50, 60, 70, 80, 90)
+GENERALISED = ("gIoU", "cIoU", "N-acc", "T-acc")
 EPSILON = 1e-6
 """Added to the union by the published code, in pixels."""
 
@@ -163,12 +164,8 @@ def _generalised(
     iou: np.ndarray, inter: np.ndarray, union: np.ndarray, without: np.ndarray, refused: np.ndarray
 ) -> dict[str, float | None]:
     """The four numbers of generalised referring segmentation (GRES, CVPR 2023)."""
-    return {
-        "gIoU": _mean(iou),
-        "cIoU": _ratio(inter, union),
-        "N-acc": _mean(refused[without]),
-        "T-acc": _mean(~refused[~without]),
-    }
+    values = (_mean(iou), _ratio(inter, union), _mean(refused[without]), _mean(~refused[~without]))
+    return dict(zip(GENERALISED, values, strict=True))
 
 
 def _mean(values: np.ndarray) -> float | None:

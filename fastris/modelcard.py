@@ -21,7 +21,7 @@ def training_card(
     config: CRISConfig,
     recipe: Mapping[str, Any],
     *,
-    epoch: int,
+    epoch: int | None,
     step: int,
     scores: Scores | None,
     device: str,
@@ -32,7 +32,7 @@ def training_card(
     Args:
         config: of the model.
         recipe: the run's settings (:func:`fastris.recipe.identity`), data and seed among them.
-        epoch, step: how many of them the weights have seen.
+        epoch, step: how many of them the weights have seen; no epoch where that is no unit of the training.
         scores: of the validation that chose them; None if there was none.
         device: what it was trained on. versions: of the libraries.
     """
@@ -41,7 +41,8 @@ def training_card(
         "training data": data,
         "validation data": "none" if scores is None else f"{scores.dataset}, split {scores.split}",
         "seed": recipe["manual_seed"],
-        "epochs, optimizer steps": f"{epoch}, {step}",
+        **({} if epoch is None else {"epochs": epoch}),
+        "optimizer steps": step,
         **{name: recipe[name] for name in _HYPERPARAMETERS if name in recipe},
         "trained on": device,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from fastris.metrics import PRECISION_LEVELS, Scores
+from fastris.metrics import GENERALISED, PRECISION_LEVELS, Scores
 from fastris.trackers import open_trackers, picture_path
 
 
@@ -41,8 +41,8 @@ class StepRecord:
 
 
 STEP_COLUMNS = (*(f.name for f in fields(StepRecord)), "time")
-VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRECISION_LEVELS), "expressions", "rule",
-               "dataset", "split", "sentences", "time")  # fmt: skip
+VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRECISION_LEVELS), *GENERALISED,
+               "expressions", "rule", "dataset", "split", "sentences", "time")  # fmt: skip
 
 
 class CsvLog:
@@ -180,11 +180,13 @@ class RunLog:
     def validation(self, step: int, epoch: int, scores: Scores) -> None:
         """Log the scores of a validation after optimizer step `step`, in epoch `epoch` (from 1)."""
         values = {**scores.as_dict(), "step": step, "epoch": epoch}
-        self.validations.write({name: values[name] for name in VAL_COLUMNS if name != "time"})
+        row = {name: values.get(name) for name in VAL_COLUMNS if name != "time"}
+        self.validations.write({name: "-" if value is None else value for name, value in row.items()})
         self.note(f"epoch {epoch}  validation: {scores}")
         if self._writer is not None:
-            for name in ("mIoU", "oIoU", "Pr@50", "Pr@70", "Pr@90"):
-                self._writer.add_scalar(f"val/{name}", values[name], step)
+            for name in ("mIoU", "oIoU", "Pr@50", "Pr@70", "Pr@90", *GENERALISED):
+                if values.get(name) is not None:
+                    self._writer.add_scalar(f"val/{name}", values[name], step)
             self._writer.add_picture("val/predictions", picture_path(self._folder, epoch), step)
 
     def note(self, text: str) -> None:

@@ -139,7 +139,7 @@ class SomeMissing(Boxes):
 
     def reference(self, index: int) -> Reference:
         reference = super().reference(index)
-        return MissingReference(**vars(reference), no_target=True) if index % 2 else reference
+        return MissingReference(**(vars(reference) | {"no_target": True})) if index % 2 else reference
 
     def mask(self, index: int) -> np.ndarray:
         return super().mask(index) & (index % 2 == 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from training_helpers import Boxes, model_config, train_config, train_set, val_set
+from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
 from fastris import CRIS
 from fastris.checkpoint import ConvertConfig, load_model, load_torch, run_convert, save_atomic
@@ -145,7 +145,8 @@ def test_card_stands_beside_the_best_weights_and_says_what_they_are(finished: Tr
     for line in (
         "| training data | synthetic, split train, 12 references |",
         "| seed | 0 |",
-        f"| epochs, optimizer steps | {best['step'] // 4}, {best['step']} |",
+        f"| epochs | {best['step'] // 4} |",
+        f"| optimizer steps | {best['step']} |",
         "| trained on | CPU |",
         "| batch_size | 3 |",
         "| rule | data | split | sentences |",
@@ -204,6 +205,8 @@ def test_conversion_overwrites_no_card(tmp_path: Path) -> None:
 def test_validation_follows_its_rule_and_keeps_the_best_by_it(tmp_path: Path) -> None:
     result = train(train_config(tmp_path, val_rule="gres", epochs=1, pictures=0), train_set(), val_set())
     scores = load_torch(tmp_path / "best.pth")["scores"]
+    (row,) = rows(tmp_path / "val.csv")
+    assert (row["rule"], float(row["gIoU"]), row["N-acc"]) == ("gres", scores["gIoU"], "-")
     assert scores["rule"] == "gres" and result.best_iou == scores["gIoU"]
     assert not (tmp_path / "predictions").exists()
     with pytest.raises(ValueError, match="rule='lavvt' is unknown"):
