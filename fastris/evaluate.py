@@ -20,7 +20,7 @@ from fastris.config import REQUIRED, option
 from fastris.data import DATASETS, ReferringDataset, load_dataset
 from fastris.data.samples import EvalSamples, worker_init
 from fastris.data.tokens import tokenize
-from fastris.gather import gather_all, rank_and_world
+from fastris.gather import gather_all, joined, rank_and_world
 from fastris.metrics import Scores, per_sample_iou, score
 from fastris.optim import Amp, Precision, choose_device, choose_workers
 from fastris.rules import RULES, Rule, find_rule
@@ -362,25 +362,32 @@ class EvalConfig:
 
 
 def run(config: EvalConfig) -> None:
-    """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers."""
+    """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers.
+
+    Started by `torchrun`, each process scores its share, and the first one prints and writes.
+    """
     from fastris.checkpoint import load_model
 
     device = choose_device(config.device)
-    dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
-    result = evaluate(
-        load_model(config.model),
-        dataset,
-        sentences=config.sentences,
-        rule=config.rule,
-        device=device,
-        amp=config.amp,
-        workers=choose_workers(config.workers),
-        batch_size=config.batch_size,
-        images_per_batch=config.images_per_batch,
-        input_size=config.input_size,
-        word_len=config.word_len,
-        progress=config.progress,
-    )
+    with joined(device):
+        dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
+        result = evaluate(
+            load_model(config.model),
+            dataset,
+            sentences=config.sentences,
+            rule=config.rule,
+            device=device,
+            amp=config.amp,
+            workers=choose_workers(config.workers),
+            batch_size=config.batch_size,
+            images_per_batch=config.images_per_batch,
+            input_size=config.input_size,
+            word_len=config.word_len,
+            progress=config.progress,
+        )
+        rank = rank_and_world()[0]
+    if rank:
+        return
     name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within this block the processes that `torchrun` started know each other; alone, it does nothing.
+
+    `device`: what this process computes on. A group that is there already is used and left as it is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or rank_and_world()[1] > 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

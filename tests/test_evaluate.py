@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import os
+import socket
 from pathlib import Path
 
 import cv2
@@ -230,3 +233,24 @@ def test_command_scores_a_checkpoint_and_writes_both_files(model, tmp_path, monk
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["expressions"] == 6
     assert metrics["model"] == str(tmp_path / "best.pth")
+
+
+def command_in_one_of_two_processes(rank: int, port: int, args: list[str], folder: Path) -> None:
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in started.items()})
+    with (folder / f"printed{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        run(load_options(EvalConfig, args))
+
+
+def test_command_started_twice_prints_and_writes_once(model, tmp_path, monkeypatch):
+    save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    monkeypatch.setattr("fastris.evaluate.load_dataset", lambda *args, **kwargs: Boxes())
+    args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "progress=false"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, [*args, "images_per_batch=2"], tmp_path)
+    torch.multiprocessing.start_processes(command_in_one_of_two_processes, arguments, nprocs=2, start_method="fork")
+    assert "12 expressions" in (tmp_path / "printed0").read_text() and not (tmp_path / "printed1").read_text()
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert (metrics["processes"], metrics["expressions"], metrics["images"]) == (2, 12, 3)
