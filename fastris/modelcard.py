@@ -86,7 +86,7 @@ def _card(config: CRISConfig, scores: Scores | None, body: str, datasets: list[s
 
 def _evaluation(scores: Scores | None) -> str:
     if scores is None:
-        return "Not validated."
+        return "No validation of these weights is on record."
     which = {"all": "all sentences", "first": "the first sentence of each object"}.get(scores.sentences)
     percent = {name: "-" if value is None else f"{100 * value:.2f} %" for name, value in _metrics(scores).items()}
     table = _table(

@@ -48,7 +48,10 @@ class TrainConfig:
         64, "references per optimizer step; a last batch that is not full is dropped", "references"
     )
     expressions_per_image: int = option(
-        1, "of a batch's references, so many are about one image, which is encoded once for all of them", "references"
+        1,
+        "of a batch's references, so many are about one image, which is encoded once for all of them; above 1 an epoch "
+        "is one pass over the images",
+        "references",
     )
     gpu: str | None = option(
         None,

@@ -95,6 +95,7 @@ class Run:
             RuntimeError: a weight is NaN or infinite; the file stays as it was.
         """
         from fastris.checkpoint import save_atomic
+        from fastris.validation import card_of
 
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
@@ -113,6 +114,7 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(),
                 "recipe": self.recipe,
+                "card": card_of(self, None),
             },
             self.folder / LAST,
         )

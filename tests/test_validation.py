@@ -15,12 +15,14 @@ from PIL import Image
 from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
 from fastris import CRIS
+from fastris import train as training
 from fastris.checkpoint import ConvertConfig, load_model, load_torch, run_convert, save_atomic
 from fastris.evaluate import evaluate
 from fastris.gallery import AGREE
 from fastris.metrics import score
 from fastris.modelcard import training_card
 from fastris.recipe import identity
+from fastris.runstate import Position
 from fastris.trackers import open_trackers, picture_path
 from fastris.train import TrainResult, train
 from fastris.validation import draw_predictions, pictured
@@ -183,13 +185,19 @@ def test_card_goes_with_the_weights_through_every_conversion(
     assert load_model(tmp_path / "again").config == model_config()
 
 
+def test_last_state_of_a_run_carries_a_card_too(finished: TrainResult, tmp_path: Path) -> None:
+    run_convert(ConvertConfig(str(finished.folder / "last.pth"), str(tmp_path / "model")))
+    head, body = head_and_body((tmp_path / "model" / "README.md").read_text())
+    assert "model-index" not in head and "| optimizer steps | 8 |" in body and "| epochs | 2 |" in body
+
+
 def test_weights_that_say_nothing_get_a_card_that_says_so(tmp_path: Path) -> None:
     model = CRIS(model_config())
     save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "old.pth")
     run_convert(ConvertConfig(str(tmp_path / "old.pth"), str(tmp_path / "new")))
     head, body = head_and_body((tmp_path / "new" / "README.md").read_text())
     assert "model-index" not in head and "datasets" not in head
-    assert "old.pth`, which does not say how it was trained" in body and "Not validated." in body
+    assert "old.pth`, which does not say how it was trained" in body and "No validation of these weights" in body
 
 
 def test_conversion_overwrites_no_card(tmp_path: Path) -> None:
@@ -211,3 +219,14 @@ def test_validation_follows_its_rule_and_keeps_the_best_by_it(tmp_path: Path) ->
     assert not (tmp_path / "predictions").exists()
     with pytest.raises(ValueError, match="rule='lavvt' is unknown"):
         train_config(tmp_path, val_rule="lavvt")
+
+
+def test_best_weights_of_the_generalised_task_are_those_with_the_best_giou(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[float] = []
+    run = SimpleNamespace(position=Position(), save_best=lambda scores, card: saved.append(scores["gIoU"]))
+    log = SimpleNamespace(validation=lambda *args: None)
+    monkeypatch.setattr(training, "card_of", lambda *args: "")
+    names = {"rule": "gres", "dataset": "grefcoco", "split": "val", "sentences": "all", "no_target": [False, True]}
+    training._keep_if_best(run, score([50, 0], [100, 0], rejected=[False, True], **names), log)  # gIoU 0.75, mIoU 0.5
+    training._keep_if_best(run, score([90, 0], [100, 80], rejected=[False, False], **names), log)  # 0.45, mIoU 0.9
+    assert saved == [0.75] and run.position.best_iou == 0.75
