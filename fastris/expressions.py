@@ -110,3 +110,10 @@ def training_samples(config: TrainConfig, dataset: ReferringDataset, model: CRIS
             f"batch_size={len(samples) * several}"
         )
     return samples
+
+
+def references_of(samples: TrainSamples, positions: list[int]) -> list[int]:
+    """The references (indices in the data set) that the items at these positions hold in this epoch, in order."""
+    if not isinstance(samples, ImageSamples):
+        return positions
+    return [index for position in positions for index, _ in samples.choose(position)]

@@ -19,6 +19,7 @@ is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (18.5
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
     )
 
 
+def processes() -> int:
+    """Number of processes that share a batch, as `torchrun` tells each of them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def set_recompute(model: nn.Module, mode: str) -> None:
     """Have the model compute some of its activations again in backward, in place of keeping them. Changes no number.
 
@@ -141,7 +147,7 @@ def what_next(config: TrainConfig) -> str:
     """What to do about a batch that does not fit, with the next smaller setting by name."""
     gpu = f", gpu={config.gpu}" if config.gpu else ""
     text = (
-        f"{config.micro_batch} references at once (batch_size={config.batch_size}, accumulate={config.accumulate}, "
+        f"{config.micro_batch // processes()} references at once (batch_size={config.batch_size}, accumulate={config.accumulate}, "
         f"recompute={config.recompute}{gpu}) do not fit this GPU. "
     )
     if config.recompute != "stages":
@@ -168,7 +174,7 @@ def next_smaller(config: TrainConfig) -> str | None:
     """
     names = list(SETTINGS)
     names = names[: names.index(config.gpu)] if config.gpu else names
-    now = estimate_gib(config.micro_batch, config.recompute)
+    now = estimate_gib(config.micro_batch // processes(), config.recompute)
     less = [name for name in names if estimate_gib(SETTINGS[name].micro_batch, SETTINGS[name].recompute) < now - 0.1]
     return less[-1] if less else None
 

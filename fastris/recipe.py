@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from fastris.config import extra_option, option
 from fastris.data import DATASETS, ReferringDataset
 from fastris.evaluate import Sentences
-from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for
+from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for, processes
 from fastris.models.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.optim import Amp
 from fastris.rules import RULES, find_rule
@@ -123,8 +122,8 @@ class TrainConfig:
         """Fill in what the user left to `gpu`, so that the saved options say what was done."""
         setting = find_setting(self.gpu) if self.gpu else None
         if self.accumulate == 0:
-            processes, several = int(os.environ.get("WORLD_SIZE", "1")), max(1, self.expressions_per_image)
-            self.accumulate = parts_for(self.batch_size, setting.micro_batch, processes, several) if setting else 1
+            several = max(1, self.expressions_per_image)
+            self.accumulate = parts_for(self.batch_size, setting.micro_batch, processes(), several) if setting else 1
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:
