@@ -147,8 +147,8 @@ def what_next(config: TrainConfig) -> str:
     """What to do about a batch that does not fit, with the next smaller setting by name."""
     gpu = f", gpu={config.gpu}" if config.gpu else ""
     text = (
-        f"{config.micro_batch // processes()} references at once (batch_size={config.batch_size}, accumulate={config.accumulate}, "
-        f"recompute={config.recompute}{gpu}) do not fit this GPU. "
+        f"{config.micro_batch // processes()} references at once (batch_size={config.batch_size}, "
+        f"accumulate={config.accumulate}, recompute={config.recompute}{gpu}) do not fit this GPU. "
     )
     if config.recompute != "stages":
         text += "recompute=stages needs less memory and changes no number, so that --resume takes it. "
