@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris.config import REQUIRED, option
+from fastris.modelcard import CARD, card_path, unknown_card, write_card
 from fastris.models.config import CRISConfig
 from fastris.storage import damaged, first_line, is_torchscript, load_torch, replacing, save_atomic
 from fastris.weights import (
@@ -66,11 +67,15 @@ _FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 @dataclass(frozen=True)
 class Weights:
-    """What a source holds: tensors under names without wrappers' prefixes, and the configuration if it carries one."""
+    """What a source holds: tensors under names without wrappers' prefixes, and what it carries beside them.
+
+    That is the configuration, None if there is none, and the model card's text, empty if there is none.
+    """
 
     tensors: dict[str, Tensor]
     config: CRISConfig | None
     source: str
+    card: str = ""
 
 
 Source: TypeAlias = str | Path | Mapping[str, Any] | Weights
@@ -184,14 +189,17 @@ def _read_safetensors(path: Path, source: str) -> Weights:
 
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("config")
+            metadata = file.metadata() or {}
+            text, card = metadata.get("config"), metadata.get("card", "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise damaged(path, "safetensors file", error) from error
     beside = path.with_name(_CONFIG)
     if text is None and path.name == _SAFETENSORS and beside.is_file():
         text = beside.read_text(encoding="utf-8")
-    return Weights(normalise_names(tensors, source), _parse_config(text, source), source)
+        written = path.with_name(CARD)
+        card = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
+    return Weights(normalise_names(tensors, source), _parse_config(text, source), source, card)
 
 
 def _parse_config(text: str | None, source: str) -> CRISConfig | None:
@@ -222,7 +230,9 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         names = ", ".join(str(key) for key in list(content)[:10])
         raise ValueError(f"{source} must hold a dict with 'state_dict', or a state dict; its entries are: {names}")
-    return Weights(normalise_names(state, source), _carried_config(content.get("config"), source), source)
+    card = content.get("card")
+    card = card if isinstance(card, str) else ""
+    return Weights(normalise_names(state, source), _carried_config(content.get("config"), source), source, card)
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -267,7 +277,7 @@ def _download_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _SAFETENSORS]))
+        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _SAFETENSORS, CARD]))
     except (OSError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"there is no folder or file {name} here, and Hugging Face gave no model of that id "
@@ -302,8 +312,9 @@ def run_convert(options: ConvertConfig) -> int:
     weights = read_weights(options.source)
     config = CRISConfig.from_yaml(options.config) if options.config else weights.config
     model = load_model(weights, config)
-    _write_model(model, target, kind)
-    print(f"wrote {target} ({kind}): {_in_words(model)}")
+    card = weights.card or unknown_card(model.config, options.source)
+    _write_model(model, target, kind, card)
+    print(f"wrote {target} ({kind}): {_in_words(model)}\nmodel card {write_card(card_path(target, kind), card)}")
     if config is None:
         given = model.config
         print(
@@ -322,22 +333,23 @@ def _target_kind(target: Path, to: str) -> str:
 
 def _written_files(target: Path, kind: str) -> list[Path]:
     if kind != "folder":
-        return [target]
+        return [target, card_path(target, kind)]
     if target.is_file():
         raise FileExistsError(f"target {target} is a file, but a folder is to be written; choose another target")
-    return [target / _CONFIG, target / _SAFETENSORS]
+    return [target / _CONFIG, target / _SAFETENSORS, card_path(target, kind)]
 
 
-def _write_model(model: CRIS, target: Path, kind: str) -> None:
+def _write_model(model: CRIS, target: Path, kind: str, card: str) -> None:
     config, state = model.config.to_dict(), model.state_dict()
     if kind == "pth":
-        save_atomic({"config": config, "state_dict": {f"module.{name}": t for name, t in state.items()}}, target)
+        published = {f"module.{name}": tensor for name, tensor in state.items()}
+        save_atomic({"config": config, "card": card, "state_dict": published}, target)
     elif kind == "safetensors":
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         with replacing(target) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"format": "pt", "config": json.dumps(config)}))
+            temporary.write_bytes(save(tensors, metadata={"format": "pt", "config": json.dumps(config), "card": card}))
     else:
         from safetensors import SafetensorError
 

@@ -209,10 +209,12 @@ def write_results(
     from PIL import Image
 
     from fastris.gallery import save_gallery
+    from fastris.modelcard import CARD, write_card
     from fastris.storage import replacing
 
     out = Path(config.out)
     model.save_pretrained(out / "model")
+    write_card(out / "model" / CARD, _card(config, model, right, len(losses)))
     metrics: dict[str, Any] = {"right_phrase": right.scores.as_dict(), "other_objects_phrase": wrong.scores.as_dict()}
     metrics["right_phrase_by_kind"] = by_kind(held_out, right)
     metrics |= {"steps": len(losses), "last_loss": losses[-1] if losses else None, "seconds": round(seconds, 1)}
@@ -241,6 +243,16 @@ def write_results(
         f"{len(losses)} steps in {seconds:.0f} s altogether\n  pictures  {gallery}\n  metrics   {out / 'metrics.json'}"
     )
     print(f'  model     {out / "model"}\ntry:  fastris predict {examples[0]} "{phrase}" model={out / "model"}')
+
+
+def _card(config: DemoConfig, model: CRIS, result: EvalResult, steps: int) -> str:
+    from fastris.evaluate import versions
+    from fastris.modelcard import training_card
+
+    data = {"dataset": "synthetic", "train_split": "train", "references": REFERENCES * config.scenes}
+    recipe = data | {"manual_seed": config.seed, "batch_size": REFERENCES * config.images, "base_lr": config.lr}
+    scores, found = result.scores, versions()
+    return training_card(model.config, recipe, epoch=None, step=steps, scores=scores, device="CPU", versions=found)
 
 
 def by_kind(dataset: SyntheticExpressions, result: EvalResult) -> dict[str, float]:

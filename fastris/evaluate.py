@@ -1,4 +1,4 @@
-"""Evaluation at the images' own size under the published rule, with everything saved that any other metric needs."""
+"""Evaluation under one of the published rules, with everything saved that any other metric needs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,8 +20,10 @@ from fastris.config import REQUIRED, option
 from fastris.data import DATASETS, ReferringDataset, load_dataset
 from fastris.data.samples import EvalSamples, worker_init
 from fastris.data.tokens import tokenize
-from fastris.metrics import Scores, overlap, per_sample_iou, score
+from fastris.gather import gather_all, joined, rank_and_world
+from fastris.metrics import Scores, per_sample_iou, score
 from fastris.optim import Amp, Precision, choose_device, choose_workers
+from fastris.rules import RULES, Rule, find_rule
 
 if TYPE_CHECKING:
     from fastris.models.cris import CRIS
@@ -31,31 +32,14 @@ Sentences = Literal["all", "first"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How logits become a mask that is scored: sigmoid, resized to the input square, warped back, and cut here.
+class SampleResult:
+    """One scored expression, as its rule counts it.
 
     Attributes:
-        threshold: a pixel belongs to the object where its probability lies strictly above.
-        text: the rule in words, for the files that it leads to.
+        intersection, union: in pixels at the size that the rule scores at.
+        no_target: whether the expression has none; rejected: whether the prediction said so.
+        iou: a fraction of 1.
     """
-
-    threshold: float
-    text: str
-
-
-RULES = {
-    "cris": Rule(
-        0.35,
-        "sigmoid; bicubic (align_corners=True) to the input size; inverse letterbox warp (cubic) to the image's size; "
-        "probability > 0.35; against the mask at the image's own size; IoU = intersection / (union + 1e-6)",
-    )
-}
-"""Scoring rules by name. "cris" is the one behind CRIS's published numbers."""
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """One scored expression; intersection and union are in pixels of the original image."""
 
     index: int
     ref_id: int | str
@@ -65,13 +49,13 @@ class SampleResult:
     truncated: bool
     intersection: int
     union: int
+    no_target: bool
+    rejected: bool
+    iou: float
 
-    @property
-    def iou(self) -> float:
-        return float(per_sample_iou(np.array(self.intersection), np.array(self.union)))
 
-
-CSV_COLUMNS = ("ref_id", "image_id", "sentence_number", "sentence", "truncated", "intersection", "union", "iou")
+CSV_COLUMNS = ("ref_id", "image_id", "sentence_number", "sentence", "truncated", "intersection", "union", "no_target",
+               "rejected", "iou")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,8 @@ class EvalResult:
         truncated: number of expressions that were longer than the model's `word_len` and were cut.
         skipped: problem -> ids of references that the data set left out on request.
         seconds: duration.
-        settings: device, precision, input size and word length in use.
+        settings: device, precision, input size, word length and number of processes in use.
+        masks: (index, sentence number) -> predicted mask, bool at the scored size, of the expressions asked for.
     """
 
     scores: Scores
@@ -97,6 +82,7 @@ class EvalResult:
     skipped: dict[str, list[int | str]]
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
+    masks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The scores on one line, and a further line for each thing that a reader must know about them."""
@@ -153,25 +139,29 @@ def evaluate(
     input_size: int | None = None,
     word_len: int | None = None,
     progress: bool = False,
+    keep: Collection[tuple[int, int]] = (),
 ) -> EvalResult:
     """Score a model on every reference of a data set; each image is encoded once for all its expressions.
+
+    Where `torch.distributed` is initialised, every process must call it: each scores its share of the images, every
+    expression once, and all get the whole result, the one that a single process finds.
 
     Args:
         model: moved to `device` if one is given; left in the mode (train or eval) that it came in.
         dataset: images and masks at their own size.
         sentences: "all" of each reference, or only its "first" (as the published validation during training).
-        rule: a key of `RULES`.
+        rule: a key of :data:`fastris.rules.RULES`.
         amp: precision of the forward pass: "off" (as published), "auto", "bf16", "fp16"; scoring is always float32.
         workers: processes that read and warp images; 0 does it here.
         batch_size: expressions segmented at once. images_per_batch: images encoded at once.
         input_size, word_len: in pixels and tokens; the model's own where None.
-        progress: show a progress bar (only on a terminal).
+        progress: show a progress bar (only on a terminal, and for the first process).
+        keep: (index, sentence number) of the expressions whose predicted masks the result holds.
 
     Raises:
         ValueError: unknown rule, sentence rule or precision, or a data set without references.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)}")
+    method = find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")
     if not len(dataset):
@@ -181,19 +171,22 @@ def evaluate(
     precision = Precision.choose(amp, device)
     input_size, word_len = input_size or model.config.input_size, word_len or model.config.word_len
     truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences), dataset, word_len)
-    loader = _loader(truth, images_per_batch, workers)
+    rank, world = rank_and_world()
+    loader = _loader(truth, images_per_batch, workers, rank, world)
 
-    was_training = model.training
+    def scored() -> Iterator[tuple[SampleResult, np.ndarray | None]]:
+        for images in _progress(loader, progress and rank == 0, f"{dataset.name} {dataset.split}"):
+            for image, item, mask in predict_batch(model, images, precision, batch_size, method):
+                yield _score(dataset, image, item, mask, method), mask if item[:2] in wanted else None
+
+    wanted, was_training = set(keep), model.training
     model.to(device).eval()
-    samples: list[SampleResult] = []
     try:
-        for images in _progress(loader, progress, f"{dataset.name} {dataset.split}"):
-            for image, item, probability in predict_batch(model, images, precision, batch_size):
-                samples.append(_score(dataset, image, item, probability, RULES[rule].threshold))
+        found = gather_all(scored)
     finally:
         model.train(was_training)
-
-    samples.sort(key=lambda sample: (sample.index, sample.sentence_number))
+    found.sort(key=lambda pair: (pair[0].index, pair[0].sentence_number))
+    samples = [sample for sample, _ in found]
     return EvalResult(
         scores=score(
             [s.intersection for s in samples],
@@ -202,6 +195,8 @@ def evaluate(
             dataset=dataset.name,
             split=dataset.split,
             sentences=sentences,
+            no_target=[s.no_target for s in samples],
+            rejected=[s.rejected for s in samples],
         ),
         samples=samples,
         images=len({s.image_id for s in samples}),
@@ -214,7 +209,9 @@ def evaluate(
             "word_len": word_len,
             "amp": precision.name,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "processes": world,
         },
+        masks={(sample.index, sample.sentence_number): mask for sample, mask in found if mask is not None},
     )
 
 
@@ -224,12 +221,11 @@ Item = tuple[int, int, str, Tensor]
 
 @torch.inference_mode()
 def predict_batch(
-    model: CRIS, images: list[dict[str, Any]], precision: Precision, batch_size: int
+    model: CRIS, images: list[dict[str, Any]], precision: Precision, batch_size: int, rule: Rule
 ) -> Iterator[tuple[dict[str, Any], Item, np.ndarray]]:
     """Encode samples of :class:`EvalSamples` together, then segment their expressions `batch_size` at a time.
 
-    Yields (sample, item, probability): the last is (H, W) float32 at the image's own size, the expression's map as the
-    published rule makes it, before the threshold.
+    Yields (sample, item, mask): the last is bool at the size that the rule scores at.
     """
     with precision.autocast():
         pixels = torch.stack([image["image"] for image in images]).to(precision.device, non_blocking=True)
@@ -241,27 +237,29 @@ def predict_batch(
         index = torch.tensor([number for number, _ in chunk], device=precision.device)
         with precision.autocast():
             logits = model.segment(features, tokens, index)
-        for (number, item), probability in zip(chunk, to_input_size(logits, pixels.shape[-1]), strict=True):
-            yield images[number], item, images[number]["letterbox"].unwarp(probability)
+        for (number, item), square in zip(chunk, rule.to_square(logits, pixels.shape[-1]), strict=True):
+            yield images[number], item, rule.to_image(square, images[number]["letterbox"]) > rule.cut
 
 
-def to_input_size(logits: Tensor, input_size: int) -> np.ndarray:
-    """Logits (E, 1, h, w) to probabilities (E, S, S) float32: the sigmoid first, then bicubic, as published."""
-    probability = logits.float().sigmoid()
-    if probability.shape[-1] != input_size:
-        size = (input_size, input_size)
-        probability = F.interpolate(probability, size=size, mode="bicubic", align_corners=True)
-    return probability[:, 0].cpu().numpy()
-
-
-def _score(
-    dataset: ReferringDataset, image: dict[str, Any], item: Item, probability: np.ndarray, threshold: float
-) -> SampleResult:
+def _score(dataset: ReferringDataset, image: dict[str, Any], item: Item, mask: np.ndarray, rule: Rule) -> SampleResult:
     index, number, sentence, _ = item
-    intersection, union = overlap(probability > threshold, image["masks"][index])
     reference = dataset.reference(index)
-    cut = image["cut"][index, number]
-    return SampleResult(index, reference.ref_id, reference.image_id, number, sentence, cut, intersection, union)
+    no_target = bool(getattr(reference, "no_target", False))
+    found = rule.compare(mask, rule.truth(image["masks"][index]), no_target)
+    iou = per_sample_iou(np.array(found.intersection), np.array(found.union), rule.epsilon)
+    return SampleResult(
+        index=index,
+        ref_id=reference.ref_id,
+        image_id=reference.image_id,
+        sentence_number=number,
+        sentence=sentence,
+        truncated=image["cut"][index, number],
+        intersection=found.intersection,
+        union=found.union,
+        no_target=no_target,
+        rejected=found.rejected,
+        iou=1.0 if no_target and found.rejected else float(iou),
+    )
 
 
 class _WithTruth(Dataset):
@@ -282,10 +280,13 @@ class _WithTruth(Dataset):
         return sample | {"masks": masks, "cut": cut}
 
 
-def _loader(samples: Dataset, images_per_batch: int, workers: int) -> DataLoader:
+def _loader(samples: _WithTruth, images_per_batch: int, workers: int, rank: int, world: int) -> DataLoader:
+    """Every `world`-th batch: whole batches are shared out, so that their numbers do not depend on `world` at all."""
+    numbers = range(len(samples))
+    batches = [list(numbers[start : start + images_per_batch]) for start in numbers[::images_per_batch]]
     return DataLoader(
         samples,
-        batch_size=images_per_batch,
+        batch_sampler=batches[rank::world],
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=worker_init,
@@ -307,7 +308,8 @@ def _progress(loader: DataLoader, show: bool, title: str) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task(f"evaluate {title}", total=len(cast(Sized, loader.dataset)))
+        total = sum(len(batch) for batch in cast(list[list[int]], loader.batch_sampler))
+        task = bar.add_task(f"evaluate {title}", total=total)
         for batch in loader:
             yield batch
             bar.advance(task, len(batch))
@@ -330,7 +332,14 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class EvalConfig:
-    """Options of `fastris eval`."""
+    """Scores a model: mIoU, oIoU and Pr@50-90, with the rule, the split and the sentence rule beside the numbers.
+
+    Numbers compare only under one rule:
+      cris      threshold 0.35, at each image's own size, as CRIS published
+      cgformer  threshold 0.5, otherwise the same
+      lavt      threshold 0.5, at 480 x 480, where every image weighs the same in oIoU
+      gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
+    """
 
     model: str = option(REQUIRED, "checkpoint (.pth), folder or .safetensors file, or Hugging Face id of the model")
     dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
@@ -340,7 +349,7 @@ class EvalConfig:
     rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
     out: Path | None = option(
-        None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES"
+        None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: Amp = option("off", "precision of the forward pass; off (float32) as published")
@@ -353,26 +362,33 @@ class EvalConfig:
 
 
 def run(config: EvalConfig) -> None:
-    """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers."""
+    """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers.
+
+    Started by `torchrun`, each process scores its share, and the first one prints and writes.
+    """
     from fastris.checkpoint import load_model
 
     device = choose_device(config.device)
-    dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
-    result = evaluate(
-        load_model(config.model),
-        dataset,
-        sentences=config.sentences,
-        rule=config.rule,
-        device=device,
-        amp=config.amp,
-        workers=choose_workers(config.workers),
-        batch_size=config.batch_size,
-        images_per_batch=config.images_per_batch,
-        input_size=config.input_size,
-        word_len=config.word_len,
-        progress=config.progress,
-    )
-    name = f"{config.dataset}_{config.split}_{config.sentences}"
+    with joined(device):
+        dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
+        result = evaluate(
+            load_model(config.model),
+            dataset,
+            sentences=config.sentences,
+            rule=config.rule,
+            device=device,
+            amp=config.amp,
+            workers=choose_workers(config.workers),
+            batch_size=config.batch_size,
+            images_per_batch=config.images_per_batch,
+            input_size=config.input_size,
+            word_len=config.word_len,
+            progress=config.progress,
+        )
+        rank = rank_and_world()[0]
+    if rank:
+        return
+    name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())
     print(

@@ -34,9 +34,15 @@ def parameter_groups(model: nn.Module, base_lr: float, lr_multi: float) -> list[
     ]
 
 
-def build_optimizer(model: nn.Module, base_lr: float, lr_multi: float, weight_decay: float = 0.0) -> Adam:
-    """Adam with PyTorch's default betas over :func:`parameter_groups`, as published."""
-    return Adam(parameter_groups(model, base_lr, lr_multi), lr=base_lr, weight_decay=weight_decay)
+def build_optimizer(
+    model: nn.Module, base_lr: float, lr_multi: float, weight_decay: float = 0.0, fused: bool = False
+) -> Adam:
+    """Adam with PyTorch's default betas over :func:`parameter_groups`, as published.
+
+    `fused`: update all weights in one kernel; the same numbers up to rounding, without temporary copies of the weights.
+    """
+    groups = parameter_groups(model, base_lr, lr_multi)
+    return Adam(groups, lr=base_lr, weight_decay=weight_decay, fused=True if fused else None)
 
 
 def build_scheduler(

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastris.config import REQUIRED, option
 from fastris.data.letterbox import Letterbox, letterbox
 from fastris.data.tokens import tokenize
 from fastris.images import read_image
 from fastris.optim import choose_device
+from fastris.rules import RULES, probability_on_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastris.images import ImageSource
     from fastris.models.cris import CRIS
 
-THRESHOLD = 0.35
+THRESHOLD = RULES["cris"].threshold
 """A pixel belongs to the mask if its probability is above this, as published."""
 
 PHRASES_AT_ONCE = 32
@@ -77,7 +77,7 @@ class Prediction(Sequence[Segment]):
         """The :class:`Segment` of phrase ``i``; a list of them for a slice."""
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        probability = to_image(self.logits[i], self.warp)
+        probability = probability_on_image(self.logits[i], self.warp)
         mask = probability > self.threshold
         np.clip(probability, 0, 1, out=probability)
         score = float(probability.mean(where=mask, dtype=np.float64)) if mask.any() else 0.0
@@ -120,16 +120,6 @@ class Prediction(Sequence[Segment]):
         if caption:
             return view(self.image, [(k, self.phrases[k], self[k].mask) for k in numbers], alpha)
         return Image.fromarray(paint(self.image, [(k, self[k].mask) for k in numbers], alpha))
-
-
-def to_image(logits: np.ndarray, warp: Letterbox) -> np.ndarray:
-    """Logits (h, w) of the letterboxed square as probabilities (H, W) float32 of the picture, by the published steps.
-
-    Sigmoid, bicubic (align_corners=True) to the square, inverse warp (cubic); neither cubic step clips its overshoot.
-    """
-    probability = torch.from_numpy(logits)[None, None].sigmoid()
-    square = nn.functional.interpolate(probability, size=(warp.size, warp.size), mode="bicubic", align_corners=True)
-    return warp.unwarp(square[0, 0].numpy())
 
 
 class Segmenter:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from fastris.config import extra_option, option
 from fastris.data import DATASETS, ReferringDataset
 from fastris.evaluate import Sentences
+from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for, processes
 from fastris.models.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.optim import Amp
+from fastris.rules import RULES, find_rule
 
 
 def _model_keys() -> Iterable[str]:
@@ -32,6 +34,7 @@ class TrainConfig:
     data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
+    val_rule: str = option("cris", "prediction and scoring rule of validation: " + ", ".join(RULES))
     val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
     input_size: int | None = option(
@@ -43,9 +46,27 @@ class TrainConfig:
     batch_size: int = option(
         64, "references per optimizer step; a last batch that is not full is dropped", "references"
     )
-    accumulate: int = option(
-        1, "parts that a batch is split into to save memory; BatchNorm then sees one part", "parts"
+    expressions_per_image: int = option(
+        1,
+        "of a batch's references, so many are about one image, which is encoded once for all of them; above 1 an epoch "
+        "is one pass over the images",
+        "references",
     )
+    gpu: str | None = option(
+        None,
+        f"settings for a card of that memory ({', '.join(SETTINGS)}): accumulate, recompute and fused, where those are "
+        "not given; BatchNorm's statistics follow the part of the batch that fits at once",
+    )
+    accumulate: int = option(
+        0,
+        "parts that a batch is split into to save memory; BatchNorm then sees one part; 0: as gpu says, else 1",
+        "parts",
+    )
+    recompute: Recompute = option(
+        "auto", "activations computed again in backward to save memory; changes no number; auto: as gpu says, else none"
+    )
+    fused: bool | None = option(None, "update weights in one kernel on CUDA; none: as gpu says, else false")
+    find_batch: bool = option(False, "search for the largest part of a batch that fits this GPU, say so, and stop")
     base_lr: float = option(1e-4, "learning rate of all but the CLIP encoders")
     lr_multi: float = option(0.1, "factor on base_lr for the CLIP encoders")
     milestones: tuple[int, ...] = option((35,), "finished epochs after which the learning rate drops", "epochs")
@@ -61,6 +82,7 @@ class TrainConfig:
 
     workers: int | None = option(None, "that read training images; 0: no extra one; none: up to 4", "processes")
     workers_val: int | None = option(None, "that read validation images; 0: no extra one; none: up to 4", "processes")
+    pictures: int = option(8, "validation predictions drawn after every epoch; 0: none", "expressions")
     batch_size_val: int = option(64, "segmented at once in validation", "expressions")
     evaluate: bool = option(True, "validate after every epoch, and keep the best weights")
     limit_train: int = option(0, "train on the first so many references; 0: all", "references")
@@ -73,23 +95,44 @@ class TrainConfig:
     print_freq: int = option(100, "between lines on the console; 0: none", "steps")
     progress: bool = option(True, "show a progress bar on a terminal")
     tensorboard: bool = option(False, "also write TensorBoard files (pip install 'fastris[tensorboard]')")
+    wandb: str | None = option(None, "also log to this Weights & Biases project (pip install 'fastris[wandb]')")
     extra: dict[str, Any] = extra_option(_model_keys)
 
     def __post_init__(self) -> None:
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
-        at_least = {"epochs": 1, "accumulate": 1, "batch_size_val": 1, "workers": 0, "workers_val": 0, "max_norm": 0,
-                    "limit_train": 0, "max_steps": 0, "save_every_steps": 0, "print_freq": 0, "base_lr": 0,
-                    "lr_multi": 0, "weight_decay": 0}  # fmt: skip
+        self._follow_gpu()
+        find_rule(self.val_rule)
+        at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
+                    "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
+                    "print_freq": 0, "pictures": 0, "base_lr": 0, "lr_multi": 0, "weight_decay": 0}  # fmt: skip
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
-        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+        several = self.expressions_per_image
+        if self.batch_size % (self.accumulate * several) or self.micro_batch < 2:
+            of = f" of {several} references for each image" if several > 1 else ""
             raise ValueError(
                 f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of 2 "
-                "or more references, because BatchNorm needs two; change one of them"
+                f"or more references{of}, because BatchNorm needs two; change one of them"
             )
         if self.published_first_epoch_quirk and not self.lr_multi:
             raise ValueError("published_first_epoch_quirk needs lr_multi above 0, got 0")
+
+    def _follow_gpu(self) -> None:
+        """Fill in what the user left to `gpu`, so that the saved options say what was done."""
+        setting = find_setting(self.gpu) if self.gpu else None
+        if self.accumulate == 0:
+            several = max(1, self.expressions_per_image)
+            self.accumulate = parts_for(self.batch_size, setting.micro_batch, processes(), several) if setting else 1
+        if self.recompute == "auto":
+            self.recompute = setting.recompute if setting else "none"
+        if self.fused is None:
+            self.fused = setting.fused if setting else False
+
+    @property
+    def micro_batch(self) -> int:
+        """References in one forward and backward pass, over all processes."""
+        return self.batch_size // self.accumulate
 
     @property
     def folder(self) -> Path:
@@ -135,6 +178,8 @@ def identity(config: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[st
     """
     names = ("accumulate", "batch_size", "base_lr", "lr_multi", "milestones", "lr_decay", "weight_decay", "max_norm",
              "published_first_epoch_quirk", "manual_seed")  # fmt: skip
+    if config.expressions_per_image > 1:
+        resolved["expressions_per_image"] = config.expressions_per_image
     flat = model.to_dict()
     flat.update({f"clip.{name}": value for name, value in flat.pop("clip").items()})
     return {**{name: getattr(config, name) for name in names}, **flat, **resolved}

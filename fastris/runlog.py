@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 import torch
 
-from fastris.metrics import PRECISION_LEVELS, Scores
+from fastris.metrics import GENERALISED, PRECISION_LEVELS, Scores
+from fastris.trackers import open_trackers, picture_path
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class StepRecord:
 
 
 STEP_COLUMNS = (*(f.name for f in fields(StepRecord)), "time")
-VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRECISION_LEVELS), "expressions", "rule",
-               "dataset", "split", "sentences", "time")  # fmt: skip
+VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRECISION_LEVELS), *GENERALISED,
+               "expressions", "rule", "dataset", "split", "sentences", "time")  # fmt: skip
 
 
 class CsvLog:
@@ -98,7 +99,7 @@ class RunLog:
         last_step: the step from which the run goes on, 0 for a new one; later rows of `log.csv` are dropped.
         last_validation: the same for `val.csv`; `last_step` where None.
         print_freq: steps between lines on the console.
-        tensorboard: write TensorBoard's event files too. RuntimeError if the package is not installed.
+        tensorboard, wandb, settings: see :func:`fastris.trackers.open_trackers`. RuntimeError if a package is missing.
         progress: show a progress bar where standard error is a terminal.
         stream: where lines and the bar go; standard error by default.
     """
@@ -111,13 +112,16 @@ class RunLog:
         last_validation: int | None = None,
         print_freq: int = 100,
         tensorboard: bool = False,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
         progress: bool = True,
         stream: TextIO | None = None,
     ):
         from rich.console import Console
 
         self.print_freq = print_freq
-        self._writer = _tensorboard(folder / "tensorboard", last_step) if tensorboard else None
+        self._folder = folder
+        self._writer = open_trackers(folder, last_step, tensorboard=tensorboard, wandb=wandb, settings=settings)
         self.steps = CsvLog(folder / "log.csv", STEP_COLUMNS, last_step)
         self.validations = CsvLog(
             folder / "val.csv", VAL_COLUMNS, last_step if last_validation is None else last_validation
@@ -176,11 +180,14 @@ class RunLog:
     def validation(self, step: int, epoch: int, scores: Scores) -> None:
         """Log the scores of a validation after optimizer step `step`, in epoch `epoch` (from 1)."""
         values = {**scores.as_dict(), "step": step, "epoch": epoch}
-        self.validations.write({name: values[name] for name in VAL_COLUMNS if name != "time"})
+        row = {name: values.get(name) for name in VAL_COLUMNS if name != "time"}
+        self.validations.write({name: "-" if value is None else value for name, value in row.items()})
         self.note(f"epoch {epoch}  validation: {scores}")
         if self._writer is not None:
-            for name in ("mIoU", "oIoU", "Pr@50", "Pr@70", "Pr@90"):
-                self._writer.add_scalar(f"val/{name}", values[name], step)
+            for name in ("mIoU", "oIoU", "Pr@50", "Pr@70", "Pr@90", *GENERALISED):
+                if values.get(name) is not None:
+                    self._writer.add_scalar(f"val/{name}", values[name], step)
+            self._writer.add_picture("val/predictions", picture_path(self._folder, epoch), step)
 
     def note(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
@@ -209,14 +216,3 @@ def _numbers(record: StepRecord) -> str:
         f"loss {record.loss:.4f}  IoU {100 * record.iou:.1f} %  {record.images_per_s:.1f} images/s  "
         f"{record.memory_mib} MiB"
     )
-
-
-def _tensorboard(folder: Path, last_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise RuntimeError(
-            "tensorboard=true needs the package tensorboard, which is not installed; "
-            "run pip install 'fastris[tensorboard]', or leave the option out (log.csv holds the same numbers)"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=last_step + 1)

@@ -95,6 +95,7 @@ class Run:
             RuntimeError: a weight is NaN or infinite; the file stays as it was.
         """
         from fastris.checkpoint import save_atomic
+        from fastris.validation import card_of
 
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
@@ -113,17 +114,21 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(),
                 "recipe": self.recipe,
+                "card": card_of(self, None),
             },
             self.folder / LAST,
         )
         self.saved_step = self.position.step
 
-    def save_best(self, scores: Mapping[str, Any]) -> None:
-        """Write `best.pth`: the weights and the configuration, with the scores that made them the best."""
+    def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
+        """Write `best.pth`: weights, configuration, the scores that made them the best; and their card twice."""
         from fastris.checkpoint import save_atomic
+        from fastris.modelcard import CARD, write_card
 
-        content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores)}
+        content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores), "card": card}
         save_atomic(content | {"state_dict": self.model.state_dict()}, self.folder / BEST)
+        if card:
+            write_card(self.folder / CARD, card)
 
     def restore(self, path: Path) -> None:
         """Go back to the state in `path`, random number generators included.

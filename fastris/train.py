@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastris import find_batch
 from fastris.data import ReferringDataset, load_dataset
 from fastris.data.samples import EpochSampler, TrainSamples, worker_init
 from fastris.data.tokens import PAD, tokenize
 from fastris.evaluate import evaluate
+from fastris.expressions import training_samples
+from fastris.gpu_settings import fused_on, out_of_memory_explained, set_recompute
 from fastris.interrupt import StopSignal, leave_signals_to_parent
 from fastris.metrics import Scores, batch_iou
 from fastris.models.config import CLIP_PRESETS, CLIPConfig
@@ -39,6 +42,8 @@ from fastris.runstate import (
     save_options,
     seed_everything,
 )
+from fastris.trackers import picture_path
+from fastris.validation import card_of, draw_predictions, pictured
 
 if TYPE_CHECKING:
     from fastris.models.cris import CRIS
@@ -104,17 +109,20 @@ def prepare(
     precision = Precision.choose(config.amp, device)
     seed_everything(config.manual_seed)
     model = build_model(config, with_weights=checkpoint is None).to(device)
+    set_recompute(model, config.recompute)
 
-    samples = TrainSamples(train_set, model.config.input_size, model.config.word_len, config.manual_seed)
-    count = min(len(samples), config.limit_train or len(samples))
+    samples = training_samples(config, train_set, model.config)
+    count = min(len(train_set), config.limit_train or len(train_set))
     if count < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the {count} training references "
             f"({train_set.name} {train_set.split}), so there is no full batch; give at most {count}"
         )
-    sampler = EpochSampler(count, config.manual_seed, config.batch_size, drop_last=True)
+    sampler = EpochSampler(
+        min(len(samples), count), config.manual_seed, config.batch_size // config.expressions_per_image, drop_last=True
+    )
 
-    optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay)
+    optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay, fused_on(config, device))
     quirk = 1 / config.lr_multi if config.published_first_epoch_quirk else 1.0
     scheduler = build_scheduler(optimizer, config.milestones, config.lr_decay, first_epoch_backbone_factor=quirk)
     recipe = identity(config, model.config, amp=precision.name, **describe_data(train_set, count))
@@ -136,7 +144,8 @@ def train_epoch(
     run.model.train()
     started = time.perf_counter()
     for batch in _loader(config, samples, sampler, run.precision.device):
-        loss, iou = train_step(config, run, batch)
+        with out_of_memory_explained(config):
+            loss, iou = train_step(config, run, batch)
         if not math.isfinite(loss):
             raise RuntimeError(_not_finite(run, loss, batch["index"].tolist()))
         position.advance(loss, iou, _count_cut(samples, batch))
@@ -206,16 +215,19 @@ def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
 
 def run(config: TrainConfig) -> int:
     """`fastris train`: train, say where everything is and what to do next. 130 if it was interrupted, else 0."""
+    if config.find_batch:
+        return find_batch.run(config)
     result = train(config)
     folder = result.folder
     if result.interrupted:
         print(f"stopped; {folder / LAST} is from step {result.step}. Go on with:\n  {resume_command(folder)}")
         return 130
     has_best = (folder / BEST).exists()
+    name = "gIoU" if config.val_rule == "gres" else "mIoU"
     weights = folder / (BEST if has_best else LAST)
     data = f"dataset={config.dataset}" + (f" data_root={shlex.quote(config.data_root)}" if config.data_root else "")
     model = shlex.quote(str(weights))
-    score = f", best validation mIoU {100 * result.best_iou:.2f} %" if has_best else ", not validated"
+    score = f", best validation {name} {100 * result.best_iou:.2f} %" if has_best else ", not validated"
     print(
         f"done: {result.epoch} epochs, {result.step} steps{score}\n"
         f"  {'best' if has_best else 'last'} weights  {weights}\n"
@@ -257,6 +269,8 @@ def _open_log(config: TrainConfig, run: Run) -> RunLog:
         last_validation=step - 1 if in_epoch else step,
         print_freq=config.print_freq,
         tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        settings=run.recipe,
         progress=config.progress,
     )
 
@@ -264,7 +278,7 @@ def _open_log(config: TrainConfig, run: Run) -> RunLog:
 def _count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
     """Expressions of the batch that lost words: their row is full, and a sentence that was cut gives this very row."""
     cut = 0
-    for index, row in zip(batch["index"].tolist(), batch["tokens"], strict=True):
+    for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
         if row[-1] != PAD:
             rows, truncated = tokenize(samples.dataset.reference(index).sentences, samples.word_len)
             cut += any(flag and torch.equal(row, other) for other, flag in zip(rows, truncated, strict=True))
@@ -314,20 +328,24 @@ def _evaluate(config: TrainConfig, run: Run, val_set: ReferringDataset) -> Score
         run.model,
         val_set,
         sentences=config.val_sentences,
+        rule=config.val_rule,
+        keep=pictured(val_set, config.pictures, config.val_sentences),
         device=run.precision.device,
         workers=choose_workers(config.workers_val),
         batch_size=config.batch_size_val,
         progress=config.progress,
     )
+    epoch, step = run.position.epoch + 1, run.position.step
+    draw_predictions(picture_path(run.folder, epoch), val_set, result, f"epoch {epoch}, step {step}")
     return result.scores
 
 
 def _keep_if_best(run: Run, scores: Scores, log: RunLog) -> None:
     position = run.position
     log.validation(position.step, position.epoch + 1, scores)
-    if scores.mIoU >= position.best_iou:
-        position.best_iou = scores.mIoU
-        run.save_best(scores.as_dict())
+    if scores.best_by >= position.best_iou:
+        position.best_iou = scores.best_by
+        run.save_best(scores.as_dict(), card_of(run, scores))
 
 
 def _not_finite(run: Run, loss: float, indices: list[int]) -> str:

@@ -23,6 +23,8 @@ def test_demo_leaves_model_metrics_gallery_and_scenes(tmp_path, capsys):
         assert {"mIoU", "oIoU", "Pr@50", "Pr@90", "rule"} <= metrics[part].keys()
     assert metrics["steps"] == 3
     assert Image.open(tmp_path / "gallery.png").width > 800
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "library_name: fastris" in card and "| cris | synthetic | val | all sentences |" in card
     segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
     assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
     assert "another object's phrase" in capsys.readouterr().out

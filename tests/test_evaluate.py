@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import json
+import os
+import socket
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,10 +18,12 @@ from training_helpers import Boxes, model_config
 from fastris import CRIS
 from fastris.checkpoint import save_atomic
 from fastris.config import load_options
+from fastris.data import Reference
 from fastris.data.letterbox import CLIP_MEAN, CLIP_STD
 from fastris.data.tokens import tokenize
 from fastris.evaluate import EvalConfig, evaluate, run
 from fastris.metrics import read_per_sample, score
+from fastris.rules import RULES, overlap
 
 SIZE, WORDS = 64, 12
 
@@ -130,9 +137,81 @@ def test_saved_samples_give_back_the_scores(model, tmp_path):
     assert metrics["skipped"] == {"image is missing": 1}
 
 
+class SomeMissing(Boxes):
+    """Boxes whose second object of each image is not there."""
+
+    def reference(self, index: int) -> Reference:
+        reference = super().reference(index)
+        return MissingReference(**(vars(reference) | {"no_target": True})) if index % 2 else reference
+
+    def mask(self, index: int) -> np.ndarray:
+        return super().mask(index) & (index % 2 == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingReference(Reference):
+    no_target: bool = False
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_each_rule_scores_and_stands_beside_its_numbers(model, rule, tmp_path):
+    result = evaluate(model, SomeMissing(), rule=rule, images_per_batch=2)
+    assert [s.no_target for s in result.samples] == [s.index % 2 == 1 for s in result.samples]
+    assert f"[rule {rule}, boxes val, all sentences]" in result.summary()
+    result.save(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["rule"], metrics["split"], metrics["sentences"]) == (rule, "val", "all")
+    assert metrics["rule_text"] == RULES[rule].text
+    assert {"mIoU", "oIoU", "Pr@50", "Pr@60", "Pr@70", "Pr@80", "Pr@90", "no_target"} <= metrics.keys()
+    assert ({"gIoU", "cIoU", "N-acc", "T-acc"} <= metrics.keys()) == (rule == "gres")
+
+
+def test_rules_differ_in_their_numbers(model):
+    assert len({evaluate(model, Boxes(), rule=rule).scores.mIoU for rule in RULES}) == len(RULES)
+
+
+def test_masks_asked_for_are_the_scored_ones(model):
+    result = evaluate(model, Boxes(), keep=[(2, 1), (5, 0)])
+    assert result.masks.keys() == {(2, 1), (5, 0)}
+    for sample in result.samples:
+        if (sample.index, sample.sentence_number) in result.masks:
+            mask, truth = result.masks[sample.index, sample.sentence_number], Boxes().mask(sample.index)
+            assert (sample.intersection, sample.union) == overlap(mask, truth)
+
+
+def in_one_of_two_processes(rank: int, model: CRIS, store: str, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    result = evaluate(model, Boxes(), images_per_batch=1, keep=[(0, 0), (2, 0)])
+    result.save(folder / str(rank))
+    assert result.masks.keys() == {(0, 0), (2, 0)}, "one of them was predicted by either process"
+    with pytest.raises((OSError, RuntimeError), match="the disk of picture 1 is gone"):
+        evaluate(model, BrokenImage(), images_per_batch=1)
+
+
+class BrokenImage(Boxes):
+    def image(self, index: int) -> np.ndarray:
+        if index // 2 == 1:
+            raise OSError("the disk of picture 1 is gone")
+        return super().image(index)
+
+
+def test_two_processes_score_every_sample_once_and_find_what_one_finds(model, tmp_path):
+    alone = evaluate(model, Boxes(), images_per_batch=1)  # 3 images: 2 for the first process, 1 for the second
+    alone.save(tmp_path / "alone")
+    arguments = (model, str(tmp_path / "store"), tmp_path)
+    torch.multiprocessing.start_processes(in_one_of_two_processes, arguments, nprocs=2, start_method="fork")
+    for rank in ("0", "1"):
+        assert (tmp_path / rank / "per_sample.csv").read_bytes() == (tmp_path / "alone/per_sample.csv").read_bytes()
+        metrics, expected = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in (rank, "alone"))
+        assert metrics.pop("processes") == 2 and expected.pop("processes") == 1
+        assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+            k: v for k, v in expected.items() if k != "seconds"
+        }
+
+
 def test_bad_arguments_are_refused_by_name(model):
-    with pytest.raises(ValueError, match="rule='lavt' is unknown; choose one of cris"):
-        evaluate(model, Boxes(), rule="lavt")
+    with pytest.raises(ValueError, match="rule='lavvt' is unknown; choose one of cris"):
+        evaluate(model, Boxes(), rule="lavvt")
     with pytest.raises(ValueError, match="sentences='some' is unknown"):
         evaluate(model, Boxes(), sentences="some")
     with pytest.raises(ValueError, match="amp=fp16 needs a CUDA device"):
@@ -154,3 +233,24 @@ def test_command_scores_a_checkpoint_and_writes_both_files(model, tmp_path, monk
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["expressions"] == 6
     assert metrics["model"] == str(tmp_path / "best.pth")
+
+
+def command_in_one_of_two_processes(rank: int, port: int, args: list[str], folder: Path) -> None:
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in started.items()})
+    with (folder / f"printed{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        run(load_options(EvalConfig, args))
+
+
+def test_command_started_twice_prints_and_writes_once(model, tmp_path, monkeypatch):
+    save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    monkeypatch.setattr("fastris.evaluate.load_dataset", lambda *args, **kwargs: Boxes())
+    args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "progress=false"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, [*args, "images_per_batch=2"], tmp_path)
+    torch.multiprocessing.start_processes(command_in_one_of_two_processes, arguments, nprocs=2, start_method="fork")
+    assert "12 expressions" in (tmp_path / "printed0").read_text() and not (tmp_path / "printed1").read_text()
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert (metrics["processes"], metrics["expressions"], metrics["images"]) == (2, 12, 3)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastris.metrics import batch_iou, overlap, per_sample_iou, read_per_sample, score
+from fastris.metrics import batch_iou, per_sample_iou, read_per_sample, score
 
 NAMES = {"rule": "cris", "dataset": "refcoco", "split": "val", "sentences": "all"}
 
@@ -84,14 +84,6 @@ def test_scores_stay_in_range_and_ignore_order(pairs):
     assert levels == sorted(levels, reverse=True)
     backwards = score(inter[::-1], union[::-1], **NAMES)
     assert (backwards.oIoU, backwards.precision) == (scores.oIoU, scores.precision)
-
-
-def test_overlap_counts_pixels():
-    prediction = np.array([[1, 1, 0], [0, 0, 0]], dtype=bool)
-    truth = np.array([[0, 1, 1], [1, 0, 0]], dtype=bool)
-    assert overlap(prediction, truth) == (1, 4)
-    with pytest.raises(ValueError, match="image's size"):
-        overlap(prediction, truth[:1])
 
 
 def test_training_iou_is_the_published_one():

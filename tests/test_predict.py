@@ -19,7 +19,8 @@ import fastris
 from fastris.cli import main
 from fastris.data.letterbox import letterbox
 from fastris.overlay import colour_of
-from fastris.predict import PHRASES_AT_ONCE, Prediction, Segmenter, to_image
+from fastris.predict import PHRASES_AT_ONCE, Prediction, Segmenter
+from fastris.rules import probability_on_image
 
 RED, BLUE = "the red circle", "the blue square"
 
@@ -130,7 +131,7 @@ def test_logits_are_the_models_own_for_the_letterboxed_image(model: fastris.CRIS
 
 def test_overshoot_is_clipped_in_the_probability_but_decided_before() -> None:
     found = corner_prediction(size=64, value=50.0)
-    raw = to_image(found.logits[0], found.warp)
+    raw = probability_on_image(found.logits[0], found.warp)
     assert raw.max() > 1 and raw.min() < 0
     assert found[0].probability.max() == 1 and found[0].probability.min() == 0
 

@@ -143,12 +143,17 @@ class CRIS(
         return self.neck.fuse(projected, state)
 
     def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W)."""
+        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
+
+        With K expressions about each image, ``word`` (B, K, L) and ``mask`` (B, K, 1, H, W), images are encoded once;
+        the results are those of B*K expressions, image by image.
+        """
+        index, word, mask = _by_expression(word, mask)
         if not self.training:
-            return self.segment(self.encode_image(img), word).detach()
-        _check_mask(mask, img)
+            return self.segment(self.encode_image(img), word, index).detach()
+        _check_mask(mask, img, len(word))
         assert mask is not None
-        loss, logits = self.loss(self.encode_image(img), word, mask)
+        loss, logits = self.loss(self.encode_image(img), word, mask, index)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
 
@@ -164,6 +169,17 @@ def _without_shared_padding(tokens: Tensor) -> Tensor:
         return tokens
     used = tokens.ne(0).any(dim=0).nonzero()
     return tokens[:, : int(used.max()) + 1 if len(used) else 1]
+
+
+def _by_expression(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(index, word (E, L), mask (E, 1, H, W)) as :meth:`CRIS.segment` takes them; no index for one word per image."""
+    if word.ndim != 3:
+        return None, word, mask
+    images, several = word.shape[:2]
+    index = torch.arange(images, device=word.device).repeat_interleave(several)
+    if mask is not None and mask.ndim == 5:
+        mask = mask.flatten(0, 1)
+    return index, word.flatten(0, 1), mask
 
 
 def _check_images(images: Tensor) -> None:
@@ -207,10 +223,11 @@ def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
         raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
 
 
-def _check_mask(mask: Tensor | None, images: Tensor) -> None:
+def _check_mask(mask: Tensor | None, images: Tensor, expressions: int) -> None:
     if mask is None:
         raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
-    if mask.ndim != 4 or mask.shape[:2] != (images.shape[0], 1):
-        raise ValueError(f"mask must be ({images.shape[0]}, 1, H, W), got {tuple(mask.shape)}")
+    if mask.ndim != 4 or mask.shape[:2] != (expressions, 1):
+        each = "" if expressions == len(images) else f" ({expressions // max(1, len(images))} expressions per image)"
+        raise ValueError(f"mask must be ({expressions}, 1, H, W){each}, got {tuple(mask.shape)}")
     if not mask.is_floating_point():
         raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")
