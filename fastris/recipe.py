@@ -73,6 +73,11 @@ class TrainConfig:
     lr_decay: float = option(0.1, "factor on the learning rate at each milestone")
     weight_decay: float = option(0.0, "Adam's weight decay")
     max_norm: float = option(0.0, "gradients are clipped to this norm; 0: no clipping")
+    max_skipped: int = option(
+        10,
+        "batches in a row whose loss or gradient is not finite, after which the run ends; each is left out",
+        "batches",
+    )
     published_first_epoch_quirk: bool = option(
         False, "train the CLIP encoders at the full base_lr in the first epoch, as the published code does by accident"
     )
@@ -94,6 +99,7 @@ class TrainConfig:
     save_every_steps: int = option(500, "between writings of last.pth; 0: at the ends of epochs only", "steps")
     print_freq: int = option(100, "between lines on the console; 0: none", "steps")
     progress: bool = option(True, "show a progress bar on a terminal")
+    process_timeout: float = option(10.0, "that one of several processes waits for the others", "minutes")
     tensorboard: bool = option(False, "also write TensorBoard files (pip install 'fastris[tensorboard]')")
     wandb: str | None = option(None, "also log to this Weights & Biases project (pip install 'fastris[wandb]')")
     extra: dict[str, Any] = extra_option(_model_keys)
@@ -102,7 +108,7 @@ class TrainConfig:
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
         self._follow_gpu()
         find_rule(self.val_rule)
-        at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
+        at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "max_skipped": 1, "batch_size_val": 1, "workers": 0,
                     "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
                     "print_freq": 0, "pictures": 0, "base_lr": 0, "lr_multi": 0, "weight_decay": 0}  # fmt: skip
         for name, smallest in at_least.items():
@@ -115,6 +121,8 @@ class TrainConfig:
                 f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of 2 "
                 f"or more references{of}, because BatchNorm needs two; change one of them"
             )
+        if self.process_timeout <= 0:
+            raise ValueError(f"process_timeout={self.process_timeout} must be above 0 minutes")
         if self.published_first_epoch_quirk and not self.lr_multi:
             raise ValueError("published_first_epoch_quirk needs lr_multi above 0, got 0")
 
