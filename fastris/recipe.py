@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from fastris import distributed
 from fastris.config import extra_option, option
 from fastris.data import DATASETS, ReferringDataset
 from fastris.evaluate import Sentences
-from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for, processes
+from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for
 from fastris.models.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.optim import Amp
 from fastris.rules import RULES, find_rule
@@ -108,9 +109,10 @@ class TrainConfig:
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
         self._follow_gpu()
         find_rule(self.val_rule)
-        at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "max_skipped": 1, "batch_size_val": 1, "workers": 0,
+        at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
                     "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
-                    "print_freq": 0, "pictures": 0, "base_lr": 0, "lr_multi": 0, "weight_decay": 0}  # fmt: skip
+                    "print_freq": 0, "pictures": 0, "max_skipped": 1, "base_lr": 0, "lr_multi": 0,
+                    "weight_decay": 0}  # fmt: skip
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
@@ -131,7 +133,9 @@ class TrainConfig:
         setting = find_setting(self.gpu) if self.gpu else None
         if self.accumulate == 0:
             several = max(1, self.expressions_per_image)
-            self.accumulate = parts_for(self.batch_size, setting.micro_batch, processes(), several) if setting else 1
+            self.accumulate = (
+                parts_for(self.batch_size, setting.micro_batch, distributed.world_size(), several) if setting else 1
+            )
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:
