@@ -186,10 +186,7 @@ class Run:
             )
 
     def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
-        """Write `best.pth`: the weights and the configuration, with the scores that made them the best.
-
-        Their model card goes into it, and beside it as `README.md`.
-        """
+        """Write `best.pth`: weights, configuration, the scores that made them the best; and their card twice."""
         from fastris.checkpoint import save_atomic
         from fastris.modelcard import CARD, write_card
 
