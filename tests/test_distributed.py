@@ -124,18 +124,29 @@ def interrupted_run(folder: Path, changes: dict, step: int) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_interrupted_in_an_epoch_go_on_exactly_and_draw_their_own_dropout(tmp_path):
+def test_two_processes_that_are_interrupted_in_an_epoch_go_on_exactly(tmp_path):
     run_processes(run, 2, tmp_path / "whole", {"epochs": 2})
     main, other = run_processes(interrupted_run, 2, tmp_path / "parts", {"epochs": 2, "workers": 1}, 1)
     assert "epoch 1  batch 1" in main and "epoch" not in other  # one of them writes and prints
     stopped = load_torch(tmp_path / "parts" / "last.pth")
     assert (stopped["epoch"], stopped["batch"], stopped["step"]) == (0, 2, 2)  # together, in the step after the signal
-    assert not torch.equal(stopped["rng"]["torch"], stopped["rng_of_others"][0]["torch"])
     run_processes(run, 2, tmp_path / "parts", {"epochs": 2, "workers": 1, "resume": "auto"})
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {
         *("config.yaml", "last.pth", "log.csv", "previous.pth", "val.csv")
     }
+
+
+def start(folder: Path) -> tuple[float, list[float]]:
+    with distributed.joined(torch.device("cpu"), 1):
+        run, *_ = training.prepare(train_config(folder, **OPTIONS), train_set(), None)
+    return sum(weight.double().sum().item() for weight in run.model.parameters()), torch.rand(3).tolist()
+
+
+def test_processes_start_from_the_same_weights_and_draw_their_own_dropout_the_same_again(tmp_path):
+    (weights, draws), (other_weights, other_draws) = found = run_processes(start, 2, tmp_path)
+    assert weights == other_weights and set(draws).isdisjoint(other_draws)
+    assert run_processes(start, 2, tmp_path) == found
 
 
 def paths_taken(folder: Path) -> set[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,11 @@ OPTIONS += ["epochs=3", "evaluate=false", "device=cpu", "save_every_steps=2", "p
 STEPS = 12
 
 
-def start(folder: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"--max-restarts={restarts}"]
+ONE_MACHINE = ("--standalone", "--nproc-per-node", "2")
+
+
+def start(folder: Path, *options: str, restarts: int = 0, nodes: Sequence[str] = ONE_MACHINE) -> subprocess.Popen[str]:
+    launch = ["-m", "torch.distributed.run", *nodes, f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [sys.executable, *launch, "-m", "fastris", "train", *OPTIONS, f"output_folder={folder}", *options],
         stdout=subprocess.PIPE,
@@ -102,6 +107,19 @@ def test_signal_to_torchrun_saves_and_the_run_goes_on_exactly(tmp_path, uninterr
     assert printed.count("SIGTERM: finishing this step, then saving") == 1
     assert load_torch(tmp_path / "last.pth")["step"] == len(rows(tmp_path / "log.csv")) >= 3
     finish(start(tmp_path, "resume=auto"))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_two_machines_start_again_together_when_a_process_of_one_is_killed(tmp_path, uninterrupted):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+    first, second = (start(tmp_path, restarts=2, nodes=[*nodes, "--local-addr", "localhost"]) for _ in range(2))
+    wait_for_step(first, tmp_path, 5)
+    os.kill(processes_of(second.pid)[0], signal.SIGKILL)
+    printed = finish(first) + finish(second)
+    assert "going on after step" in printed and printed.count("done: 3 epochs, 12 steps") == 1
     assert_same_run(tmp_path, uninterrupted)
 
 
