@@ -186,7 +186,7 @@ class Run:
             )
 
     def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
-        """Write `best.pth`: weights, configuration, the scores that made them the best; and their card twice."""
+        """Write `best.pth`: weights, configuration, scores and model card, which goes beside it as `README.md` too."""
         from fastris.checkpoint import save_atomic
         from fastris.modelcard import CARD, write_card
 
