@@ -95,7 +95,9 @@ def _run(name: str, args: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FASTRIS_DEBUG", "") not in ("", "0"):
             raise
-        print(f"fastris {name}: {_message(error)}", file=sys.stderr)
+        from fastris.distributed import report
+
+        report(name, _message(error), error)
         return 2
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastris import distributed
 from fastris.config import REQUIRED, option
 from fastris.data import DATASETS, ReferringDataset, load_dataset
 from fastris.data.samples import EvalSamples, worker_init
 from fastris.data.tokens import tokenize
-from fastris.gather import gather_all, joined, rank_and_world
 from fastris.metrics import Scores, per_sample_iou, score
 from fastris.optim import Amp, Precision, choose_device, choose_workers
 from fastris.rules import RULES, Rule, find_rule
@@ -171,7 +171,7 @@ def evaluate(
     precision = Precision.choose(amp, device)
     input_size, word_len = input_size or model.config.input_size, word_len or model.config.word_len
     truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences), dataset, word_len)
-    rank, world = rank_and_world()
+    rank, world = distributed.rank(), distributed.world_size()
     loader = _loader(truth, images_per_batch, workers, rank, world)
 
     def scored() -> Iterator[tuple[SampleResult, np.ndarray | None]]:
@@ -182,7 +182,9 @@ def evaluate(
     wanted, was_training = set(keep), model.training
     model.to(device).eval()
     try:
-        found = gather_all(scored)
+        with distributed.together():
+            own = list(scored())
+        found = [pair for share in distributed.gather(own) for pair in share]
     finally:
         model.train(was_training)
     found.sort(key=lambda pair: (pair[0].index, pair[0].sentence_number))
@@ -369,7 +371,7 @@ def run(config: EvalConfig) -> None:
     from fastris.checkpoint import load_model
 
     device = choose_device(config.device)
-    with joined(device):
+    with distributed.joined(device, timeout=10):
         dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
         result = evaluate(
             load_model(config.model),
@@ -385,8 +387,7 @@ def run(config: EvalConfig) -> None:
             word_len=config.word_len,
             progress=config.progress,
         )
-        rank = rank_and_world()[0]
-    if rank:
+    if not distributed.is_main():
         return
     name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)

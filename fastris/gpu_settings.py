@@ -19,7 +19,6 @@ is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (18.5
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+
+from fastris import distributed
 
 if TYPE_CHECKING:
     from fastris.recipe import TrainConfig
@@ -105,11 +106,6 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
     )
 
 
-def processes() -> int:
-    """Number of processes that share a batch, as `torchrun` tells each of them; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def set_recompute(model: nn.Module, mode: str) -> None:
     """Have the model compute some of its activations again in backward, in place of keeping them. Changes no number.
 
@@ -147,7 +143,7 @@ def what_next(config: TrainConfig) -> str:
     """What to do about a batch that does not fit, with the next smaller setting by name."""
     gpu = f", gpu={config.gpu}" if config.gpu else ""
     text = (
-        f"{config.micro_batch // processes()} references at once (batch_size={config.batch_size}, "
+        f"{config.micro_batch // distributed.world_size()} references at once (batch_size={config.batch_size}, "
         f"accumulate={config.accumulate}, recompute={config.recompute}{gpu}) do not fit this GPU. "
     )
     if config.recompute != "stages":
@@ -174,7 +170,7 @@ def next_smaller(config: TrainConfig) -> str | None:
     """
     names = list(SETTINGS)
     names = names[: names.index(config.gpu)] if config.gpu else names
-    now = estimate_gib(config.micro_batch // processes(), config.recompute)
+    now = estimate_gib(config.micro_batch // distributed.world_size(), config.recompute)
     less = [name for name in names if estimate_gib(SETTINGS[name].micro_batch, SETTINGS[name].recompute) < now - 0.1]
     return less[-1] if less else None
 

@@ -16,6 +16,7 @@ class StopSignal:
 
     `requested` says whether to stop after the current step. Inside :meth:`at_once` already the first signal raises, for
     work that need not be finished. Outside Python's main thread, where signals cannot be caught, it does nothing.
+    `message` says what happens after the first signal; nothing is printed for an empty one.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -56,10 +57,24 @@ class StopSignal:
             self.requested = True
             raise KeyboardInterrupt
         self.requested = True
-        os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())  # print() could be under way
+        if self._message:
+            os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())  # print() could be under way
+
+
+GRACE = 20  # seconds, fewer than torchrun and Slurm wait before they kill
 
 
 def leave_signals_to_parent() -> None:
-    """For worker processes: Ctrl-C in a terminal reaches them too, but when to stop is the main process's decision."""
+    """For worker processes: when to stop is the main process's decision.
+
+    Ctrl-C in a terminal and `torchrun`'s SIGTERM reach them too. The first SIGTERM leaves the main process time to
+    finish its step with their help; the second ends a worker at once.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(GRACE)

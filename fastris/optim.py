@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastris import distributed
+
 Amp = Literal["auto", "bf16", "fp16", "off"]
 
 
@@ -111,21 +113,26 @@ class Precision:
 
 
 def choose_workers(workers: int | None) -> int:
-    """The number of data loading processes: what was asked for, or for None one per CPU core, at most 4."""
+    """The number of data loading processes: what was asked for, or for None one per CPU core, at most 4.
+
+    Where several processes of a run share the machine, each has its own, and they share the cores.
+    """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
+    return min(4, max(1, cores // distributed.local_world_size()))
 
 
 def choose_device(name: str) -> torch.device:
     """ "auto" is the first CUDA device, or the CPU where there is none; other names are PyTorch's ("cuda:1", "cpu").
 
+    In one of several processes of a run, "auto" and "cuda" are the GPU of the process's number on its machine.
+
     Raises:
-        ValueError: PyTorch does not know the name, or the machine has no such device.
+        ValueError: PyTorch does not know the name, or the machine has no such device, or too few of them.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -133,4 +140,18 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"device={name}: PyTorch sees {found} CUDA device(s) here; use device=auto or device=cpu")
+    if device.type == "cuda" and distributed.world_size() > 1:
+        return _own_gpu(device)
     return device
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    processes, found, own = distributed.local_world_size(), torch.cuda.device_count(), distributed.local_rank()
+    if processes > found:
+        raise ValueError(
+            f"this machine runs {processes} processes and PyTorch sees {found} CUDA device(s), but each process needs "
+            f"one of its own; give torchrun --nproc-per-node {found}, or device=cpu"
+        )
+    if device.index is not None:
+        raise ValueError(f"device={device} would put every process on one GPU; write device=cuda")
+    return torch.device("cuda", own)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from fastris import distributed
 from fastris.config import extra_option, option
 from fastris.data import DATASETS, ReferringDataset
 from fastris.evaluate import Sentences
-from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for, processes
+from fastris.gpu_settings import SETTINGS, Recompute, find_setting, parts_for
 from fastris.models.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.optim import Amp
 from fastris.rules import RULES, find_rule
@@ -73,6 +74,11 @@ class TrainConfig:
     lr_decay: float = option(0.1, "factor on the learning rate at each milestone")
     weight_decay: float = option(0.0, "Adam's weight decay")
     max_norm: float = option(0.0, "gradients are clipped to this norm; 0: no clipping")
+    max_skipped: int = option(
+        10,
+        "batches in a row whose loss or gradient is not finite, after which the run ends; each is left out",
+        "batches",
+    )
     published_first_epoch_quirk: bool = option(
         False, "train the CLIP encoders at the full base_lr in the first epoch, as the published code does by accident"
     )
@@ -94,6 +100,7 @@ class TrainConfig:
     save_every_steps: int = option(500, "between writings of last.pth; 0: at the ends of epochs only", "steps")
     print_freq: int = option(100, "between lines on the console; 0: none", "steps")
     progress: bool = option(True, "show a progress bar on a terminal")
+    process_timeout: float = option(10.0, "that one of several processes waits for the others", "minutes")
     tensorboard: bool = option(False, "also write TensorBoard files (pip install 'fastris[tensorboard]')")
     wandb: str | None = option(None, "also log to this Weights & Biases project (pip install 'fastris[wandb]')")
     extra: dict[str, Any] = extra_option(_model_keys)
@@ -104,7 +111,8 @@ class TrainConfig:
         find_rule(self.val_rule)
         at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
                     "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
-                    "print_freq": 0, "pictures": 0, "base_lr": 0, "lr_multi": 0, "weight_decay": 0}  # fmt: skip
+                    "print_freq": 0, "pictures": 0, "max_skipped": 1, "base_lr": 0, "lr_multi": 0,
+                    "weight_decay": 0}  # fmt: skip
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
@@ -115,6 +123,8 @@ class TrainConfig:
                 f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of 2 "
                 f"or more references{of}, because BatchNorm needs two; change one of them"
             )
+        if self.process_timeout <= 0:
+            raise ValueError(f"process_timeout={self.process_timeout} must be above 0 minutes")
         if self.published_first_epoch_quirk and not self.lr_multi:
             raise ValueError("published_first_epoch_quirk needs lr_multi above 0, got 0")
 
@@ -123,7 +133,9 @@ class TrainConfig:
         setting = find_setting(self.gpu) if self.gpu else None
         if self.accumulate == 0:
             several = max(1, self.expressions_per_image)
-            self.accumulate = parts_for(self.batch_size, setting.micro_batch, processes(), several) if setting else 1
+            self.accumulate = (
+                parts_for(self.batch_size, setting.micro_batch, distributed.world_size(), several) if setting else 1
+            )
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:

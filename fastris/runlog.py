@@ -6,7 +6,8 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,15 +63,27 @@ class CsvLog:
         self._writer = csv.DictWriter(self._file, columns)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._writer.writerow({**row, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        self._file.flush()
+        with self._named_errors():
+            self._writer.writerow({**row, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            self._file.flush()
 
     def sync(self) -> None:
         """Make the rows so far outlive a power cut; called before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        with self._named_errors():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a row that could not be written, which was an error then
+            self._file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno, f"could not write {self.path}: {error.strerror}; free some space, then go on with --resume"
+            ) from error
 
     def _rows_up_to(self, last_step: int) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -89,6 +102,19 @@ class CsvLog:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
+
+
+class SilentLog:
+    """Stands in for :class:`RunLog` where another process of the run keeps the log: every call does nothing."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 class RunLog:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shlex
+import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastris import distributed
+from fastris.data.samples import digest
 from fastris.optim import Precision
+from fastris.skipped import MEND_NOT_FINITE, Statistics
 
 if TYPE_CHECKING:
     from fastris.models.cris import CRIS
 
-LAST, BEST, LOG, OPTIONS = "last.pth", "best.pth", "log.csv", "config.yaml"
+LAST, PREVIOUS, BEST, LOG, OPTIONS = "last.pth", "previous.pth", "best.pth", "log.csv", "config.yaml"
 
 
 @dataclass
@@ -32,6 +39,8 @@ class Position:
         step: optimizer steps so far, over all epochs.
         best_iou: best validation mIoU so far, a fraction of 1.
         loss_sum, iou_sum: sums over the finished batches of the epoch; truncated: expressions cut in them.
+        skipped: batches among them that were left out because their loss or gradient was not finite.
+        skipped_in_a_row: how many of the latest batches were, across epochs.
     """
 
     epoch: int = 0
@@ -41,19 +50,38 @@ class Position:
     loss_sum: float = 0.0
     iou_sum: float = 0.0
     truncated: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def advance(self, loss: float, iou: float, truncated: int = 0) -> None:
         """One more batch, one more step."""
+        self.skipped_in_a_row = 0
         self.batch += 1
         self.step += 1
         self.loss_sum += loss
         self.iou_sum += iou
         self.truncated += truncated
 
+    def skip(self) -> None:
+        """One more batch, but no step."""
+        self.batch += 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
     def finish_epoch(self) -> None:
         """On to the first batch of the next epoch."""
         self.epoch += 1
-        self.batch, self.loss_sum, self.iou_sum, self.truncated = 0, 0.0, 0.0, 0
+        self.batch, self.loss_sum, self.iou_sum, self.truncated, self.skipped = 0, 0.0, 0.0, 0, 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the batches of the epoch that made a step; NaN where none did."""
+        return self.loss_sum / steps if (steps := self.batch - self.skipped) else math.nan
+
+    @property
+    def mean_iou(self) -> float:
+        """As :attr:`mean_loss`, of the training IoU."""
+        return self.iou_sum / steps if (steps := self.batch - self.skipped) else math.nan
 
 
 @dataclass
@@ -61,8 +89,11 @@ class Run:
     """Everything that a training run changes as it goes, with what identifies it.
 
     Attributes:
+        model: the model itself; replica: what a training step calls, which in several processes is DDP around it.
+        statistics: a copy of the model's buffers, for steps that are taken back.
         recipe: the settings that a resumed run must share, or it would be another run (:func:`check_same_recipe`).
         saved_step: the step that `last.pth` in `folder` is from.
+        last_is_good: whether that file may become `previous.pth`; not if it was found damaged.
     """
 
     folder: Path
@@ -74,6 +105,28 @@ class Run:
     recipe: dict[str, Any]
     position: Position = field(default_factory=Position)
     saved_step: int = 0
+    last_is_good: bool = True
+    replica: nn.Module = field(init=False)
+    statistics: Statistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replica, self.statistics = self.model, Statistics(self.model)
+
+    @property
+    def last(self) -> Path:
+        """Where `last.pth` is."""
+        return self.folder / LAST
+
+    def replicate(self) -> None:
+        """Make steps train on all processes' batches together, from the main process's weights."""
+        self.replica = distributed.replicate(self.model, self.precision.device)
+        self.statistics = Statistics(self.model)
+
+    def keeping_gradients_here(self, more_to_come: bool) -> AbstractContextManager[Any]:
+        """For all but the last part of a batch: its gradients stay in the process until the last part's are there."""
+        if more_to_come and isinstance(self.replica, nn.parallel.DistributedDataParallel):
+            return self.replica.no_sync()
+        return nullcontext()
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -89,56 +142,130 @@ class Run:
             self.scheduler.step()
 
     def save_last(self) -> None:
-        """Write `last.pth`: all that is needed to go on as if nothing had happened.
+        """Write `last.pth`: all that is needed to go on as if nothing had happened. The one before is `previous.pth`.
+
+        All processes call it, the main one writes, and none goes on before it has.
 
         Raises:
-            RuntimeError: a weight is NaN or infinite; the file stays as it was.
+            RuntimeError: a weight or statistic is NaN or infinite; the file stays as it was.
+            OSError: the disk is full or the folder not writable; the file stays as it was.
         """
+        rngs = distributed.gather(rng_state(self.precision.device))
+        with distributed.together():
+            if distributed.is_main():
+                self._write_last(rngs)
+        self.saved_step = self.position.step
+
+    def _write_last(self, rngs: list[dict[str, Any]]) -> None:
         from fastris.checkpoint import save_atomic
         from fastris.validation import card_of
 
-        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
+        self._check_finite()
+        state = {
+            **asdict(self.position),
+            "config": self.model.config.to_dict(),
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rngs[0],
+            "rng_of_others": rngs[1:],
+            "recipe": self.recipe,
+            "card": card_of(self, None),
+        }
+        save_atomic(state, self.folder / LAST, keep=self.folder / PREVIOUS if self.last_is_good else None)
+        self.last_is_good = True
+
+    def _check_finite(self) -> None:
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        broken = [name for name, weight in named if not torch.isfinite(weight).all()]
         if broken:
             raise RuntimeError(
                 f"after step {self.position.step} {len(broken)} weights are not finite, {broken[0]} among them; "
-                f"{self.folder / LAST} stays as it was at step {self.saved_step}. Start a new run from it (weight=...) "
-                "with a lower base_lr, max_norm=1 or amp=off"
+                f"{self.folder / LAST} stays as it was at step {self.saved_step}. {MEND_NOT_FINITE}"
             )
-        save_atomic(
-            {
-                **asdict(self.position),
-                "config": self.model.config.to_dict(),
-                "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": rng_state(),
-                "recipe": self.recipe,
-                "card": card_of(self, None),
-            },
-            self.folder / LAST,
-        )
-        self.saved_step = self.position.step
 
     def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
-        """Write `best.pth`: weights, configuration, the scores that made them the best; and their card twice."""
+        """Write `best.pth`: weights, configuration, scores and model card, which goes beside it as `README.md` too."""
         from fastris.checkpoint import save_atomic
         from fastris.modelcard import CARD, write_card
 
         content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores), "card": card}
-        save_atomic(content | {"state_dict": self.model.state_dict()}, self.folder / BEST)
-        if card:
-            write_card(self.folder / CARD, card)
+        with distributed.together():
+            if distributed.is_main():
+                save_atomic(content | {"state_dict": self.model.state_dict()}, self.folder / BEST)
+                if card:
+                    write_card(self.folder / CARD, card)
 
-    def restore(self, path: Path) -> None:
-        """Go back to the state in `path`, random number generators included.
+    def restore(self, saved: SavedState) -> None:
+        """Go back to a saved state, random number generators included.
 
         Raises:
-            ValueError: the file holds no training state, or one of a run with other settings.
+            ValueError: it is of a run with other settings.
+        """
+        state = saved.content
+        check_same_recipe(saved.path, state["recipe"], self.recipe)
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**{name: state.get(name, start) for name, start in asdict(Position()).items()})
+        self.saved_step = self.position.step
+        self.last_is_good = not saved.note
+        self._warn_of(saved)
+        rngs = [state["rng"], *state.get("rng_of_others", [])]
+        if distributed.rank() < len(rngs):
+            restore_rng(rngs[distributed.rank()], self.precision.device)
+        else:
+            seed_everything(digest(self.recipe["manual_seed"], distributed.rank(), self.position.step))
+
+    def _warn_of(self, saved: SavedState) -> None:
+        then, now = saved.processes, distributed.world_size()
+        notes = [saved.note] if saved.note else []
+        if then != now:
+            notes.append(
+                f"{saved.path} was saved by {then} process(es) and goes on in {now}: the batches stay the same, but "
+                "dropout draws other numbers"
+            )
+        for note in notes if distributed.is_main() else ():
+            warnings.warn(note, stacklevel=3)
+
+
+class SavedState(NamedTuple):
+    """What :meth:`Run.save_last` has written, read back from `path`; `note` says if another file was damaged."""
+
+    path: Path
+    content: dict[str, Any]
+    note: str = ""
+
+    @property
+    def processes(self) -> int:
+        """Number of processes of the run that wrote it."""
+        return 1 + len(self.content.get("rng_of_others", []))
+
+    @classmethod
+    def read(cls, path: Path) -> SavedState:
+        """Read `path`; where it is the `last.pth` of a run and damaged, the `previous.pth` beside it.
+
+        Every byte is held against the file's checksums.
+
+        Raises:
+            ValueError: the file is damaged and there is no other one, or it holds no training state.
         """
         from fastris.checkpoint import load_torch
 
-        state = load_torch(path)
+        previous, note = path.with_name(PREVIOUS), ""
+        try:
+            state = load_torch(path)
+        except ValueError as error:
+            if path.name != LAST or not previous.is_file():
+                raise
+            try:
+                state = load_torch(previous)
+            except ValueError as worse:
+                raise ValueError(f"{error}. And {worse}; or start a new run in another folder") from worse
+            note = f"{error}. Going on from the checkpoint before it, {previous}"
+            path = previous
         needed = {"state_dict", "optimizer", "scheduler", "scaler", "rng", "recipe", "step", "batch"}
         lacking = sorted(needed - set(state)) if isinstance(state, dict) else sorted(needed)
         if lacking:
@@ -146,14 +273,7 @@ class Run:
                 f"resume: {path} lacks {', '.join(lacking)}, so it is no state of a training run (that is in its "
                 f"{LAST}); to start a new run from its weights, give weight={path} instead of resume"
             )
-        check_same_recipe(path, state["recipe"], self.recipe)
-        self.model.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.position = Position(**{name: state[name] for name in asdict(Position())})
-        self.saved_step = self.position.step
-        restore_rng(state["rng"])
+        return cls(path, state, note)
 
 
 def check_same_recipe(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -169,18 +289,23 @@ def check_same_recipe(path: Path, saved: Mapping[str, Any], now: Mapping[str, An
         )
 
 
-def find_checkpoint(folder: Path, resume: bool | str | None) -> Path | None:
+def find_checkpoint(folder: Path, resume: bool | str | None, restarted: bool = False) -> Path | None:
     """The checkpoint to go on from, or None to start a new run in `folder`.
 
     `resume`: False or None for a new run; True for the folder's `last.pth`; "auto" for that if it is there, else a new
-    run; or the path of a checkpoint or of another run's folder.
+    run; or the path of a checkpoint or of another run's folder. Where `torchrun` has `restarted` the processes, the
+    folder's own checkpoint is the one, whatever `resume` says.
 
     Raises:
         ValueError: a new run would overwrite the one that the folder holds.
         FileNotFoundError: there is nothing to resume.
+        OSError: nothing can be written into `folder`.
     """
-    own = folder / LAST
+    _check_writable(folder)
+    own = _newest(folder)
     holds_run = own.exists() or (folder / BEST).exists() or _has_rows(folder / LOG)
+    if restarted and own.exists():
+        return own
     if not resume or (resume == "auto" and not own.exists()):
         if holds_run:
             raise ValueError(
@@ -189,7 +314,7 @@ def find_checkpoint(folder: Path, resume: bool | str | None) -> Path | None:
             )
         return None
     path = own if resume is True or resume == "auto" else Path(resume).expanduser()
-    path = path / LAST if path.is_dir() else path
+    path = _newest(path) if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(
             f"resume: there is no checkpoint {path}; give resume=PATH of a {LAST}, or leave it out to start a new run"
@@ -197,6 +322,25 @@ def find_checkpoint(folder: Path, resume: bool | str | None) -> Path | None:
     if holds_run and path.resolve().parent != folder.resolve():
         raise ValueError(f"resume: {path} belongs to another run than the one in {folder}; choose a new output_folder")
     return path
+
+
+def _newest(folder: Path) -> Path:
+    """The folder's `last.pth`, or its `previous.pth` where there is only that."""
+    return folder / (PREVIOUS if (folder / PREVIOUS).exists() and not (folder / LAST).exists() else LAST)
+
+
+def _check_writable(folder: Path) -> None:
+    """OSError, before any work is done, where a checkpoint could not be written later. Creates nothing that stays."""
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"output_folder: nothing can be written into {existing} ({error.strerror}), so no checkpoint could be "
+            "saved; choose another output_folder",
+        ) from error
 
 
 def _has_rows(log: Path) -> bool:
@@ -231,22 +375,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of all global random number generators, in types that `weights_only=True` reads back."""
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """The state of all global random number generators, in types that `weights_only=True` reads back.
+
+    Of CUDA's the one of `device`, if that is a CUDA device.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device is not None and device.type == "cuda" else [],
     }
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Undo everything since :func:`rng_state`; CUDA states go to as many devices as there are."""
+def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Undo everything since :func:`rng_state`; a CUDA state goes to `device`, if that is a CUDA device."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda, device)
+    if state["cuda"] and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)

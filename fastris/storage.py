@@ -19,13 +19,14 @@ import torch
 _STALE_AFTER = 3600.0  # seconds
 
 
-def save_atomic(obj: Any, path: str | Path) -> None:
+def save_atomic(obj: Any, path: str | Path, keep: str | Path | None = None) -> None:
     """``torch.save`` that never leaves half a file: the old file stays until the new one is complete and on disk.
 
+    With ``keep`` the old file takes that path then, in place of what was there; at no moment are both missing.
     The folder is created if it does not exist. Raises OSError when the disk is full or not writable, and TypeError when
     ``obj`` holds something that :func:`load_torch` would refuse to read back; both leave the old file untouched.
     """
-    with replacing(path) as temporary:
+    with replacing(path, keep) as temporary:
         with temporary.open("wb") as file:
             torch.save(obj, file)
         with _numpy_scalars_allowed():
@@ -38,8 +39,10 @@ def save_atomic(obj: Any, path: str | Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; on success it takes ``path``'s place, after fsync, in one step.
+
+    What ``path`` held takes the place of ``keep``, a path on the same file system, if that is given.
 
     On any error, Ctrl-C included, the temporary file is removed and ``path`` is as before. What a killed process left
     behind for the same ``path`` goes once it is an hour old. Raises OSError naming ``path``.
@@ -54,6 +57,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _remove_stale(path)
         yield temporary
         _sync(temporary)
+        if keep is not None and path.exists():
+            _keep(path, Path(keep).expanduser())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -143,6 +148,17 @@ def _verify_checksums(path: Path) -> None:
                 with archive.open(info) as entry:
                     while entry.read(1 << 20):
                         pass
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Give the file at ``path`` the name ``keep`` as well; where a file cannot have two names, instead."""
+    link = keep.with_name(f".{keep.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        os.link(path, link)
+    except OSError:
+        os.replace(path, keep)
+        return
+    os.replace(link, keep)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Training: the published recipe, in one process, on one device, and never lost.
+"""Training: the published recipe, in one process or in one for each GPU, and never lost.
 
 :func:`train` reads from top to bottom as a run goes. Every step is a row of `log.csv`; `last.pth` holds a state from
-which `--resume` continues as if nothing had happened; `best.pth` holds the weights with the best validation mIoU.
+which `--resume` continues as if nothing had happened, `previous.pth` the one before it; `best.pth` holds the weights
+with the best validation mIoU. Started by `torchrun`, the same code runs in every process, on its share of each batch;
+the main process alone writes and prints.
 """
 
 from __future__ import annotations
@@ -12,24 +14,24 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fastris import find_batch
+from fastris import distributed, find_batch, skipped
 from fastris.data import ReferringDataset, load_dataset
-from fastris.data.samples import EpochSampler, TrainSamples, worker_init
-from fastris.data.tokens import PAD, tokenize
+from fastris.data.samples import EpochSampler, TrainSamples, digest
 from fastris.evaluate import evaluate
-from fastris.expressions import training_samples
+from fastris.expressions import references_of, training_samples
+from fastris.feed import Feed, count_cut
 from fastris.gpu_settings import fused_on, out_of_memory_explained, set_recompute
-from fastris.interrupt import StopSignal, leave_signals_to_parent
+from fastris.interrupt import StopSignal
 from fastris.metrics import Scores, batch_iou
 from fastris.models.config import CLIP_PRESETS, CLIPConfig
+from fastris.notices import end_if_unreadable, go_on, introduce, open_log, stop_signal, told_where_it_stands
 from fastris.optim import Precision, build_optimizer, build_scheduler, choose_device, choose_workers
-from fastris.recipe import TrainConfig, describe_data, identity, model_config, passed_over
+from fastris.recipe import TrainConfig, describe_data, identity, model_config
 from fastris.runlog import RunLog, StepRecord, memory_mib
 from fastris.runstate import (
     BEST,
@@ -37,9 +39,9 @@ from fastris.runstate import (
     LOG,
     OPTIONS,
     Run,
+    SavedState,
     find_checkpoint,
     resume_command,
-    save_options,
     seed_everything,
 )
 from fastris.trackers import picture_path
@@ -67,26 +69,38 @@ def train(
 ) -> TrainResult:
     """Train a model as `config` says, on its data sets or on the ones given. Ctrl-C finishes the step and saves.
 
+    In a process that `torchrun` started it is one of the processes of a run, each of which must call it alike.
+
     Raises:
-        ValueError: options that do not fit, a folder that already holds a run, data that cannot fill one batch.
+        ValueError: options that do not fit, a folder that already holds a run, data that cannot fill one batch, a
+            sample that cannot be read (the run was saved just before it).
         FileNotFoundError: nothing to resume, no weights or data where the options say.
-        RuntimeError: the loss or a weight stopped being finite; `last.pth` is from before that.
+        OSError: the disk is full, or the folder cannot be written to.
+        RuntimeError: the loss or a weight stopped being finite; `last.pth` is from before that. Or a process that reads
+            images, or another process of the run, has died.
     """
-    checkpoint = find_checkpoint(config.folder, config.resume)
-    train_set = _load(config, config.train_split) if train_set is None else train_set
-    if config.evaluate and val_set is None:
-        val_set = _load(config, config.val_split)
+    with distributed.joined(choose_device(config.device), config.process_timeout):
+        return _train(config, train_set, val_set)
+
+
+def _train(config: TrainConfig, train_set: ReferringDataset | None, val_set: ReferringDataset | None) -> TrainResult:
+    restarted = any(distributed.gather(distributed.restarted()))
+    checkpoint = distributed.from_main(lambda: find_checkpoint(config.folder, config.resume, restarted))
+    with distributed.together():
+        train_set = _load(config, config.train_split) if train_set is None else train_set
+        if config.evaluate and val_set is None:
+            val_set = _load(config, config.val_split)
     run, samples, sampler = prepare(config, train_set, checkpoint)
     position, scores = run.position, None
-    with StopSignal("finishing this step, then saving; once more stops at once") as stop, _open_log(config, run) as log:
-        save_options(config, run.folder)
-        _introduce(config, run, samples, sampler, log)
+    with stop_signal() as stop, open_log(config, run) as log, told_where_it_stands(run):
+        introduce(config, run, samples, sampler, log)
         if checkpoint is None:
             _save(run, log)
         try:
             while position.epoch < config.epochs and not _out_of_steps(config, run):
                 finished = train_epoch(config, run, samples, sampler, log, stop)
                 _save(run, log)
+                stop.requested = any(distributed.gather(stop.requested))
                 if stop.requested:
                     break
                 if config.evaluate and val_set is not None:
@@ -98,6 +112,11 @@ def train(
                 _save(run, log)
         except KeyboardInterrupt:
             stop.requested = True
+            if (
+                distributed.world_size() > 1
+            ):  # the others may wait for this one, so it does not return as if all were well
+                log.note(f"stopped; {run.last} is from step {run.saved_step}. Go on with {go_on(run)}")
+                raise
     return TrainResult(run.folder, run.model, position.epoch, run.saved_step, position.best_iou, scores, stop.requested)
 
 
@@ -105,11 +124,24 @@ def prepare(
     config: TrainConfig, train_set: ReferringDataset, checkpoint: Path | None
 ) -> tuple[Run, TrainSamples, EpochSampler]:
     """A run in its first state, or in the one that `checkpoint` holds, and the samples and batches it trains on."""
+    saved = None if checkpoint is None else distributed.from_main(lambda: SavedState.read(checkpoint))
+    with distributed.together():
+        run, samples, sampler = _prepare_alone(config, train_set, saved)
+    run.replicate()
+    return run, samples, sampler
+
+
+def _prepare_alone(
+    config: TrainConfig, train_set: ReferringDataset, saved: SavedState | None
+) -> tuple[Run, TrainSamples, EpochSampler]:
+    """All of :func:`prepare` that needs no other process."""
     device = choose_device(config.device)
     precision = Precision.choose(config.amp, device)
     seed_everything(config.manual_seed)
-    model = build_model(config, with_weights=checkpoint is None).to(device)
+    model = build_model(config, with_weights=saved is None and distributed.is_main()).to(device)
     set_recompute(model, config.recompute)
+    if distributed.rank():  # each process drops out other elements
+        seed_everything(digest(config.manual_seed, distributed.rank()))
 
     samples = training_samples(config, train_set, model.config)
     count = min(len(train_set), config.limit_train or len(train_set))
@@ -119,7 +151,12 @@ def prepare(
             f"({train_set.name} {train_set.split}), so there is no full batch; give at most {count}"
         )
     sampler = EpochSampler(
-        min(len(samples), count), config.manual_seed, config.batch_size // config.expressions_per_image, drop_last=True
+        min(len(samples), count),
+        config.manual_seed,
+        config.batch_size // config.expressions_per_image,
+        processes=distributed.world_size(),
+        rank=distributed.rank(),
+        parts=config.accumulate,
     )
 
     optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay, fused_on(config, device))
@@ -127,8 +164,8 @@ def prepare(
     scheduler = build_scheduler(optimizer, config.milestones, config.lr_decay, first_epoch_backbone_factor=quirk)
     recipe = identity(config, model.config, amp=precision.name, **describe_data(train_set, count))
     run = Run(config.folder, model, optimizer, scheduler, precision.scaler(), precision, recipe)
-    if checkpoint is not None:
-        run.restore(checkpoint)
+    if saved is not None:
+        run.restore(saved)
     return run, samples, sampler
 
 
@@ -142,50 +179,97 @@ def train_epoch(
     batches = sampler.batches_per_epoch
     log.start_epoch(position.epoch + 1, config.epochs, batches, position.batch)
     run.model.train()
+    with distributed.together():
+        feed = Feed(samples, sampler, choose_workers(config.workers), run.precision.device)
+    end_if_unreadable(run, feed.failure, lambda: _save(run, log))
     started = time.perf_counter()
-    for batch in _loader(config, samples, sampler, run.precision.device):
+    for batch in feed:
+        signals = (count_cut(samples, batch), stop.requested, feed.failure is not None)
         with out_of_memory_explained(config):
-            loss, iou = train_step(config, run, batch)
-        if not math.isfinite(loss):
-            raise RuntimeError(_not_finite(run, loss, batch["index"].tolist()))
-        position.advance(loss, iou, _count_cut(samples, batch))
-        log.step(_record(run, loss, iou, len(batch["index"]) / (time.perf_counter() - started)))
-        if config.save_every_steps and position.step % config.save_every_steps == 0:
-            _save(run, log)
-        if stop.requested or _out_of_steps(config, run):
+            result = train_step(config, run, batch, *signals)
+        cut, stopping, unreadable = result.sums
+        if result.applied:
+            position.advance(result.loss, result.iou, int(cut))
+            log.step(_record(config, run, result, started))
+            if config.save_every_steps and position.step % config.save_every_steps == 0:
+                _save(run, log)
+        else:
+            batch_ids = references_of(samples, sampler.whole_batch(position.batch))
+            position.skip()
+            log.note(skipped.leave_out(run, samples.dataset, batch_ids, result.loss, result.norm, config.max_skipped))
+        stop.requested = stop.requested or stopping > 0
+        alone = distributed.world_size() == 1  # else a signal that came late counts in the next step, for all at once
+        if stopping or (alone and stop.requested) or _out_of_steps(config, run):
             break
+        if unreadable:
+            end_if_unreadable(run, feed.failure, lambda: _save(run, log))
         started = time.perf_counter()
     log.end_epoch()
     if position.batch < batches:
         return False
     log.note(
-        f"epoch {position.epoch + 1}/{config.epochs} done: mean loss {position.loss_sum / batches:.4f}, "
-        f"mean training IoU {100 * position.iou_sum / batches:.1f} %"
+        f"epoch {position.epoch + 1}/{config.epochs} done: mean loss {position.mean_loss:.4f}, "
+        f"mean training IoU {100 * position.mean_iou:.1f} %"
     )
+    if position.skipped:
+        log.note(f"{position.skipped} of its batches were left out; {skipped.SKIPPED} lists them")
     if position.truncated:
         log.note(f"{position.truncated} of its expressions were longer than {samples.word_len} tokens and were cut")
     return True
 
 
-def train_step(config: TrainConfig, run: Run, batch: dict[str, Tensor]) -> tuple[float, float]:
-    """One optimizer step on a batch: its mean loss and its training IoU (a fraction of 1)."""
+class StepResult(NamedTuple):
+    """What a step found, over the whole batch, the same in all processes.
+
+    Attributes:
+        loss: mean over the batch; iou: its training IoU, a fraction of 1; norm: of the gradient before clipping.
+        applied: whether the weights were changed. They are not where the loss or the gradient is not finite.
+        sums: what the processes handed to :func:`train_step`, summed.
+    """
+
+    loss: float
+    iou: float
+    norm: float
+    applied: bool
+    sums: tuple[float, ...] = ()
+
+
+def train_step(config: TrainConfig, run: Run, batch: dict[str, Tensor], *signals: float) -> StepResult:
+    """One optimizer step on a batch, of which `batch` is this process's share; `signals` are summed over processes."""
     device = run.precision.device
     image, tokens, mask = (batch[name].to(device, non_blocking=True) for name in ("image", "tokens", "mask"))
     parts = config.accumulate
     total_loss = total_iou = torch.zeros((), device=device)
     run.optimizer.zero_grad(set_to_none=True)
-    for part in zip(image.chunk(parts), tokens.chunk(parts), mask.chunk(parts), strict=True):
-        with run.precision.autocast():
-            logits, target, loss = run.model(*part)
-        run.scaler.scale(loss / parts).backward()
+    run.statistics.keep()
+    for number, part in enumerate(zip(image.chunk(parts), tokens.chunk(parts), mask.chunk(parts), strict=True), 1):
+        with run.keeping_gradients_here(more_to_come=number < parts):
+            with run.precision.autocast():
+                logits, target, loss = run.replica(*part)
+            run.scaler.scale(loss / parts).backward()
         total_loss = total_loss + loss.detach() / parts
         total_iou = total_iou + batch_iou(logits, target) / parts
-    if config.max_norm:
-        run.scaler.unscale_(run.optimizer)
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_norm)
-    run.scaler.step(run.optimizer)
+    run.scaler.unscale_(run.optimizer)
+    norm = _gradient_norm(run)
+    found = torch.stack([total_loss.double(), total_iou.double(), norm.double()])
+    found = torch.cat([found, torch.tensor(signals, dtype=torch.float64, device=device)])
+    loss, iou, norm_, *sums = distributed.sum_over_processes(found).tolist()
+    loss, iou, norm_ = (value / distributed.world_size() for value in (loss, iou, norm_))
+    # A gradient that is not finite is the loss scaler's own business where there is one: it lowers its scale.
+    applied = math.isfinite(loss) and (math.isfinite(norm_) or run.scaler.is_enabled())
+    if applied:
+        if config.max_norm:
+            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.max_norm, norm)
+        run.scaler.step(run.optimizer)
+    else:
+        run.statistics.restore()
     run.scaler.update()
-    return total_loss.item(), total_iou.item()
+    return StepResult(loss, iou, norm_, applied, tuple(sums))
+
+
+def _gradient_norm(run: Run) -> Tensor:
+    gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
@@ -219,6 +303,8 @@ def run(config: TrainConfig) -> int:
         return find_batch.run(config)
     result = train(config)
     folder = result.folder
+    if not distributed.is_main():
+        return 130 if result.interrupted else 0
     if result.interrupted:
         print(f"stopped; {folder / LAST} is from step {result.step}. Go on with:\n  {resume_command(folder)}")
         return 130
@@ -244,55 +330,15 @@ def _load(config: TrainConfig, split: str) -> ReferringDataset:
     return load_dataset(config.dataset, split, config.data_root, on_error=config.on_error)
 
 
-def _loader(config: TrainConfig, samples: TrainSamples, sampler: EpochSampler, device: torch.device) -> DataLoader:
-    """A new loader each epoch, so that its workers know the epoch; it draws from no global random numbers."""
-    return DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=choose_workers(config.workers),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),
-    )
-
-
-def _init_worker(worker_id: int) -> None:
-    leave_signals_to_parent()
-    worker_init(worker_id)
-
-
-def _open_log(config: TrainConfig, run: Run) -> RunLog:
-    step, in_epoch = run.position.step, run.position.batch > 0
-    return RunLog(
-        run.folder,
-        last_step=step,
-        last_validation=step - 1 if in_epoch else step,
-        print_freq=config.print_freq,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        settings=run.recipe,
-        progress=config.progress,
-    )
-
-
-def _count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
-    """Expressions of the batch that lost words: their row is full, and a sentence that was cut gives this very row."""
-    cut = 0
-    for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
-        if row[-1] != PAD:
-            rows, truncated = tokenize(samples.dataset.reference(index).sentences, samples.word_len)
-            cut += any(flag and torch.equal(row, other) for other, flag in zip(rows, truncated, strict=True))
-    return cut
-
-
-def _record(run: Run, loss: float, iou: float, images_per_s: float) -> StepRecord:
+def _record(config: TrainConfig, run: Run, result: StepResult, started: float) -> StepRecord:
     position, rates = run.position, run.learning_rates
+    images_per_s = config.batch_size / (time.perf_counter() - started)
     return StepRecord(
         step=position.step,
         epoch=position.epoch + 1,
         batch=position.batch,
-        loss=loss,
-        iou=iou,
+        loss=result.loss,
+        iou=result.iou,
         lr=rates["head"],
         lr_backbone=rates["backbone"],
         images_per_s=round(images_per_s, 2),
@@ -300,26 +346,13 @@ def _record(run: Run, loss: float, iou: float, images_per_s: float) -> StepRecor
     )
 
 
-def _introduce(config: TrainConfig, run: Run, samples: TrainSamples, sampler: EpochSampler, log: RunLog) -> None:
-    data, position, model = samples.dataset, run.position, run.model
-    weights = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    log.note(f"{weights:.1f} M parameters on {run.precision.device}, amp {run.precision.name}; run in {run.folder}")
-    count = f"{run.recipe['references']} references of {data.name} {data.split}"
-    log.note(f"{count}, {sampler.batches_per_epoch} batches of {config.batch_size} an epoch")
-    for problem, refs in data.skipped.items():
-        log.note(f"{len(refs)} references left out: {problem}")
-    if keys := passed_over(config):
-        log.note(f"one process on one device has no use for {', '.join(keys)} (BatchNorm is in sync by itself)")
-    if position.step:
-        log.note(f"going on after step {position.step}: epoch {position.epoch + 1}, batch {position.batch + 1}")
-
-
 def _out_of_steps(config: TrainConfig, run: Run) -> bool:
     return bool(config.max_steps) and run.position.step >= config.max_steps
 
 
 def _save(run: Run, log: RunLog) -> None:
-    log.sync()  # the rows first: a checkpoint must not know of steps that the log has lost
+    with distributed.together():
+        log.sync()  # the rows first: a checkpoint must not know of steps that the log has lost
     run.save_last()
 
 
@@ -333,11 +366,12 @@ def _evaluate(config: TrainConfig, run: Run, val_set: ReferringDataset) -> Score
         device=run.precision.device,
         workers=choose_workers(config.workers_val),
         batch_size=config.batch_size_val,
-        progress=config.progress,
+        progress=config.progress and distributed.is_main(),
     )
     epoch, step = run.position.epoch + 1, run.position.step
-    draw_predictions(picture_path(run.folder, epoch), val_set, result, f"epoch {epoch}, step {step}")
-    return result.scores
+    with distributed.together():
+        draw_predictions(picture_path(run.folder, epoch), val_set, result, f"epoch {epoch}, step {step}")
+    return distributed.from_main(lambda: result.scores)
 
 
 def _keep_if_best(run: Run, scores: Scores, log: RunLog) -> None:
@@ -346,12 +380,3 @@ def _keep_if_best(run: Run, scores: Scores, log: RunLog) -> None:
     if scores.best_by >= position.best_iou:
         position.best_iou = scores.best_by
         run.save_best(scores.as_dict(), card_of(run, scores))
-
-
-def _not_finite(run: Run, loss: float, indices: list[int]) -> str:
-    position = run.position
-    return (
-        f"the loss is {loss} at step {position.step + 1} (epoch {position.epoch + 1}, batch {position.batch + 1}), in "
-        f"the batch of references {indices}; {run.folder / LAST} is from step {run.saved_step}, before it. Try a lower "
-        "base_lr, max_norm=1 or amp=off"
-    )

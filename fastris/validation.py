@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fastris import distributed
 from fastris.data import ReferringDataset
 from fastris.evaluate import EvalResult, versions
-from fastris.gather import rank_and_world
 from fastris.metrics import Scores
 from fastris.modelcard import training_card
 
@@ -36,7 +36,7 @@ def draw_predictions(path: Path, dataset: ReferringDataset, result: EvalResult, 
     Returns `path`, or None if it holds none, and in all processes of a run but the first, which draws. A mask scored at
     another size than the image's is shown at the image's.
     """
-    if not result.masks or rank_and_world()[0]:
+    if not result.masks or not distributed.is_main():
         return None
     from fastris.gallery import save_gallery
 
@@ -61,7 +61,7 @@ def card_of(run: Run, scores: Scores | None) -> str:
     """The model card of a run's weights as they are, after the epoch that they are in."""
     position, device = run.position, run.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    processes = rank_and_world()[1]
+    processes = distributed.world_size()
     return training_card(
         run.model.config,
         run.recipe,

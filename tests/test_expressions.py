@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from process_helpers import run_processes
+from test_distributed import assert_nearly_same_run, exact_run
 from test_resume import assert_same_run
 from torch import nn
 from torch.utils.data import DataLoader
@@ -152,3 +155,23 @@ def test_parts_of_a_batch_hold_whole_images(tmp_path) -> None:
     run.model.train()
     training.train_step(config, run, batch)
     assert seen == [[(2, 3, 64, 64), (2, 2, 12), (2, 2, 1, 64, 64)]] * 2
+
+
+def exact_run_with(folder: Path, changes: dict) -> str:
+    sample = ImageSamples.__getitem__
+
+    def item(samples: ImageSamples, position: int) -> dict:
+        found = sample(samples, position)
+        return found | {"image": found["image"].double(), "mask": found["mask"].double()}
+
+    ImageSamples.__getitem__ = item  # type: ignore[method-assign]
+    return exact_run(folder, changes)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_several_expressions_as_one_does(tmp_path: Path) -> None:
+    changes = {"batch_size": 8, "expressions_per_image": 2, "epochs": 2}
+    for count in (1, 2):
+        printed = run_processes(exact_run_with, count, tmp_path / str(count), changes)
+        assert not any("Error" in text for text in printed), printed
+    assert_nearly_same_run(tmp_path / "2", tmp_path / "1")

@@ -83,6 +83,7 @@ def test_batch_without_equal_parts_says_so() -> None:
 
 def test_processes_share_the_batch_of_a_setting(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     config = load_options(TrainConfig, ["gpu=8gb"])
     assert (config.accumulate, config.micro_batch) == (1, 64)
     assert next_smaller(load_options(TrainConfig, ["recompute=stages"])) is None  # 16 at once need what 8gb needs

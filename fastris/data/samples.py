@@ -25,7 +25,7 @@ def worker_init(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _digest(*numbers: int) -> int:
+def digest(*numbers: int) -> int:
     """64 bits that depend on every one of the numbers, the same on every machine and Python."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
@@ -78,7 +78,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reference `index`: image (3, S, S) float32, tokens (L,) int64, mask (1, S, S) float32 in [0, 1], index."""
         sentences = self.dataset.reference(index).sentences
-        sentence = sentences[_digest(self.seed, int(self._epoch), index) % len(sentences)]
+        sentence = sentences[digest(self.seed, int(self._epoch), index) % len(sentences)]
         image = self.dataset.image(index)
         warp = letterbox(image.shape[0], image.shape[1], self.input_size)
         return {
@@ -154,25 +154,46 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of indices, for `DataLoader(batch_sampler=...)`: a permutation that (seed, epoch) decides alone.
 
     An epoch can be entered at any batch, so a run that was interrupted inside one goes on with exactly the batches
-    that it would have seen.
+    that it would have seen. Several processes share the batches of one: each yields its own part of every batch.
 
     Args:
         n: number of samples.
         seed: of the permutations.
-        batch_size: samples per batch.
+        batch_size: samples per batch, over all processes.
         drop_last: leave the last batch out if it is not full; with `n` below `batch_size` there is none then.
+        processes, rank: how many processes share each batch, and which of them this is, from 0.
+        parts: the parts in which each process works through its share, so that part p of all processes together is
+            part p of the whole batch.
 
     Raises:
-        ValueError: `batch_size` below 1.
+        ValueError: `batch_size` below 1, or it does not split into equal shares and parts.
     """
 
-    def __init__(self, n: int, seed: int, batch_size: int, drop_last: bool = True):
+    def __init__(
+        self,
+        n: int,
+        seed: int,
+        batch_size: int,
+        drop_last: bool = True,
+        *,
+        processes: int = 1,
+        rank: int = 0,
+        parts: int = 1,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if batch_size % (processes * parts):
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of {processes * parts}: it is the whole batch, which "
+                f"{processes} process(es) share equally, each in {parts} part(s) (accumulate)"
+            )
+        if processes > 1 and not drop_last:
+            raise ValueError("drop_last must be true where several processes share the batches")
         self.n = n
         self.seed = seed
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self.processes, self.rank, self.parts = processes, rank, parts
         self.epoch = 0
         self.start_batch = 0
 
@@ -194,10 +215,27 @@ class EpochSampler(Sampler[list[int]]):
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(_digest(self.seed, self.epoch) >> 1)
-        order = torch.randperm(self.n, generator=generator).tolist()
+        order = self._order()
         for batch in range(self.start_batch, self.batches_per_epoch):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self._share(self._slice(order, batch))
+
+    def whole_batch(self, batch: int) -> list[int]:
+        """The samples of batch number `batch` of the epoch, those of the other processes included."""
+        return self._slice(self._order(), batch)
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(digest(self.seed, self.epoch) >> 1)
+        return torch.randperm(self.n, generator=generator).tolist()
+
+    def _slice(self, order: list[int], batch: int) -> list[int]:
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        if self.processes == 1:
+            return batch
+        size = self.batch_size // (self.processes * self.parts)
+        starts = ((part * self.processes + self.rank) * size for part in range(self.parts))
+        return [index for start in starts for index in batch[start : start + size]]
 
     def __len__(self) -> int:
         """Batches that iterating yields: those of the epoch from `start_batch` on."""
