@@ -85,8 +85,8 @@ def measure(config: LoaderConfig, dataset: ReferringDataset) -> dict[str, float]
     }
     batch = min(8, number)
     order = (np.arange(100_000 * batch) % number).reshape(-1, batch).tolist()
-    options = {"num_workers": config.workers, "worker_init_fn": worker_init}
-    batches = iter(DataLoader(samples, batch_sampler=order, **options))
+    loader = DataLoader(samples, batch_sampler=order, num_workers=config.workers, worker_init_fn=worker_init)
+    batches = iter(loader)
     for _ in range(2 * config.workers):
         next(batches)  # what the workers prepared while they started
     found["loader"] = rate(lambda _: next(batches), config.seconds, batch)
