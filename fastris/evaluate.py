@@ -369,12 +369,13 @@ def run(config: EvalConfig) -> None:
     Started by `torchrun`, each process scores its share, and the first one prints and writes.
     """
     from fastris.checkpoint import load_model
+    from fastris.nn.folding import for_inference
 
     device = choose_device(config.device)
     with distributed.joined(device, timeout=10):
         dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
         result = evaluate(
-            load_model(config.model),
+            for_inference(load_model(config.model)),
             dataset,
             sentences=config.sentences,
             rule=config.rule,

@@ -20,7 +20,7 @@ is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (18.5
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from fastris import distributed
+from fastris.optim import Precision
 
 if TYPE_CHECKING:
     from fastris.recipe import TrainConfig
@@ -104,6 +105,22 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
         + (f", a multiple of {multiple_of} (expressions_per_image)" if multiple_of > 1 else "")
         + "; choose another batch_size, such as 64, or give accumulate"
     )
+
+
+def sums_of(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The context of a run in which float16 products are summed as `fp16_accumulation` says.
+
+    Raises ValueError where that setting would do nothing: on another device, or in another precision.
+    """
+    if not config.fp16_accumulation:
+        return nullcontext()
+    from fastris.accumulation import allow_fp16_accumulation, fp16_accumulation_obstacle
+
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+    obstacle = fp16_accumulation_obstacle(device, names[Precision.choose(config.amp, device).name])
+    if obstacle:
+        raise ValueError(f"fp16_accumulation=true would do nothing: {obstacle}. Leave it out, or give amp=fp16 on CUDA")
+    return allow_fp16_accumulation(True, device)
 
 
 def set_recompute(model: nn.Module, mode: str) -> None:

@@ -25,7 +25,7 @@ from fastris.data.samples import EpochSampler, TrainSamples, digest
 from fastris.evaluate import evaluate
 from fastris.expressions import references_of, training_samples
 from fastris.feed import Feed, count_cut
-from fastris.gpu_settings import fused_on, out_of_memory_explained, set_recompute
+from fastris.gpu_settings import fused_on, out_of_memory_explained, set_recompute, sums_of
 from fastris.interrupt import StopSignal
 from fastris.metrics import Scores, batch_iou
 from fastris.models.config import CLIP_PRESETS, CLIPConfig
@@ -79,7 +79,8 @@ def train(
         RuntimeError: the loss or a weight stopped being finite; `last.pth` is from before that. Or a process that reads
             images, or another process of the run, has died.
     """
-    with distributed.joined(choose_device(config.device), config.process_timeout):
+    device = choose_device(config.device)
+    with sums_of(config, device), distributed.joined(device, config.process_timeout):
         return _train(config, train_set, val_set)
 
 

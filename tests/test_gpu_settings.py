@@ -205,6 +205,11 @@ def test_search_on_a_cpu_is_refused(tmp_path, monkeypatch) -> None:
         training.run(load_options(TrainConfig, options))
 
 
+def test_float16_sums_that_would_do_nothing_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="fp16_accumulation=true would do nothing"):
+        train(train_config(tmp_path, fp16_accumulation=True), train_set())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_search_on_a_gpu_prints_an_option(tmp_path, capsys) -> None:
