@@ -7,6 +7,7 @@ A kernel file announces its builds in a function ``gate_specs(shared_class, dtyp
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import multiprocessing
 import os
@@ -150,6 +151,11 @@ def _row(build: Build) -> str:
 
 def main() -> int:
     """Print the table of all builds; exit status 1 when one does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m fastris.kernels.gate", description=main.__doc__)
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="that compile at once (default: all cores)"
+    )
+    processes = parser.parse_args().processes
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("the gate compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
@@ -157,7 +163,7 @@ def main() -> int:
     failures = 0
     jobs = [(arch, dtype) for arch in (*CUDA_ARCHS, *HIP_ARCHS) for dtype in POINTER]
     # Fresh processes: a fork would inherit the threads of whatever was imported before.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for results in pool.map(builds, *zip(*jobs, strict=True)):
             failures += sum(not result.fits for result in results)
             print("\n".join(map(_row, results)), flush=True)

@@ -287,7 +287,8 @@ def test_pytest_benchmark_runs_the_same_cases_checked_first():
     pytest.importorskip("pytest_benchmark")
     command_line = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-k", "loss or cross_attention"]
     options = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--bench-device=cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [*command_line, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

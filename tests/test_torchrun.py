@@ -77,7 +77,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_process_that_is_killed_is_started_again_and_the_run_goes_on_exactly(tmp_path, uninterrupted, rank):
     process = start(tmp_path, restarts=1)
     wait_for_step(process, tmp_path, 5)
@@ -110,6 +110,7 @@ def test_signal_to_torchrun_saves_and_the_run_goes_on_exactly(tmp_path, uninterr
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.long
 def test_two_machines_start_again_together_when_a_process_of_one_is_killed(tmp_path, uninterrupted):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -60,7 +60,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_ctrl_c_saves_and_prints_a_command_that_goes_on_exactly(tmp_path, uninterrupted, workers):
     process = start(*OPTIONS, f"workers={workers}", f"output_folder={tmp_path}")
     wait_for_step(process, tmp_path, 13)
@@ -76,7 +76,7 @@ def test_ctrl_c_saves_and_prints_a_command_that_goes_on_exactly(tmp_path, uninte
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(again, marks=pytest.mark.long) for again in (1, 2))])
 def test_killed_run_leaves_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, uninterrupted, attempt):
     process = start(*OPTIONS, "workers=2", f"output_folder={tmp_path}")
     wait_for_step(process, tmp_path, 1)
