@@ -34,7 +34,7 @@ TIME_GOAL = 1.15
 class WholeConfig:
     """Counts what a training step of CRIS-RN50 at 416x416 keeps and needs, for every recompute setting."""
 
-    arms: tuple[str, ...] = option((), f"arms to count beside {BASELINE}; all that can run here if empty")
+    arms: tuple[str, ...] = option((), f"arms to count beside {BASELINE}; all eager paths that run here if empty")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     rounds: int = option(0, "steps to time per setting, in turns; 0 counts only")
     batch: int = option(BATCH, "images per timed step; at least 2")
@@ -48,7 +48,9 @@ def run(config: WholeConfig) -> int:
         raise ValueError(f"rounds must be at least 0 and batch at least 2, got {config.rounds} and {config.batch}")
     cells: list[WholeCell] = []
     model = CRISConfig.preset("cris_r50")
-    count_whole(choose_arms(config.arms, device, DTYPE), device, _say, cells, model)
+    arms = choose_arms(config.arms, device, DTYPE)
+    eager = [arm for arm in arms if arm.compile is None and not arm.repaired]  # counted operation by operation
+    count_whole(eager, device, _say, cells, model)
     print(kept_table(cells), fits_table(cells), sep="\n\n")
     content: dict[str, Any] = {
         "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),

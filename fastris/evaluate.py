@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastris import distributed
 from fastris.config import REQUIRED, option
-from fastris.data import DATASETS, ReferringDataset, load_dataset
+from fastris.data import DATASETS, ReferringDataset, load_split
 from fastris.data.samples import EvalSamples, worker_init
 from fastris.data.tokens import tokenize
 from fastris.metrics import Scores, per_sample_iou, score
@@ -349,6 +349,8 @@ class EvalConfig:
     split: str = option("val", "split of the data set, such as val, testA, testB, test")
     sentences: Sentences = option("all", "sentences of each object that are scored")
     rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
+    images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
+    format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
     out: Path | None = option(
         None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
@@ -373,7 +375,7 @@ def run(config: EvalConfig) -> None:
 
     device = choose_device(config.device)
     with distributed.joined(device, timeout=10):
-        dataset = load_dataset(config.dataset, config.split, config.data_root, on_error=config.on_error)
+        dataset = load_split(config, config.split)
         result = evaluate(
             for_inference(load_model(config.model)),
             dataset,

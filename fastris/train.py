@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastris import distributed, find_batch, skipped
-from fastris.data import ReferringDataset, load_dataset
+from fastris.data import ReferringDataset, load_split
 from fastris.data.samples import EpochSampler, TrainSamples, digest
 from fastris.evaluate import evaluate
 from fastris.expressions import references_of, training_samples
@@ -88,9 +88,9 @@ def _train(config: TrainConfig, train_set: ReferringDataset | None, val_set: Ref
     restarted = any(distributed.gather(distributed.restarted()))
     checkpoint = distributed.from_main(lambda: find_checkpoint(config.folder, config.resume, restarted))
     with distributed.together():
-        train_set = _load(config, config.train_split) if train_set is None else train_set
+        train_set = load_split(config, config.train_split) if train_set is None else train_set
         if config.evaluate and val_set is None:
-            val_set = _load(config, config.val_split)
+            val_set = load_split(config, config.val_split)
     run, samples, sampler = prepare(config, train_set, checkpoint)
     position, scores = run.position, None
     with stop_signal() as stop, open_log(config, run) as log, told_where_it_stands(run):
@@ -325,10 +325,6 @@ def run(config: TrainConfig) -> int:
         f'predict:   fastris predict IMAGE "the phrase" model={model}'
     )
     return 0
-
-
-def _load(config: TrainConfig, split: str) -> ReferringDataset:
-    return load_dataset(config.dataset, split, config.data_root, on_error=config.on_error)
 
 
 def _record(config: TrainConfig, run: Run, result: StepResult, started: float) -> StepRecord:

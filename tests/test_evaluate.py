@@ -224,7 +224,7 @@ def test_bad_arguments_are_refused_by_name(model):
 
 def test_command_scores_a_checkpoint_and_writes_both_files(model, tmp_path, monkeypatch, capsys):
     save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
-    monkeypatch.setattr("fastris.evaluate.load_dataset", lambda *args, **kwargs: Boxes())
+    monkeypatch.setattr("fastris.evaluate.load_split", lambda *args, **kwargs: Boxes())
     args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "sentences=first"]
     run(load_options(EvalConfig, args))
     printed = capsys.readouterr().out
@@ -244,7 +244,7 @@ def command_in_one_of_two_processes(rank: int, port: int, args: list[str], folde
 
 def test_command_started_twice_prints_and_writes_once(model, tmp_path, monkeypatch):
     save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
-    monkeypatch.setattr("fastris.evaluate.load_dataset", lambda *args, **kwargs: Boxes())
+    monkeypatch.setattr("fastris.evaluate.load_split", lambda *args, **kwargs: Boxes())
     args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "progress=false"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -20,9 +20,10 @@ from format_trees import (
 from PIL import Image
 from refer_tree import blocks, make_refer_tree
 
-from fastris.data import DataError, extras, load_dataset
+from fastris.data import DataError, extras, load_dataset, load_split
 from fastris.data import annotation as annotations
 from fastris.data.formats import discover
+from fastris.recipe import TrainConfig
 
 FORMATS = [*MAKERS]
 
@@ -363,3 +364,14 @@ def test_annotations_that_would_take_the_memory_are_refused(segmentation: Any, m
     size = segmentation["size"] if isinstance(segmentation, dict) else [9000, 9000]
     with pytest.raises(annotations.BadAnnotation, match=message):
         annotations.checked(segmentation, *size)
+
+
+def test_commands_find_images_that_lie_elsewhere_and_take_the_format_asked_for(tmp_path: Path) -> None:
+    root = make_refer_tree(tmp_path / "tree")
+    original = content(load_dataset("refcoco", "train", root))
+    (root / "images").rename(tmp_path / "elsewhere")
+    images = next(tmp_path.glob("elsewhere/**/train2014"))
+    options = TrainConfig(dataset="refcoco", data_root=str(root), images=str(images), format="refer")
+    assert content(load_split(options, "train")) == original
+    with pytest.raises(DataError, match="dataset=synthetic reads no files, so images and format must be left out"):
+        load_split(TrainConfig(dataset="synthetic", images=str(images), format="refer"), "train")

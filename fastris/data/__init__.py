@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fastris.data.base import DataError, Reference, ReferringDataset
 
-__all__ = ["DATASETS", "DataError", "Reference", "ReferringDataset", "load_dataset"]
+__all__ = ["DATASETS", "DataError", "Reference", "ReferringDataset", "load_dataset", "load_split"]
 
 DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
 
@@ -48,3 +48,21 @@ def load_dataset(
     from fastris.data.formats import open_split
 
     return open_split(name, split, root, on_error=on_error, **options)
+
+
+class DataOptions(Protocol):
+    """The options that say which data a command reads."""
+
+    dataset: str
+    data_root: str | None
+    images: str | None
+    format: str | None
+    on_error: Literal["raise", "skip"]
+
+
+def load_split(options: DataOptions, split: str) -> ReferringDataset:
+    """One split of the data that a command's options name; see :func:`load_dataset`."""
+    where = {name: value for name in ("images", "format") if (value := getattr(options, name)) is not None}
+    if where and options.dataset == "synthetic":
+        raise DataError(f"dataset=synthetic reads no files, so {' and '.join(where)} must be left out")
+    return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **where)
