@@ -31,7 +31,7 @@ NEEDED = {
     "yaml": "pyyaml",
     "rich": "rich",
 }
-OPTIONAL = {"triton": "triton", "tensorboard": "tensorboard"}
+OPTIONAL = {name: name for name in ("triton", "lmdb", "pyarrow", "tensorboard", "wandb")}
 VARIABLES = ("FASTRIS_IMPL", "FASTRIS_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
 
 
