@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -329,14 +330,31 @@ def test_whatever_interrupts_a_conversion_leaves_nothing_behind(
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+CHECK_THAT_WAITS = """
+import sys, time
+from pathlib import Path
+from fastris import cli
+from fastris.data import check
+
+def look(*_):
+    Path(sys.argv[2]).touch()
+    time.sleep(60)
+
+check._look = look
+sys.exit(cli.main(["data", "check", sys.argv[1]]))
+"""
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_a_check_in_one_line(tmp_path: Path) -> None:
-    make_refer_tree(tmp_path, images_per_split=150)
-    command = [sys.executable, "-m", "fastris", "data", "check", str(tmp_path), "word_len=0"]
+    make_refer_tree(tmp_path / "tree")
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", CHECK_THAT_WAITS, str(tmp_path / "tree"), str(started)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=2.5)
+        end = time.monotonic() + 30
+        while not started.exists() and time.monotonic() < end:
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=30)
     assert (process.returncode, printed, errors) == (130, "", "fastris data: stopped\n")
