@@ -331,16 +331,17 @@ def test_whatever_interrupts_a_conversion_leaves_nothing_behind(
 
 
 CHECK_THAT_WAITS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from fastris import cli
 from fastris.data import check
 
 def look(*_):
     Path(sys.argv[2]).touch()
-    time.sleep(60)
+    time.sleep(20)
 
 check._look = look
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 sys.exit(cli.main(["data", "check", sys.argv[1]]))
 """
 
@@ -356,7 +357,10 @@ def test_ctrl_c_stops_a_check_in_one_line(tmp_path: Path) -> None:
         while not started.exists() and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=30)
+        try:
+            printed, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, printed, errors) == (130, "", "fastris data: stopped\n")
 
 
