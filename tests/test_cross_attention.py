@@ -121,7 +121,8 @@ def test_dropout_equals_the_formula_under_its_own_masks(dropout, attention_dropo
     kept_weights = torch.ones(2, 13, 2, 5, dtype=torch.bool)
     kept_branch = torch.ones(2, 13, 64, dtype=torch.bool)
     if attention_dropout:
-        kept_weights = ~torch.empty_like(kept_weights).bernoulli_(attention_dropout)
+        dropped = torch.empty(2, 2, 5, 13, dtype=torch.bool).bernoulli_(attention_dropout)  # the order in memory
+        kept_weights = ~dropped.permute(0, 3, 1, 2)
     if dropout:
         kept_branch = torch.empty_like(kept_branch).bernoulli_(1 - dropout)
     formula = masked_formula(case, kept_weights, kept_branch, attention_dropout, dropout)

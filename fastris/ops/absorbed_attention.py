@@ -44,6 +44,7 @@ def kept_scale(dropout: float) -> float:
 class _AbsorbedAttention(torch.autograd.Function):
     """Kept for the backward pass: x, the attention weights, the branch's mask, each norm's mean and deviation.
 
+    Scores and weights are (B, heads, L, N): a softmax over a few words is fast where memory runs along the pixels.
     Softmax has no negative weights, so one that dropout drops is kept with its sign flipped. The queries and what the
     pixels gathered from the words are cheap to compute again.
     """
@@ -52,8 +53,8 @@ class _AbsorbedAttention(torch.autograd.Function):
     def forward(ctx, x, positions, keys, key_bias, values, affine, silent, dropout, attention_dropout, eps):
         keys, values = keys.flatten(1, 2), values.flatten(1, 2)
         query, *norm = _query(x, positions, affine, eps, keys.dtype)
-        scores = torch.bmm(query, keys.mT).to(affine.dtype).add_(key_bias.flatten(1)[:, None])
-        weights = torch.softmax(scores.unflatten(-1, key_bias.shape[1:]), dim=-1).to(keys.dtype)
+        scores = torch.bmm(keys, query.mT).to(affine.dtype).add_(key_bias.flatten(1)[..., None])
+        weights = torch.softmax(scores.unflatten(1, key_bias.shape[1:]), dim=2).to(keys.dtype)
         if silent is not None:
             weights = weights.masked_fill_(silent[:, None, None, None], 0)
         if attention_dropout > 0:
@@ -83,17 +84,17 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_affine = [d_gathered.sum((0, 1)), *d_post]
         d_gathered = d_gathered.to(values.dtype)
         d_values = (
-            _by_head(weights, torch.bmm(_kept(weights, attention_dropout).mT, d_gathered)) if need_values else None
+            _by_head(weights, torch.bmm(_kept(weights, attention_dropout), d_gathered)) if need_values else None
         )
 
-        d_scores = _softmax_backward(torch.bmm(d_gathered, values.mT).view_as(weights), weights, attention_dropout)
-        d_key_bias = d_scores.sum(1, dtype=affine.dtype)
-        d_scores = d_scores.flatten(2)
+        d_scores = _softmax_backward(torch.bmm(values, d_gathered.mT).view_as(weights), weights, attention_dropout)
+        d_key_bias = d_scores.sum(-1, dtype=affine.dtype)
+        d_scores = d_scores.flatten(1, 2)
         d_keys = None
         if need_keys:
             query, *_ = _query(x, positions, affine, ctx.eps, keys.dtype)
-            d_keys = _by_head(weights, torch.bmm(d_scores.mT, query))
-        d_query = torch.bmm(d_scores, keys).to(affine.dtype)
+            d_keys = _by_head(weights, torch.bmm(d_scores, query))
+        d_query = torch.bmm(d_scores.mT, keys).to(affine.dtype)
         d_positions = d_query.sum(0).to(positions.dtype) if need_positions else None
         d_x, *d_norm = _norm_backward(d_query, x.to(affine.dtype), mean, rstd, affine[0], affine[1])
         d_x = d_x.add_(upstream).to(x.dtype) if need_x else None
@@ -109,21 +110,21 @@ def _query(x: Tensor, positions: Tensor, affine: Tensor, eps: float, dtype: torc
 
 def _gather(weights: Tensor, values: Tensor, affine: Tensor, attention_dropout: float) -> Tensor:
     """What every pixel gathers from the words, (B, N, D): the kept weights times the values, and the output bias."""
-    return torch.bmm(_kept(weights, attention_dropout), values).to(affine.dtype).add_(affine[2])
+    return torch.bmm(_kept(weights, attention_dropout).mT, values).to(affine.dtype).add_(affine[2])
 
 
 def _kept(weights: Tensor, attention_dropout: float) -> Tensor:
-    """The weights (B, N, heads * L) with 0 in place of the dropped ones."""
-    return (weights.clamp_min(0) if attention_dropout > 0 else weights).flatten(2)
+    """The weights (B, heads * L, N) with 0 in place of the dropped ones."""
+    return (weights.clamp_min(0) if attention_dropout > 0 else weights).flatten(1, 2)
 
 
 def _softmax_backward(d_weights: Tensor, weights: Tensor, attention_dropout: float) -> Tensor:
-    """The gradient of the scores; all of (B, N, heads, L)."""
+    """The gradient of the scores; all of (B, heads, L, N)."""
     if attention_dropout > 0:
         d_weights = torch.where(torch.signbit(weights), 0, d_weights)
         weights = weights.abs()
     product = d_weights * weights
-    return torch.addcmul(product, weights, product.sum(-1, keepdim=True), value=-1)
+    return torch.addcmul(product, weights, product.sum(2, keepdim=True), value=-1)
 
 
 def _norm_backward(upstream, x, mean, rstd, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,4 +135,4 @@ def _norm_backward(upstream, x, mean, rstd, weight, bias) -> tuple[Tensor, Tenso
 
 def _by_head(weights: Tensor, gradient: Tensor) -> Tensor:
     """(B, heads * L, D) -> (B, heads, L, D)."""
-    return gradient.unflatten(1, weights.shape[2:])
+    return gradient.unflatten(1, weights.shape[1:3])

@@ -41,28 +41,26 @@ def feed_forward(
     if requested_impl(impl) == "reference" or torch.compiler.is_compiling():
         options = {"dropout": dropout, "inner_dropout": inner_dropout, "eps": eps}
         return reference.feed_forward(x, weights, training=training, **options)
-    normed = F.layer_norm(x, (x.shape[-1],), weights.norm_weight, weights.norm_bias, eps)
-    hidden = F.linear(normed, weights.up_weight, weights.up_bias)
     dtype = compute_dtype(x)
-    inner = (
-        weights.inner_norm_weight,
-        weights.inner_norm_bias,
-        weights.down_weight.to(dtype),
-        weights.down_bias.to(dtype),
+    normed = F.layer_norm(x, (x.shape[-1],), weights.norm_weight, weights.norm_bias, eps).to(dtype)
+    up, inner, down = (
+        (weights.up_weight.to(dtype), weights.up_bias.to(dtype)),
+        (weights.inner_norm_weight, weights.inner_norm_bias),
+        (weights.down_weight.to(dtype), weights.down_bias.to(dtype)),
     )
     with torch.autocast(x.device.type, enabled=False):
-        branch = _ReluDropNormLinear.apply(hidden, *inner, inner_dropout, eps)
+        branch = _FeedForward.apply(normed, *up, *inner, *down, inner_dropout, eps)
     return x + drop(branch, dropout, training)
 
 
-class _ReluDropNormLinear(torch.autograd.Function):
-    """``linear(LN(drop(relu(hidden))))``; the norm runs in float32 at least, as it does under autocast."""
+class _FeedForward(torch.autograd.Function):
+    """``linear(LN(drop(relu(linear(x)))))``; the norm runs in float32 at least, as it does under autocast."""
 
     @staticmethod
-    def forward(ctx, hidden, norm_weight, norm_bias, weight, bias, dropout: float, eps: float) -> Tensor:
-        rectified = drop(hidden.relu(), dropout, True)
+    def forward(ctx, x, up_weight, up_bias, norm_weight, norm_bias, weight, bias, dropout: float, eps: float) -> Tensor:
+        rectified = drop(F.linear(x, up_weight, up_bias).relu_(), dropout, True)
         normed, _, _ = _norm(rectified, norm_weight, norm_bias, eps)
-        ctx.save_for_backward(rectified, norm_weight, norm_bias, weight)
+        ctx.save_for_backward(x, rectified, up_weight, norm_weight, norm_bias, weight)
         ctx.eps = eps
         ctx.keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         return F.linear(normed, weight, bias)
@@ -70,19 +68,32 @@ class _ReluDropNormLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        rectified, norm_weight, norm_bias, weight = ctx.saved_tensors
+        x, rectified, up_weight, norm_weight, norm_bias, weight = ctx.saved_tensors
         normed, mean, rstd = _norm(rectified, norm_weight, norm_bias, ctx.eps)
-        rows = upstream.reshape(-1, upstream.shape[-1])
-        d_weight = rows.T @ normed.reshape(-1, normed.shape[-1])
+        rows = upstream.flatten(0, -2)
+        d_weight = rows.T @ normed.flatten(0, -2)
         d_normed = (upstream @ weight).to(norm_weight.dtype)
         shape, wanted = (normed.shape[-1],), (True, True, True)
         d_rectified, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
             d_normed, rectified.to(norm_weight.dtype), shape, mean, rstd, norm_weight, norm_bias, wanted
         )
         if ctx.keep_scale != 1:
-            d_rectified = d_rectified * ctx.keep_scale
-        d_hidden = torch.ops.aten.threshold_backward(d_rectified.to(rectified.dtype), rectified, 0)
-        return d_hidden, d_norm_weight, d_norm_bias, d_weight, rows.sum(0), None, None
+            d_rectified = d_rectified.mul_(ctx.keep_scale)
+        d_hidden = d_rectified.to(rectified.dtype)
+        torch.ops.aten.threshold_backward.grad_input(d_hidden, rectified, 0, grad_input=d_hidden)
+        hidden_rows = d_hidden.flatten(0, -2)
+        d_up_weight = hidden_rows.T @ x.flatten(0, -2)
+        return (
+            d_hidden @ up_weight,
+            d_up_weight,
+            hidden_rows.sum(0),
+            d_norm_weight,
+            d_norm_bias,
+            d_weight,
+            rows.sum(0),
+            None,
+            None,
+        )
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,10 +50,10 @@ def self_attention(
         return output.transpose(0, 1)
     dim = x.shape[-1]
     normed = F.layer_norm(x, (dim,), weights.norm_weight, weights.norm_bias, eps)
-    query_key = F.linear(normed + positions, weights.in_proj_weight[: 2 * dim], weights.in_proj_bias[: 2 * dim])
-    value = F.linear(normed, weights.in_proj_weight[2 * dim :], weights.in_proj_bias[2 * dim :])
-    query, key = query_key.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    value = value.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    positioned = normed + positions
+    inputs = (positioned, positioned, normed)
+    in_proj = zip(inputs, weights.in_proj_weight.chunk(3), weights.in_proj_bias.chunk(3), strict=True)
+    query, key, value = (F.linear(*each).unflatten(-1, (num_heads, -1)).transpose(1, 2) for each in in_proj)
     attended = _attend(query, key, value, attention_dropout if training else 0.0)
     branch = F.linear(attended.transpose(1, 2).flatten(2), weights.out_proj_weight, weights.out_proj_bias)
     branch = F.layer_norm(branch, (dim,), weights.post_norm_weight, weights.post_norm_bias, eps)
