@@ -83,9 +83,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_gathered, *d_post = _norm_backward(d_branch, gathered, post_mean, post_rstd, affine[3], affine[4])
         d_affine = [d_gathered.sum((0, 1)), *d_post]
         d_gathered = d_gathered.to(values.dtype)
-        d_values = (
-            _by_head(weights, torch.bmm(_kept(weights, attention_dropout), d_gathered)) if need_values else None
-        )
+        d_values = _by_head(weights, torch.bmm(_kept(weights, attention_dropout), d_gathered)) if need_values else None
 
         d_scores = _softmax_backward(torch.bmm(values, d_gathered.mT).view_as(weights), weights, attention_dropout)
         d_key_bias = d_scores.sum(-1, dtype=affine.dtype)

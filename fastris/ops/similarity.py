@@ -25,6 +25,7 @@ from torch import Tensor
 from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.common import check_shape, check_tensors, compute_dtype
+from fastris.ops.streamed_taps import streamed_tap_sum, streams
 
 KERNEL_SIZES = (1, 3, 5)
 
@@ -188,6 +189,8 @@ def shifted_tap_sum(pixels: Tensor, folded: FoldedKernel, height: int, width: in
 
     The skinny product is written from the side on which the features are contiguous, so that their gradient is too.
     """
+    if streams(pixels):
+        return streamed_tap_sum(pixels, *folded[:2], height, width, folded.size)
     weight = folded.weight.to(pixels.dtype)
     if pixels.stride(1) == 1:
         taps = torch.bmm(pixels.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,92 @@
+"""The sum of shifted taps on a CPU, for maps that no cache near the cores holds.
+
+The skinny product (taps, C) x (C, H*W) has nine rows and so little to compute: reading the map decides. A BLAS library
+walks down all channels at once, a page of memory for each; a few channels at a time are read as one stream, from the
+first pixel to the last, while the maps of the taps stay in the cache. So is the map for the kernels' gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHANNELS_AT_ONCE = 16
+LEAST_BYTES = 2**24
+"""Below this, one call of the library is faster than several."""
+
+
+def streams(pixels: Tensor) -> bool:
+    """Whether :func:`streamed_tap_sum` is the faster way for ``pixels`` (B, C, H*W).
+
+    Partial sums are added in the map's own dtype, which has to be float32 or float64. Compiled code is left as it is.
+    """
+    return (
+        pixels.device.type == "cpu"
+        and pixels.dtype in (torch.float32, torch.float64)
+        and pixels.stride(2) == 1
+        and pixels.numel() * pixels.element_size() >= LEAST_BYTES
+        and not torch.compiler.is_compiling()
+    )
+
+
+def streamed_tap_sum(pixels: Tensor, weight: Tensor, constants: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Logits (B, Q, H, W) from pixels (B, C, H*W), folded weight (B, Q*k*k, C), constants (B, Q*k*k), and size k.
+
+    What :func:`fastris.ops.similarity.shifted_tap_sum` computes; all tensors have one dtype. Differentiable twice.
+    """
+    return _StreamedTapSum.apply(pixels, weight, constants, height, width, size)
+
+
+class _StreamedTapSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels, weight, constants, height: int, width: int, size: int) -> Tensor:
+        ctx.save_for_backward(pixels, weight)
+        ctx.size = size
+        taps = constants[..., None].repeat(1, 1, pixels.shape[2])
+        for channels in _groups(pixels):
+            taps.baddbmm_(weight[..., channels], pixels[:, channels])
+        maps = taps.view(len(taps), -1, size * size, height, width)
+        logits = maps[:, :, size * size // 2].clone()
+        for reached, source in _shifts(size, height, width):
+            logits[reached] += maps[source]
+        return logits
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        pixels, weight = ctx.saved_tensors
+        size, (height, width) = ctx.size, upstream.shape[2:]
+        maps = upstream.new_zeros(*upstream.shape[:2], size * size, height, width)
+        maps[:, :, size * size // 2] = upstream
+        for reached, source in _shifts(size, height, width):
+            maps[source] = upstream[reached]
+        taps = maps.flatten(3).flatten(1, 2)
+        d_pixels = torch.bmm(weight.mT, taps) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight)
+        for channels in _groups(pixels):
+            d_weight[..., channels] = torch.bmm(taps, pixels[:, channels].mT)
+        return d_pixels, d_weight, taps.sum(-1), None, None, None
+
+
+def _groups(pixels: Tensor) -> Iterator[slice]:
+    for begin in range(0, pixels.shape[1], CHANNELS_AT_ONCE):
+        yield slice(begin, begin + CHANNELS_AT_ONCE)
+
+
+def _shifts(size: int, height: int, width: int) -> Iterator[tuple[Any, Any]]:
+    """For every tap but the middle one, the logits (B, Q, H, W) that it reaches and what of (B, Q, k*k, H, W) reaches.
+
+    Tap t is shifted by (t // k - k // 2, t % k - k // 2), the order of ``F.fold``.
+    """
+    for tap in range(size * size):
+        down, right = tap // size - size // 2, tap % size - size // 2
+        if (down or right) and abs(down) < height and abs(right) < width:
+            (to_rows, rows), (to_columns, columns) = _overlap(down, height), _overlap(right, width)
+            yield (..., to_rows, to_columns), (slice(None), slice(None), tap, rows, columns)
+
+
+def _overlap(shift: int, length: int) -> tuple[slice, slice]:
+    """Where a line moved by ``shift`` lands on itself, and which part of it does."""
+    return slice(max(shift, 0), length + min(shift, 0)), slice(max(-shift, 0), length - max(shift, 0))
