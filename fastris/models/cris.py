@@ -92,9 +92,9 @@ class CRIS(
     def set_recompute(self, setting: str) -> CRIS:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
 
-        ``"none"`` keeps what autograd keeps; ``"pointwise"`` computes norms, ReLU, pooling and casts of the weights
-        again in the backward pass, but no convolution or matrix product; ``"stages"`` also the products of the image
-        encoder's first stages. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
+        ``"none"`` keeps what autograd keeps; ``"pointwise"`` computes norms, ReLU and casts of the weights again in the
+        backward pass, and the whole text encoder, but no convolution; ``"stages"`` also the image encoder's first
+        stages. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
         """
         for part in (self, self.backbone, self.backbone.visual):
             part.recompute = check_setting(setting)

@@ -78,10 +78,10 @@ class DenseResNet(ModifiedResNet):
         self.init_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        setting = self.recompute
-        x = recomputed([self.bn1, self.bn2, self.bn3], setting, self.stem, x, large=True)
-        c2 = recomputed([self.layer1], setting, self.layer1, x, large=True)
-        c3 = recomputed([self.layer2], setting, self.layer2, c2, large=True)
+        setting, whole = self.recompute, self.recompute == "stages"
+        x = recomputed([self.bn1, self.bn2, self.bn3], setting, self.stem, x, whole=whole)
+        c2 = recomputed([self.layer1], setting, self.layer1, x, whole=whole)
+        c3 = recomputed([self.layer2], setting, self.layer2, c2, whole=whole)
         c4 = recomputed([self.layer3], setting, self.layer3, c3)
         return c3, c4, recomputed([self.layer4, self.attnpool], setting, self._last_stage, c4)
 
@@ -147,6 +147,6 @@ class CLIPBackbone(nn.Module):
         length = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:length]
         causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
-        words = self.ln_final(recomputed([self.transformer], self.recompute, self.transformer, x, causal))
+        words = self.ln_final(recomputed([self.transformer], self.recompute, self.transformer, x, causal, whole=True))
         end = words[torch.arange(len(words), device=words.device), text.argmax(dim=-1)]
         return words, end @ self.text_projection

@@ -3,9 +3,12 @@
 Every convolution of the image encoder is followed by BatchNorm and ReLU. Autograd keeps the convolution's result for
 the norm's gradient and the ReLU's result for the next convolution's: two maps where one would do, because the second
 is a pointwise function of the first. ``"pointwise"`` keeps what products compute (convolutions, matrix products,
-attention) and computes the rest again: norms, ReLU, pooling, casts of the weights to autocast's dtype. ``"stages"``
-does too, but keeps nothing but the input of those stages of the image encoder that have the largest maps for the
-cheapest products: the stem, layer1 and layer2.
+attention) and the small maps that pooling leaves, and computes the rest again: norms, ReLU, casts of the weights to
+autocast's dtype. ``"stages"`` does too, but keeps nothing but the input of those stages of the image encoder that have
+the largest maps for the cheapest products: the stem, layer1 and layer2.
+
+Both keep nothing but the input of the text encoder. It computes little for its many small operations, of which every
+one costs time to watch.
 
 Both are ``torch.utils.checkpoint`` without reentrance, the first with selective contexts. A hand-written autograd
 function for convolution, norm and ReLU would keep as much and dispatch faster, but would have to do again, for every
@@ -19,6 +22,7 @@ The decoder and the projector are left alone: their autograd functions keep litt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,7 +36,8 @@ from fastris.dispatch import requested_impl, use_impl
 
 SETTINGS = ("none", "pointwise", "stages")
 
-_PRODUCTS = {f"{name}.default" for name in ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul")}
+_KEPT = ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "avg_pool2d")
+_PRODUCTS = {f"{name}.default" for name in _KEPT}
 _ATTENTION = "_scaled_dot_product"
 
 
@@ -44,7 +49,7 @@ def check_setting(setting: str) -> str:
 
 
 def recomputed(
-    modules: Sequence[nn.Module], setting: str, function: Callable[..., Any], *inputs: Tensor, large: bool = False
+    modules: Sequence[nn.Module], setting: str, function: Callable[..., Any], *inputs: Tensor, whole: bool = False
 ) -> Any:
     """``function(*inputs)``, with intermediate results that are computed again in the backward pass.
 
@@ -52,7 +57,7 @@ def recomputed(
         modules: what ``function`` calls, or what holds it; without them BatchNorm's statistics would move twice.
         setting: one of :data:`SETTINGS`.
         function: deterministic but for PyTorch's generators, whose state is restored for the second pass.
-        large: whether ``"stages"`` keeps nothing but the inputs; elsewhere it keeps what ``"pointwise"`` does.
+        whole: keep nothing but the inputs, instead of what products compute.
 
     Values, gradients, dropout masks and BatchNorm's running statistics are those of ``"none"``, bit for bit. Nothing is
     recomputed in eval mode or without gradients. Under ``torch.compile``, ``"pointwise"`` is left to the compiler,
@@ -61,9 +66,9 @@ def recomputed(
     """
     if setting == "none" or not any(module.training for module in modules) or not torch.is_grad_enabled():
         return function(*inputs)
-    whole = large and setting == "stages"
     if torch.compiler.is_compiling():
-        return checkpoint(function, *inputs, use_reentrant=False) if whole else function(*inputs)
+        stage = whole and setting == "stages"
+        return checkpoint(function, *inputs, use_reentrant=False) if stage else function(*inputs)
     kind, impl = inputs[0].device.type, requested_impl()
 
     def first_pass(*inputs: Tensor) -> Any:
@@ -80,6 +85,11 @@ def recomputed(
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _policy(operator)
+
+
+@functools.cache  # it is asked for every operation
+def _policy(operator: Any) -> CheckpointPolicy:
     namespace, _, name = str(operator).partition(".")
     if name in _PRODUCTS or name.startswith(_ATTENTION) or namespace == "fastris":
         return CheckpointPolicy.MUST_SAVE

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import requested_impl
+from fastris.ops.common import compute_dtype
 from fastris.ops.dropout_attention import attention_with_dropout
 from fastris.ops.random import dropout as drop
 from fastris.reference import AttentionWeights
@@ -50,7 +51,8 @@ def self_attention(
         return output.transpose(0, 1)
     dim = x.shape[-1]
     normed = F.layer_norm(x, (dim,), weights.norm_weight, weights.norm_bias, eps)
-    positioned = normed + positions
+    dtype = compute_dtype(x)
+    positioned, normed = (normed + positions).to(dtype), normed.to(dtype)  # once for all three products
     inputs = (positioned, positioned, normed)
     in_proj = zip(inputs, weights.in_proj_weight.chunk(3), weights.in_proj_bias.chunk(3), strict=True)
     query, key, value = (F.linear(*each).unflatten(-1, (num_heads, -1)).transpose(1, 2) for each in in_proj)
