@@ -135,10 +135,7 @@ class Result:
         """Whether an arm was refused, failed or ran out of memory."""
         tables = [*self.content["cases"], *filter(None, [self.content["memory"]])]
         cells = [cell for table in tables for cell in table["arms"].values()]
-        return any(cell["message"] and cell["status"] != LEFT_OUT for cell in cells)
-
-
-LEFT_OUT = "left out"
+        return any(cell["message"] and cell["status"] != report.LEFT_OUT for cell in cells)
 
 
 def run(config: BenchConfig) -> int:
@@ -187,7 +184,7 @@ def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting,
         for arm in arms:
             if arm not in soon:
                 why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
-                cells[arm.name] = Cell(arm.name, LEFT_OUT, why)
+                cells[arm.name] = Cell(arm.name, report.LEFT_OUT, why)
         result.content["cases"].append(_entry(case, cells, setting, roofline))
         if result.ceilings is not None:
             details.add_shares(result.content, result.ceilings)

@@ -26,9 +26,6 @@ SAMPLE_SECONDS = 0.02
 
 MAX_REPEATS = 50
 
-LONG_SECONDS = 2.0
-"""A step longer than this is warm after one."""
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -170,7 +167,8 @@ class Step:
 def _prepared_steps(case: Case, arms: Iterable[Arm], setting: Setting, cells: Mapping[str, Cell]) -> dict[str, Step]:
     """Each arm's step, warmed up, with the number of repeats that its length asks for.
 
-    Arms share a problem, and so its parameters, unless one is tuned and the other is not.
+    Arms share a problem, and so its parameters, unless one is tuned and the other is not. They warm up in turns, as
+    they are timed: memory that one arm leaves must fit the next.
     """
     steps: dict[str, Step] = {}
     problems: dict[bool, Problem] = {}
@@ -181,14 +179,19 @@ def _prepared_steps(case: Case, arms: Iterable[Arm], setting: Setting, cells: Ma
             if arm.tuned not in problems:
                 problems[arm.tuned] = case.problem().to(setting.device, setting.dtype, arm.tuned)
             step = Step(problems[arm.tuned], arm, case.timed)
-            seconds = timed(step, 1, setting.synchronize)
+            timed(step, 1, setting.synchronize)
             cell.kept_bytes = kept_bytes(step)
-            if seconds < LONG_SECONDS or arm.compile is not None:
-                seconds = timed(step, 1, setting.synchronize)
+            steps[arm.name] = step
+    warm = {}
+    for name, step in steps.items():
+        setting.progress(f"warming up {name} again")
+        cell = cells[name]
+        with failures_into(cell):
+            seconds = timed(step, 1, setting.synchronize)
             cell.peak_bytes = peak_bytes(step, setting.device)
             cell.repeats = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / seconds)))
-            steps[arm.name] = step
-    return steps
+            warm[name] = step
+    return warm
 
 
 def kept_bytes(step: Step) -> int | None:

@@ -143,7 +143,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def _tall_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     gain = gains(case)
     for place, (arm, cell) in enumerate(case["arms"].items()):
-        goal = case["goal"] if is_own(case, arm) else None
+        goal = case["goal"] if is_own(case, arm) and cell["status"] != LEFT_OUT else None
         yield (
             "" if place else case_name(case),
             arm,

@@ -112,6 +112,15 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
+def layout_for(device: torch.device) -> torch.memory_format:
+    """How images and convolutions are best laid out in memory for training on ``device``.
+
+    channels_last on GPUs, whose matrix units read it. On CPUs it would be faster, too, by a twentieth in float32, but
+    PyTorch's BatchNorm loses eight times more to rounding there: the whole model's logits 3e-5 and not 4e-6.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def choose_workers(workers: int | None) -> int:
     """The number of data loading processes: what was asked for, or for None one per CPU core, at most 4.
 

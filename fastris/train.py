@@ -30,7 +30,7 @@ from fastris.interrupt import StopSignal
 from fastris.metrics import Scores, batch_iou
 from fastris.models.config import CLIP_PRESETS, CLIPConfig
 from fastris.notices import end_if_unreadable, go_on, introduce, open_log, stop_signal, told_where_it_stands
-from fastris.optim import Precision, build_optimizer, build_scheduler, choose_device, choose_workers
+from fastris.optim import Precision, build_optimizer, build_scheduler, choose_device, choose_workers, layout_for
 from fastris.recipe import TrainConfig, describe_data, identity, model_config
 from fastris.runlog import RunLog, StepRecord, memory_mib
 from fastris.runstate import (
@@ -139,7 +139,8 @@ def _prepare_alone(
     device = choose_device(config.device)
     precision = Precision.choose(config.amp, device)
     seed_everything(config.manual_seed)
-    model = build_model(config, with_weights=saved is None and distributed.is_main()).to(device)
+    model = build_model(config, with_weights=saved is None and distributed.is_main())
+    model.to(device).to(memory_format=layout_for(device))
     set_recompute(model, config.recompute)
     if distributed.rank():  # each process drops out other elements
         seed_everything(digest(config.manual_seed, distributed.rank()))
@@ -239,6 +240,7 @@ def train_step(config: TrainConfig, run: Run, batch: dict[str, Tensor], *signals
     """One optimizer step on a batch, of which `batch` is this process's share; `signals` are summed over processes."""
     device = run.precision.device
     image, tokens, mask = (batch[name].to(device, non_blocking=True) for name in ("image", "tokens", "mask"))
+    image = image.contiguous(memory_format=layout_for(device))
     parts = config.accumulate
     total_loss = total_iou = torch.zeros((), device=device)
     run.optimizer.zero_grad(set_to_none=True)

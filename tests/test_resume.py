@@ -8,11 +8,13 @@ import torch
 import yaml
 from training_helpers import MODEL, rows, train_config, train_set, val_set
 
+from fastris import CRIS
 from fastris import train as training
 from fastris.checkpoint import load_torch
 from fastris.config import load_options
 from fastris.data.synthetic import SyntheticExpressions
 from fastris.interrupt import StopSignal
+from fastris.optim import layout_for
 from fastris.runlog import CsvLog, RunLog
 from fastris.runstate import restore_rng, rng_state
 from fastris.train import TrainConfig, train
@@ -72,6 +74,22 @@ def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted
     resumed = run_to_the_end(tmp_path, workers=workers, resume=True)
     assert not resumed.interrupted
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_layout_of_gpus_trains_saves_and_goes_on_exactly(tmp_path, interrupt_at, monkeypatch):
+    assert layout_for(torch.device("cuda")) is torch.channels_last
+    monkeypatch.setattr(training, "layout_for", lambda device: torch.channels_last)
+    whole, parts, saved = (tmp_path / name for name in ("whole", "parts", "saved"))
+    model = run_to_the_end(whole).model
+    convolution = model.backbone.visual.layer1[0].conv2.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last) and not convolution.is_contiguous()
+    interrupt_at(3)
+    run_to_the_end(parts)
+    run_to_the_end(parts, resume=True)
+    assert_same_run(parts, whole)
+    model.save_pretrained(saved)
+    for name, value in CRIS.from_pretrained(saved).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_run_interrupted_in_validation_goes_on_exactly(tmp_path, uninterrupted, monkeypatch):
