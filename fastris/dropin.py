@@ -30,6 +30,8 @@ from fastris.dropin_proof import Proof, Unproved, prove
 
 _MARK = "_fastris_patched"
 
+NOTHING_LEFT = "no other CRIS-style part was found; encoders, loss and the rest run as before"
+
 
 @dataclass
 class PatchReport:
@@ -46,7 +48,7 @@ class PatchReport:
             (
                 f"fastris replaced the forward of {count} module{'' if count == 1 else 's'}",
                 f"  replaced: {replaced or 'nothing'}",
-                f"  left alone: {left_alone or 'no other CRIS-style part was found'}",
+                f"  left alone: {left_alone or NOTHING_LEFT}",
             )
         )
 

@@ -154,6 +154,11 @@ def test_report_says_in_three_lines_what_was_replaced_and_what_was_left_alone():
     ]
 
 
+def test_report_says_that_what_it_does_not_name_runs_as_before():
+    text = str(patch(nn.ModuleDict({"backbone": nn.Conv2d(3, 8, 3), "head": MaskHead(48, 16)})))
+    assert "replaced: head (Projector)" in text and text.endswith("encoders, loss and the rest run as before")
+
+
 def test_decoder_around_strange_layers_is_replaced_without_touching_the_layers():
     model = NormlessDecoder(2, 32, 4, 64, dropout=0.0).eval()
     inputs = torch.randn(2, 32, 3, 5), torch.randn(2, 6, 32), torch.zeros(2, 6, dtype=torch.bool)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHANNELS_AT_ONCE = 16
+CHANNELS, CHANNELS_BACKWARD = 16, 32
+"""How many are read at once, for the taps and for the kernels' gradient."""
+
 LEAST_BYTES = 2**24
 """Below this, one call of the library is faster than several."""
 
@@ -46,8 +48,8 @@ class _StreamedTapSum(torch.autograd.Function):
         ctx.save_for_backward(pixels, weight)
         ctx.size = size
         taps = constants[..., None].repeat(1, 1, pixels.shape[2])
-        for channels in _groups(pixels):
-            taps.baddbmm_(weight[..., channels], pixels[:, channels])
+        for weights, group in zip(weight.split(CHANNELS, 2), pixels.split(CHANNELS, 1), strict=True):
+            taps.baddbmm_(weights, group)
         maps = taps.view(len(taps), -1, size * size, height, width)
         logits = maps[:, :, size * size // 2].clone()
         for reached, source in _shifts(size, height, width):
@@ -64,15 +66,8 @@ class _StreamedTapSum(torch.autograd.Function):
             maps[source] = upstream[reached]
         taps = maps.flatten(3).flatten(1, 2)
         d_pixels = torch.bmm(weight.mT, taps) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight)
-        for channels in _groups(pixels):
-            d_weight[..., channels] = torch.bmm(taps, pixels[:, channels].mT)
+        d_weight = torch.cat([torch.bmm(taps, group.mT) for group in pixels.split(CHANNELS_BACKWARD, 1)], 2)
         return d_pixels, d_weight, taps.sum(-1), None, None, None
-
-
-def _groups(pixels: Tensor) -> Iterator[slice]:
-    for begin in range(0, pixels.shape[1], CHANNELS_AT_ONCE):
-        yield slice(begin, begin + CHANNELS_AT_ONCE)
 
 
 def _shifts(size: int, height: int, width: int) -> Iterator[tuple[Any, Any]]:
