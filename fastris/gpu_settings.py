@@ -127,7 +127,7 @@ def set_recompute(model: nn.Module, mode: str) -> None:
     """Have the model compute some of its activations again in backward, in place of keeping them. Changes no number.
 
     `mode`: "none", "pointwise" (what is cheap to compute again) or "stages" (whole stages: the least memory, about a
-    fifth more time on a CPU at most).
+    seventh more time on a CPU).
 
     Raises:
         ValueError: the model does not offer it.
