@@ -74,7 +74,7 @@ def time_settings(
 ) -> dict[str, list[float]]:
     """Setting -> seconds of forward and backward in every round, on one model; settings take turns, after a warm-up.
 
-    In channels_last, as on a GPU; every setting is faster so, on CPUs too.
+    In channels_last, as training on a GPU: see :func:`fastris.optim.layout_for`.
     """
     model, data = model_and_batch(config, "none", device, batch)
     model.to(memory_format=torch.channels_last)

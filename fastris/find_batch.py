@@ -57,8 +57,8 @@ class StepProbe:
         self.config = config
         self.device = choose_device(config.device)
         self.precision = Precision.choose(config.amp, self.device)
-        layout = layout_for(self.device)
-        self.model = build_model(config, with_weights=False).to(self.device).to(memory_format=layout).train()
+        self.layout = layout_for(self.device)
+        self.model = build_model(config, with_weights=False).to(self.device).to(memory_format=self.layout).train()
         set_recompute(self.model, config.recompute)
         self.optimizer = build_optimizer(
             self.model, config.base_lr, config.lr_multi, fused=fused_on(config, self.device)
@@ -85,7 +85,7 @@ class StepProbe:
         tokens = tokenize("a " * self.model.config.word_len, self.model.config.word_len).tokens.to(self.device)
         shape = (images, several) if several > 1 else (images,)
         pixels = torch.randn(images, 3, side, side, device=self.device)
-        pixels = pixels.contiguous(memory_format=layout_for(self.device))
+        pixels = pixels.contiguous(memory_format=self.layout)
         mask = (torch.rand(*shape, 1, side, side, device=self.device) > 0.5).float()
         with self.precision.autocast():
             loss = self.model(pixels, tokens.expand(*shape, -1), mask)[2]
