@@ -45,6 +45,14 @@ def test_feed_forward_gradients_are_exact_in_float64():
     )
 
 
+@pytest.mark.parametrize("learnt", ["x", "up_weight", "down_weight", "inner_norm_bias"])
+def test_one_tensor_alone_can_be_learnt(learnt):
+    inputs = {name: value.double() for name, value in make_inputs(5).items()}
+    inputs[learnt].requires_grad_()
+    got, want = (torch.autograd.grad(path(**inputs).square().sum(), inputs[learnt])[0] for path in (ours, published))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+
+
 def test_what_inner_dropout_drops_gets_no_gradient_and_the_rest_is_scaled():
     inputs = {name: value.double() for name, value in make_inputs(50, dim=8, hidden=16).items()}
     hidden_bias = inputs["up_bias"].requires_grad_()

@@ -82,9 +82,10 @@ class _FeedForward(torch.autograd.Function):
         d_hidden = d_rectified.to(rectified.dtype)
         torch.ops.aten.threshold_backward.grad_input(d_hidden, rectified, 0, grad_input=d_hidden)
         hidden_rows = d_hidden.flatten(0, -2)
-        d_up_weight = hidden_rows.T @ x.flatten(0, -2)
+        need_x, need_up_weight, *_ = ctx.needs_input_grad  # a frozen layer needs neither product
+        d_up_weight = hidden_rows.T @ x.flatten(0, -2) if need_up_weight else None
         return (
-            d_hidden @ up_weight,
+            d_hidden @ up_weight if need_x else None,
             d_up_weight,
             hidden_rows.sum(0),
             d_norm_weight,
