@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fastris.data.annotated import DUPLICATE_ID, MENDS, AnnotatedDataset, UnusableReference
+from fastris.data.annotated import MENDS, AnnotatedDataset, UnusableReference
 from fastris.data.base import Reference
+from fastris.data.usable import Seen
 
 LONG_PHRASE = "over-long phrase"
-BAD_PHRASE = "phrase without a word"
 UNREADABLE_FILE = "unreadable annotation file"
 
 MENDS_OF_CHECK = MENDS | {
     LONG_PHRASE: "training and evaluation cut it to word_len tokens, as published; word_len=0 leaves this check out",
-    BAD_PHRASE: "write a phrase that names the object, of at most 1000 characters",
     UNREADABLE_FILE: "do what the message says, or download the file again",
 }
 """Problem, as `check` reports it -> what to do about it."""
@@ -82,53 +80,30 @@ def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport
 
 
 def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent) -> SplitReport:
-    """Read every sentence, image and mask of a split that was opened with `on_error="defer"`.
+    """Hold every reference of a split that was opened with `on_error="defer"` against `fastris.data.usable`'s rule.
 
     Args:
         dataset: the split.
         word_len: phrases of more tokens than this, start and end included, are reported; 0: none is.
         track: shows how far it is.
     """
-    report, images, ref_ids = SplitReport(len(dataset)), set[Any](), set[int | str]()
-    looked: dict[Path, UnusableReference | None] = {}
+    report, images, seen = SplitReport(len(dataset)), set[Any](), Seen()
     for index in track(range(len(dataset)), len(dataset), f"check {dataset.name} {dataset.split}"):
+        for error in dataset.problems(index, seen):
+            report.note(error.problem, error.ref_id, error.detail)
         try:
             reference = dataset.reference(index)
-            report.count(reference, images)
-            if reference.ref_id in ref_ids:
-                report.note(DUPLICATE_ID, reference.ref_id, "another reference has this id")
-            ref_ids.add(reference.ref_id)
-            _check_phrases(report, reference, word_len)
-            _look(dataset, index, looked)
-            dataset.mask(index)
-        except UnusableReference as error:
-            report.note(error.problem, error.ref_id, error.detail)
+        except UnusableReference:
+            continue
+        report.count(reference, images)
+        _check_lengths(report, reference, word_len)
     return report
 
 
-def _look(dataset: AnnotatedDataset, index: int, looked: dict[Path, UnusableReference | None]) -> None:
-    """Decode the image of a reference, once for all that share the file; raises what is wrong with it."""
-    source = dataset.encoded_image(index)
-    if isinstance(source, bytes):
-        dataset.image(index)
-        return
-    if source not in looked:
-        try:
-            dataset.image(index)
-            looked[source] = None
-        except UnusableReference as error:
-            looked[source] = error
-    found = looked[source]
-    if found is not None:
-        raise UnusableReference(str(found), found.problem, dataset.reference(index).ref_id, found.detail)
-
-
-def _check_phrases(report: SplitReport, reference: Reference, word_len: int) -> None:
+def _check_lengths(report: SplitReport, reference: Reference, word_len: int) -> None:
+    """Report the phrases that training and evaluation will cut."""
     from fastris.data.tokens import tokenize
 
     for sentence in reference.sentences if word_len else ():
-        try:
-            if tokenize(sentence, word_len).truncated[0]:
-                report.note(LONG_PHRASE, reference.ref_id, f"over {word_len} tokens: {sentence[:200]!r}")
-        except ValueError as error:
-            report.note(BAD_PHRASE, reference.ref_id, str(error)[:300])
+        if tokenize(sentence, word_len).truncated[0]:
+            report.note(LONG_PHRASE, reference.ref_id, f"over {word_len} tokens: {sentence[:200]!r}")

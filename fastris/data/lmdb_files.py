@@ -20,6 +20,7 @@ from fastris.data.extras import need
 from fastris.data.paths import leaves_by_link, safe_name
 from fastris.data.records import ID, field
 from fastris.data.unpickle import loads_plain
+from fastris.data.usable import Seen
 
 SPLIT_ALIASES = {"val-test": "val"}
 LAYOUT = "the LMDB layout of CRIS"
@@ -136,14 +137,15 @@ class LmdbDataset(AnnotatedDataset):
         everything = list(range(len(self._keys)))
         if on_error != "skip":
             return everything
-        self._order, order, unusable = everything, [], []
+        self._order, order, unusable, seen = everything, [], [], Seen()
         for number in everything:
             try:
-                item = self._item(number)
-                self._check_size(item)
-                self._check_mask(item)
+                error = self._first_problem(self._item(number), seen, on_error)
+            except UnusableReference as found:
+                error = found
+            if error is None:
                 order.append(number)
-            except UnusableReference as error:
+            else:
                 unusable.append(error)
         self._account(unusable, len(everything), len(order), on_error)
         return order
@@ -161,7 +163,7 @@ class LmdbDataset(AnnotatedDataset):
             raise
         except DataError as error:
             raise UnusableReference(str(error), ref_id=f"record {number}") from error
-        self._check_sentences(item)
+        self._rule.sentences(item)
         return item
 
     def _build(self, record: Any, where: str) -> Annotated:

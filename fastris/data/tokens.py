@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastris.data.usable import MAX_CHARACTERS
+
 START, END, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77
-MAX_CHARACTERS = 1000  # the time of byte-pair encoding grows with the square of a word's length
 
 
 class TokenBatch(NamedTuple):
@@ -53,7 +54,7 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
 
     Raises:
         ValueError: `word_len` is out of range, or a sentence is empty or only white space, longer than 1000
-            characters, or spells one of the vocabulary's marks; the message quotes it.
+            characters, spells one of the vocabulary's marks, or holds half of a character; the message quotes it.
         TypeError: a sentence is not a string.
 
     Source: `tokenize` in the published `utils/dataset.py`, which is CLIP's own with truncation.
@@ -72,11 +73,18 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
     return TokenBatch(tokens, truncated)
 
 
+def check_sentence(sentence: str) -> None:
+    """ValueError, as of `tokenize`, where it does not take the sentence."""
+    _checked_words("sentence", sentence)
+
+
 def _checked_words(name: str, sentence: str) -> tuple[int, ...]:
     if not isinstance(sentence, str):
         raise TypeError(f"{name} is {type(sentence).__name__}, but must be a string")
     if len(sentence) > MAX_CHARACTERS:
         raise ValueError(f"{name} has {len(sentence)} characters, but may have {MAX_CHARACTERS}; give a short phrase")
+    if any("\ud800" <= character <= "\udfff" for character in sentence):
+        raise ValueError(f"{name}={sentence!r} holds half of a character (a lone surrogate); write it anew")
     words = _encode(sentence)
     if not words:
         raise ValueError(f"{name}={sentence!r} holds no word; give an expression that names the object")
