@@ -351,7 +351,7 @@ class EvalConfig:
     rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
     images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
     format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
-    on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
+    on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
     out: Path | None = option(
         None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
     )

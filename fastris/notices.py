@@ -88,7 +88,8 @@ def end_if_unreadable(run: Run, failure: Unreadable | None, save: Callable[[], N
         save()
         with distributed.together():
             if failure is not None:
+                another = " (with on_error=skip as a new run)" if "pass on_error='skip'" in failure.message else ""
                 raise DataError(
                     f"{failure.message}. The next batch needs reference {failure.index}, so the run ends here; "
-                    f"{run.last} is from step {run.saved_step}. Mend it, then go on with {go_on(run)}"
+                    f"{run.last} is from step {run.saved_step}. Mend it, then go on with {go_on(run)}{another}"
                 ) from RuntimeError(failure.where)

@@ -39,7 +39,7 @@ class TrainConfig:
     val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
     images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
     format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
-    on_error: Literal["raise", "skip"] = option("raise", "what to do about references whose annotation is unusable")
+    on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
     input_size: int | None = option(
         None, "side of the letterboxed square; none: the model's, 416 as published", "pixels"
     )

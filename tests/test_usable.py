@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from format_trees import LIBRARIES, make_lmdb_tree, make_parquet_tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from refer_tree import IMAGE_FOLDER, make_refer_tree
 from training_helpers import rows as log_rows
@@ -27,7 +29,7 @@ from fastris.data.check import MENDS_OF_CHECK, check_split
 from fastris.data.formats import open_split
 from fastris.data.letterbox import letterbox
 from fastris.data.samples import EvalSamples, TrainSamples
-from fastris.data.usable import MENDS
+from fastris.data.usable import MENDS, PLAIN
 from fastris.expressions import ImageSamples
 from fastris.rules import RULES
 from fastris.train import train
@@ -389,10 +391,19 @@ def broken_folder(root: Path) -> Path:
 
 def test_training_and_validation_go_through_what_skip_leaves(tmp_path: Path) -> None:
     root = broken_folder(tmp_path / "data")
-    given = {"dataset": "folder", "data_root": str(root), "val_split": "train", "val_sentences": "all"}
-    train(train_config(tmp_path / "run", **given, on_error="skip", pictures=0))
+    options = {"dataset": "folder", "data_root": str(root), "val_split": "train", "val_sentences": "all"}
+    train(train_config(tmp_path / "run", **options, on_error="skip", pictures=0))
     assert [row["step"] for row in log_rows(tmp_path / "run" / "log.csv")][-1] == "2"
     assert cli.main(["data", "check", str(root)]) == 1
+
+
+def test_a_damaged_image_ends_a_run_that_was_not_told_to_skip_with_both_ways_on(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", image_as(JPEG[:-200]))
+    options = {"dataset": "folder", "data_root": str(root), "batch_size": 4, "evaluate": False}
+    with pytest.raises(
+        DataError, match=r"unreadable image at ref_id 1 .*--resume \(with on_error=skip as a new run\)$"
+    ):
+        train(train_config(tmp_path / "run", **options))
 
 
 def test_a_file_that_is_damaged_after_skip_has_looked_is_an_error_that_does_not_recommend_skip(tmp_path: Path) -> None:
@@ -425,14 +436,16 @@ def test_plain_phrases_need_no_vocabulary(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(folder(root)("raise")) == 4
 
 
-@pytest.mark.parametrize("text", ["!", "'s", "a", "0", "~x~", "a > b", "100% (left)", "x" * 1000, "#", "a\\b"])
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=255), min_size=1, max_size=12))
 def test_phrases_taken_without_a_look_at_the_vocabulary_are_taken_with_it(text: str) -> None:
     from fastris.data.tokens import check_sentence
 
-    check_sentence(text)
+    if PLAIN.fullmatch(text):
+        check_sentence(text)
 
 
 def test_every_problem_has_a_mend_and_only_messages_of_the_rule_recommend_skip() -> None:
     assert MENDS.items() <= MENDS_OF_CHECK.items()
     sources = [path.read_text(encoding="utf-8") for path in Path(cli.__file__).parent.rglob("*.py")]
-    assert sum(len(re.findall(r"pass on_error='skip'", source)) for source in sources) == 1
+    assert sum(len(re.findall(r"or pass on_error='skip'", source)) for source in sources) == 1

@@ -41,7 +41,7 @@ class DataConfig:
     copy_images: bool = option(False, "convert: copy the images instead of a link to their folder")
     on_error: Literal["raise", "skip"] = option("raise", "convert: what to do about references that are unusable")
     word_len: int | None = option(
-        None, "check: longer phrases are reported; none: as published, 17 or 22; 0: do not check", "tokens"
+        None, "check: longer phrases are reported; none: as published, 17 or 22; 0: at no length", "tokens"
     )
     json: bool | str = option(False, "inspect, check: the report as JSON, on the console or in the file of this name")
     progress: bool = option(True, "show a progress bar on a terminal")
@@ -50,7 +50,7 @@ class DataConfig:
         if self.dataset not in ("auto", *NAMES):
             raise ValueError(f"dataset={self.dataset!r} is unknown; choose auto or one of {', '.join(NAMES)}")
         if self.word_len is not None and self.word_len and not 3 <= self.word_len <= 77:
-            raise ValueError(f"word_len={self.word_len} must lie in 3..77, or be 0 to leave phrases unchecked")
+            raise ValueError(f"word_len={self.word_len} must lie in 3..77, or be 0 to report none as too long")
         if (self.action == "convert") != (self.out is not None):
             raise ValueError(
                 "convert needs out=, the new folder" if self.out is None else f"{self.action} writes no out="

@@ -67,7 +67,7 @@ class LmdbDataset(AnnotatedDataset):
         split: "train", "val", ...; "val-test" means "val".
         root: the folder described above, or the file.
         masks: the folder of the masks, if it is another one.
-        on_error: "raise" or "skip".
+        on_error: "raise" or "skip"; the latter alone notices two records of one id.
 
     Raises:
         DataError: no such file, one that is damaged, or one that was written with pyarrow.serialize, with the way to

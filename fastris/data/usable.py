@@ -69,7 +69,7 @@ MENDS = {
 }
 """Problem of a reference, as it appears in `.skipped` -> what to do about it."""
 
-_PLAIN = re.compile(r"(?=[^0-9A-Za-z]*[0-9A-Za-z])[ -%'-;=-~]+")  # a word in ASCII; neither "&" (HTML) nor "<" (marks)
+PLAIN = re.compile(r"(?=[^0-9A-Za-z]*[0-9A-Za-z])[ -%'-;=-~]+")  # a word in ASCII; neither "&" (HTML) nor "<" (marks)
 
 
 class UnusableReference(DataError):
@@ -190,7 +190,7 @@ class Rule:
             raise self.unusable(DUPLICATE_ID, item, "another reference has this id")
         seen.ids.add(reference.ref_id)
         other = seen.images.setdefault(reference.image_id, image)
-        if other != image:
+        if other is not image and other != image:
             what = f"{other.name} has its image_id" if isinstance(other, Path) else "another image has its image_id"
             raise self.unusable(TWO_IMAGES, item, f"{what}, {reference.image_id!r}, too")
 
@@ -211,7 +211,7 @@ class Rule:
     def sentences(self, item: Annotated) -> None:
         """Whether `tokenize` takes every sentence; the vocabulary is loaded only for those that need it."""
         for sentence in item.reference.sentences:
-            if len(sentence) <= MAX_CHARACTERS and _PLAIN.fullmatch(sentence):
+            if len(sentence) <= MAX_CHARACTERS and PLAIN.fullmatch(sentence):
                 continue
             if not sentence:
                 raise self.unusable(EMPTY_SENTENCE, item, f"sentences are {str(item.reference.sentences)[:300]}")
