@@ -17,7 +17,7 @@ CASES = [
     Case(1, 5, 20, 11, 17, size=1),
 ]
 CASE = Case(2, 2, 6, 5, 4, pointwise=7)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PATHS = ["reference", "torch"]
 
 
@@ -51,7 +51,8 @@ def test_the_published_loss_is_the_interpolated_binary_cross_entropy(reduction):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4), (10, 8), (416, 416)])
 def test_a_mask_of_any_size_is_resized_as_published(size):
     fast, published = (contrastive(impl, CASE.target(*size)) for impl in ("torch", "reference"))
-    assert_path_same(fast, published, CASE.inputs(), torch.float32)
+    for dtype in (torch.float64, torch.float32):
+        assert_path_same(fast, published, CASE.inputs(), dtype)
 
 
 @pytest.mark.parametrize("impl", PATHS)

@@ -31,7 +31,7 @@ def published(x, **weights):
     return reference.feed_forward(x, FeedForwardWeights(**weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("leading", [(1, 1), (7, 3), (5,), (0, 2)])
 def test_feed_forward_has_the_published_values_and_gradients(leading, dtype):
     assert_path_same(ours, published, make_inputs(*leading), dtype)

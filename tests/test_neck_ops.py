@@ -62,7 +62,7 @@ def test_pointwise_conv_without_bias_equals_that_of_the_concatenation():
     torch.testing.assert_close(fast_cat(**inputs), published_cat(**inputs), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("widths", [((32,), (32,)), ((16, 16), (24,))])
 def test_pointwise_conv_precision_is_within_the_bounds(widths, dtype):
     assert_path_same(fast_cat, published_cat, make_maps(widths), dtype)
@@ -108,7 +108,7 @@ def test_split_coordinates_without_bias_equal_appended_ones():
     torch.testing.assert_close(coord_conv(**inputs), published_coordinates(**inputs), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_split_coordinates_precision_is_within_the_bounds(dtype):
     options = {"padding": 1}
     assert_path_same(
@@ -138,7 +138,7 @@ def test_compiled_without_graph_breaks_equals_eager(fast, inputs):
     expected = run_with_gradients(fast, inputs)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     for name, value in run_with_gradients(compiled, inputs).items():
-        torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
 
 
 def test_reference_is_the_published_formula():

@@ -35,7 +35,7 @@ def ours(x, *, heads=4, **weights):
     return self_attention(x, positions, AttentionWeights(**weights), heads, impl="torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 13), (3, 36)])
 def test_self_attention_has_the_published_values_and_gradients(batch, rows, dtype):
     assert_path_same(ours, published, make_inputs(batch, rows, 32), dtype)

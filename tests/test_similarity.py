@@ -19,7 +19,7 @@ CASES = [
     Case(1, 1, 256, 13, 13, pointwise=256),
 ]
 TINY = [Case(1, 1, 1, 1, 1), Case(2, 1, 3, 1, 1, size=5, pointwise=3), Case(1, 2, 5, 2, 1, size=1, pointwise=2)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 POINTWISE = Case(2, 2, 6, 5, 4, pointwise=7)
 
 
@@ -46,15 +46,17 @@ def test_folding_is_exact_algebra(case):
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
-def test_maps_smaller_than_the_kernel_are_right(case):
-    assert_path_same(similarity("torch"), similarity("reference"), case.inputs(), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_maps_smaller_than_the_kernel_are_right(case, dtype):
+    assert_path_same(similarity("torch"), similarity("reference"), case.inputs(), dtype)
 
 
 @pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
 def test_any_memory_layout_gives_the_same_numbers(layout):
-    inputs = POINTWISE.inputs()
-    inputs["features"] = layouts(inputs["features"])[layout]
-    assert_path_same(similarity("torch"), similarity("reference"), inputs, torch.float32)
+    for dtype in (torch.float64, torch.float32):
+        inputs = POINTWISE.inputs()
+        inputs["features"] = layouts(inputs["features"].to(dtype))[layout]
+        assert_path_same(similarity("torch"), similarity("reference"), inputs, dtype)
 
 
 def test_gradient_of_a_channels_last_map_is_channels_last():

@@ -44,8 +44,9 @@ def test_streaming_is_exact(case, streamed):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_streaming_in_float32_is_as_close_to_the_truth_as_the_published_code(case, streamed):
-    assert_path_same(similarity("torch"), similarity("reference"), case.inputs(), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_streaming_has_the_published_values_and_gradients(case, dtype, streamed):
+    assert_path_same(similarity("torch"), similarity("reference"), case.inputs(), dtype)
     assert streamed
 
 
@@ -64,9 +65,10 @@ def test_first_and_second_derivatives_pass_gradcheck(case, streamed):
 
 @pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
 def test_any_memory_layout_gives_the_same_numbers(layout, streamed):
-    inputs = Case(2, 2, 6, 5, 4, pointwise=7).inputs()
-    inputs["features"] = layouts(inputs["features"])[layout]
-    assert_path_same(similarity("torch"), similarity("reference"), inputs, torch.float32)
+    for dtype in (torch.float64, torch.float32):
+        inputs = Case(2, 2, 6, 5, 4, pointwise=7).inputs()
+        inputs["features"] = layouts(inputs["features"].to(dtype))[layout]
+        assert_path_same(similarity("torch"), similarity("reference"), inputs, dtype)
 
 
 def test_a_kernel_alone_can_be_learnt(streamed):

@@ -17,7 +17,7 @@ from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_sta
 
 # (B, C, C', H, W): single pixels, lines, odd and prime sizes, CRIS's shapes at a small width
 CASES = [(1, 8, 8, 1, 1), (2, 5, 3, 1, 4), (1, 3, 7, 6, 1), (3, 7, 5, 5, 2), (2, 16, 11, 13, 7), (1, 24, 16, 26, 26)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 by_matrices = partial(upsample2x_conv3x3, impl="torch")
 
 
@@ -73,7 +73,8 @@ def test_channels_last_precision_is_within_the_bounds(dtype):
 def test_extreme_magnitudes_keep_relative_precision(scale):
     inputs = make_inputs((1, 6, 5, 4, 3))
     inputs["x"] *= scale
-    assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, torch.float32)
+    for dtype in (torch.float64, torch.float32):
+        assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, dtype)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,7 @@ def test_any_strides_give_the_same_numbers(view):
     inputs = make_inputs((2, 6, 5, 6, 7))
     inputs["x"] = view(inputs["x"])
     inputs["weight"] = inputs["weight"][:, : inputs["x"].shape[1]]
-    for name, value in run_with_gradients(by_matrices, inputs).items():
-        torch.testing.assert_close(value, run_with_gradients(reference.upsample2x_conv3x3, inputs)[name])
+    assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, torch.float64)
 
 
 def test_memory_format_follows_the_input():
@@ -237,14 +237,15 @@ def test_non_finite_values_stay_in_their_sample():
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_statistics_are_those_of_the_returned_output(impl):
     inputs = make_inputs((3, 6, 5, 4, 7))
-    for dtype in (torch.float64, *DTYPES):
+    for dtype in DTYPES:
         low = {name: value.to(dtype) for name, value in inputs.items()}
         output, mean, var = upsample2x_conv3x3_stats(**low, impl=impl)
         assert torch.equal(output, upsample2x_conv3x3(**low, impl=impl))
         assert mean.dtype is var.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
         expected_var, expected_mean = torch.var_mean(output.double(), dim=(0, 2, 3), correction=0)
-        torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(var.double(), expected_var, rtol=1e-5, atol=1e-6)
+        bound = {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(mean.double(), expected_mean, **bound)
+        torch.testing.assert_close(var.double(), expected_var, **bound)
 
 
 def test_variance_survives_a_large_mean():
