@@ -1,0 +1,398 @@
+"""The operators' own tests are attacked: off by a millionth in any one place, every operator fails them in float64."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import test_feed_forward
+import test_neck_ops
+import test_self_attention
+import torch
+from bounds import assert_path_same, assert_same
+from cross_attention_cases import Case as CrossCase
+from cross_attention_cases import masked_formula
+from similarity_cases import Case, similarity
+from test_upsample_conv import by_matrices
+from test_upsample_conv import make_inputs as upsample_inputs
+from torch import Tensor
+
+import fastris.ops
+from fastris import dispatch, reference
+from fastris.ops import streamed_taps
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.dropout_attention import attention_with_dropout, dropout_mask
+from fastris.ops.neck import coord_conv
+from fastris.ops.upsample_conv import upsample2x_conv3x3_stats
+
+OFF = 1 + 1e-6
+MODULES = [importlib.import_module(f"fastris.ops.{found.name}") for found in pkgutil.iter_modules(fastris.ops.__path__)]
+
+
+@dataclass
+class Problem:
+    """A fast path, the published formula and what both are asked; ``data`` are the inputs that have no gradient."""
+
+    fast: Callable
+    published: Callable
+    inputs: dict[str, Tensor]
+    data: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, fast: Callable | None = None) -> None:
+        """The assertion of the operator's own tests."""
+        assert_path_same(fast or self.fast, self.published, self.inputs, torch.float64)
+
+    def assert_seen(self, what: str, fast: Callable | None = None) -> None:
+        """Fail unless :meth:`check` finds a wrong number."""
+        try:
+            self.check(fast)
+        except AssertionError as error:
+            assert " of scale " in str(error), f"{what}: not a wrong number but {error}"
+        else:
+            pytest.fail(f"{what} may be off by {OFF - 1:.0e}, and nothing is seen")
+
+
+def cross(case: CrossCase) -> Problem:
+    return Problem(case.call("torch"), case.call("reference"), case.inputs())
+
+
+def cross_with_dropout() -> Problem:
+    case, rates = CrossCase(2, 5, 3, 32, 2, real=(3, 2)), {"dropout": 0.4, "attention_dropout": 0.3}
+
+    def fast(**inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return case.call("torch", **rates, training=True)(**inputs)
+
+    def published(**inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        dropped = torch.empty(2, 2, 3, 5, dtype=torch.bool).bernoulli_(0.3)  # the order in memory
+        kept = torch.empty(2, 5, 32, dtype=torch.bool).bernoulli_(0.6)
+        return masked_formula(case, ~dropped.permute(0, 3, 1, 2), kept, 0.3, 0.4)(**inputs)
+
+    return Problem(fast, published, case.inputs())
+
+
+def attention_under_its_own_mask() -> Problem:
+    inputs = {name: torch.randn(1, 2, 5, 4) for name in ("query", "key", "value")}
+
+    def fast(**inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return attention_with_dropout(**inputs, dropout=0.3)
+
+    def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        mask = dropout_mask(1, 2, 5, 5, 0.3, int(torch.randint(2**62, (1,)).item()))
+        return (torch.softmax(query @ key.mT / 2, -1) * mask / 0.7) @ value
+
+    return Problem(fast, published, inputs)
+
+
+def pixels_against_text(layout: torch.memory_format = torch.contiguous_format, stream: bool = False) -> Problem:
+    inputs = Case(2, 2, 6, 5, 4, pointwise=7).inputs()
+    inputs["features"] = inputs["features"].double().contiguous(memory_format=layout)
+
+    def fast(**tensors: Tensor) -> Tensor:
+        with mock.patch.object(streamed_taps, "LEAST_BYTES", 0 if stream else streamed_taps.LEAST_BYTES):
+            return similarity("torch")(**tensors)
+
+    return Problem(fast, similarity("reference"), inputs)
+
+
+def loss(reduction: str, weighted: bool) -> Problem:
+    case = Case(2, 2, 6, 5, 4, pointwise=7)
+    inputs = case.inputs() | {"target": case.target()}
+    options: dict[str, Any] = {"reduction": reduction}
+    if weighted:
+        inputs["pos_weight"] = torch.rand(2, 1, 1)
+        options["ignore_mask"] = case.ignore_mask()
+    fast, published = (partial(text_to_pixel_contrastive_loss, impl=impl, **options) for impl in ("torch", "reference"))
+    return Problem(fast, published, inputs, ("target", "pos_weight"))
+
+
+def statistics() -> Problem:
+    def published(**inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = reference.upsample2x_conv3x3(**inputs)
+        var, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
+        return output, mean, var
+
+    return Problem(partial(upsample2x_conv3x3_stats, impl="torch"), published, upsample_inputs((2, 3, 4, 3, 2)))
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "cross_attention": lambda: cross(CrossCase(2, 5, 3, 32, 2, real=(3, 2))),
+    "cross_attention, projected": lambda: cross(CrossCase(2, 5, 3, 16, 8, real=(3, 2))),
+    "cross_attention, dropout": cross_with_dropout,
+    "self_attention": lambda: Problem(
+        test_self_attention.ours, test_self_attention.published, test_self_attention.make_inputs(2, 5, 16)
+    ),
+    "attention_with_dropout": attention_under_its_own_mask,
+    "feed_forward": lambda: Problem(
+        test_feed_forward.ours, test_feed_forward.published, test_feed_forward.make_inputs(5, dim=6, hidden=10)
+    ),
+    "text_to_pixel_similarity": pixels_against_text,
+    "text_to_pixel_similarity, channels last": lambda: pixels_against_text(torch.channels_last),
+    "text_to_pixel_similarity, streamed": lambda: pixels_against_text(stream=True),
+    "text_to_pixel_contrastive_loss": lambda: loss("mean", weighted=False),
+    "text_to_pixel_contrastive_loss, weighted": lambda: loss("none", weighted=True),
+    "upsample2x_conv3x3": lambda: Problem(by_matrices, reference.upsample2x_conv3x3, upsample_inputs((2, 3, 4, 3, 2))),
+    "upsample2x_conv3x3_stats": statistics,
+    "pointwise_conv_cat": lambda: Problem(
+        test_neck_ops.fast_cat, test_neck_ops.published_cat, test_neck_ops.make_maps(((2, 3), (3, 2)))
+    ),
+    "coord_conv": lambda: Problem(
+        partial(coord_conv, padding=1),
+        partial(test_neck_ops.published_coordinates, padding=1),
+        test_neck_ops.make_coordinates(3),
+    ),
+}
+"""Operator, or operator and way through it -> a small problem. Every operator has to be here."""
+
+INSIDE = {
+    "cross_attention": """
+        cross_attention._trim cross_attention._absorb cross_attention._absorbed
+        absorbed_attention.absorbed_attention absorbed_attention._AbsorbedAttention.forward
+        absorbed_attention._AbsorbedAttention.backward absorbed_attention._query absorbed_attention._gather
+        absorbed_attention._kept absorbed_attention._softmax_backward absorbed_attention._norm_backward
+        absorbed_attention._by_head""",
+    "cross_attention, projected": "cross_attention._projected",
+    "cross_attention, dropout": "absorbed_attention.kept_scale",
+    "self_attention": "self_attention._attend random.dropout",
+    "attention_with_dropout": """
+        dropout_attention._DropoutAttention.forward dropout_attention._DropoutAttention.backward
+        dropout_attention._softmax""",
+    "feed_forward": "feed_forward._FeedForward.forward feed_forward._FeedForward.backward feed_forward._norm",
+    "text_to_pixel_similarity": "similarity.fold similarity.shifted_tap_sum",
+    "text_to_pixel_similarity, streamed": """
+        streamed_taps.streamed_tap_sum streamed_taps._StreamedTapSum.forward streamed_taps._StreamedTapSum.backward""",
+    "text_to_pixel_contrastive_loss": "contrastive._pixel_loss contrastive._reduce",
+    "upsample2x_conv3x3": """
+        upsample_conv._UpsampleConv.forward upsample_conv._UpsampleConv.backward upsample_conv._cast
+        upsample_conv._forward upsample_conv._backward upsample_conv._add_product upsample_conv._tap_matrices
+        upsample_conv._axis_matrices upsample_conv._axis_map upsample_conv._lines upsample_conv._store""",
+    "pointwise_conv_cat": "neck._sum neck._up2",
+}
+"""Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
+
+HARMLESS = {
+    "dropout_attention.dropout_mask": "true or false",
+    "random.dropped": "true or false",
+    "upsample_conv._empty_like": "not yet written",
+    "similarity.reference_similarity": "the published formula",
+    "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
+    "contrastive._checked_pos_weight": "as _counted_pixels",
+}
+"""What else computes tensors, and why it is not attacked."""
+
+ATTACKED = {name: problem for problem, names in INSIDE.items() for name in names.split()}
+
+
+def operators() -> set[str]:
+    """Public functions of ``fastris.ops`` that choose a path, and those that compute under a mask of their own."""
+    found = {name for module in MODULES for name, function in functions_of(module) if "impl" in parameters(function)}
+    return found | set(fastris.ops.__all__) | set(dispatch.OPERATORS) | {"attention_with_dropout"}
+
+
+def insides() -> dict[str, Callable]:
+    """Every other function of ``fastris.ops`` that returns tensors or numbers, or fills tensors, by module and name."""
+    found = {}
+    for module in MODULES:
+        short = module.__name__.rpartition(".")[2]
+        for name, function in functions_of(module):
+            hint = typing.get_type_hints(function).get("return")
+            checks = name.lstrip("_").startswith("check")
+            if (hint is type(None) and not checks) or holds_numbers(hint):
+                found[f"{short}.{name}"] = function
+        for name, kind in vars(module).items():
+            if (
+                inspect.isclass(kind)
+                and issubclass(kind, torch.autograd.Function)
+                and kind.__module__ == module.__name__
+            ):
+                found |= {f"{short}.{name}.{method}": getattr(kind, method) for method in ("forward", "backward")}
+    return {name: function for name, function in found.items() if name.rpartition(".")[2] not in operators()}
+
+
+def functions_of(module: Any) -> Iterator[tuple[str, Callable]]:
+    """The functions that a module defines, by name."""
+    for name, value in vars(module).items():
+        if inspect.isfunction(value) and value.__module__ == module.__name__:
+            yield name, value
+
+
+def parameters(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def holds_numbers(hint: Any) -> bool:
+    """Whether a return annotation is of tensors or floats, alone or in tuples."""
+    if hasattr(hint, "_fields"):
+        return any(map(holds_numbers, typing.get_type_hints(hint).values()))
+    return hint in (Tensor, float) or any(map(holds_numbers, typing.get_args(hint)))
+
+
+INSIDES = insides()
+
+
+def scaled(value: Any) -> Any:
+    return value * OFF if isinstance(value, float) or is_real(value) else value
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return scaled(gradient)
+
+
+@contextmanager
+def replaced(name: str, wrapper: Callable) -> Iterator[None]:
+    """``wrapper(function, *arguments)`` in place of a function of ``fastris.ops``, wherever it was imported to."""
+    function = INSIDES[name]
+    short, *owner, _ = name.split(".")
+    call = partial(wrapper, function)
+    places: list[tuple[Any, str, Any]] = [
+        (module, at, call) for module in MODULES for at, value in vars(module).items() if value is function
+    ]
+    if owner:
+        module = importlib.import_module(f"fastris.ops.{short}")
+        places = [(getattr(module, owner[0]), function.__name__, staticmethod(call))]
+    with pytest.MonkeyPatch.context() as patch:
+        for place in places:
+            patch.setattr(*place)
+        yield
+
+
+def changed(values: tuple, index: int) -> tuple:
+    return tuple(scaled(value) if at == index else value for at, value in enumerate(values))
+
+
+def with_result_off(index: int, function: Callable, *arguments: Any) -> Any:
+    result = function(*arguments)
+    if not isinstance(result, tuple):
+        return scaled(result)
+    values = changed(result, index)
+    return type(result)(*values) if hasattr(result, "_fields") else values
+
+
+def with_argument_off(index: int, function: Callable, *arguments: Any) -> Any:
+    return function(*changed(arguments, index))
+
+
+def numbers_of(name: str, problem: Problem) -> tuple[Callable, list[int]]:
+    """How to set one of a function's numbers off, and the places that hold some in ``problem``.
+
+    They are those of its results; of its arguments, where it fills tensors and returns nothing.
+    """
+    found: set[int] = set()
+    fills = typing.get_type_hints(INSIDES[name]).get("return") is type(None)
+
+    def watch(function: Callable, *arguments: Any) -> Any:
+        result = function(*arguments)
+        values = arguments if fills else result if isinstance(result, tuple) else (result,)
+        found.update(at for at, value in enumerate(values) if isinstance(value, float) or is_real(value))
+        return result
+
+    with replaced(name, watch):
+        problem.check()
+    return with_argument_off if fills else with_result_off, sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tables", "bound"),
+    [(torch.float64, False, 1e-10), (torch.float64, True, 1e-6), (torch.float32, False, 1e-5)],
+)
+def test_the_bound_is_a_fraction_of_the_scale(dtype, tables, bound):
+    truth = torch.linspace(-7, 5, 9, dtype=torch.float64)
+    hold = partial(assert_same, published=truth.to(dtype), truth=truth, name="x", float32_tables=tables)
+    hold((truth + 7 * 0.9 * bound).to(dtype))
+    with pytest.raises(AssertionError, match="x: error"):
+        hold((truth + 7 * 1.1 * bound).to(dtype))
+
+
+def test_a_float64_question_may_not_be_answered_in_float32():
+    x = {"x": torch.ones(3)}  # exact in both
+    with pytest.raises(AssertionError, match=r"output 0: torch\.float32, where .* torch\.float64"):
+        assert_path_same(lambda x: x.float() * 2, lambda x: x * 2, x, torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"torch\.float32"):
+        assert_same(one.float(), one, one, "x")
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_nothing_is_found_where_nothing_is_off(name):
+    PROBLEMS[name]().check()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_an_input_off_by_a_millionth_is_seen(name):
+    problem = PROBLEMS[name]()
+    for operand in problem.inputs:
+        problem.assert_seen(operand, lambda at=operand, **x: problem.fast(**x | {at: scaled(x[at])}))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_gradient_off_by_a_millionth_is_seen(name):
+    problem = PROBLEMS[name]()
+    for operand in problem.inputs.keys() - set(problem.data):
+        wrong = lambda at=operand, **x: problem.fast(**x | {at: _ScaledGradient.apply(x[at])})  # noqa: E731
+        problem.assert_seen(f"the gradient of {operand}", wrong)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_an_output_off_by_a_millionth_is_seen(name):
+    problem = PROBLEMS[name]()
+    outputs = problem.fast(**{key: value.double() for key, value in problem.inputs.items()})
+    for index in range(len(outputs) if isinstance(outputs, tuple) else 1):
+        problem.assert_seen(f"output {index}", lambda at=index, **x: with_result_off(at, lambda: problem.fast(**x)))
+
+
+@pytest.mark.parametrize("name", ATTACKED)
+def test_a_number_inside_off_by_a_millionth_is_seen(name):
+    problem = PROBLEMS[ATTACKED[name]]()
+    off, places = numbers_of(name, problem)
+    assert places, f"{name} is not called by {ATTACKED[name]}"
+    for index in places:
+        with replaced(name, partial(off, index)):
+            problem.assert_seen(f"number {index} of {name}")
+
+
+def test_every_operator_is_attacked():
+    assert {name.partition(",")[0] for name in PROBLEMS} == operators()
+
+
+def test_every_function_inside_is_attacked_or_says_why_not():
+    assert set(ATTACKED) | set(HARMLESS) == set(insides())
+    assert not set(ATTACKED) & set(HARMLESS)
+
+
+def test_a_new_operator_or_function_must_be_attacked(monkeypatch):
+    def new_operator(x: Tensor, *, impl: str = "auto") -> Tensor:
+        return x
+
+    def _new_table(x: Tensor) -> tuple[Tensor, float]:
+        return x, 1.0
+
+    for function in (new_operator, _new_table):
+        function.__module__ = "fastris.ops.neck"
+        monkeypatch.setattr(fastris.ops.neck, function.__name__, function, raising=False)
+    with pytest.raises(AssertionError, match="new_operator"):
+        test_every_operator_is_attacked()
+    with pytest.raises(AssertionError, match="_new_table"):
+        test_every_function_inside_is_attacked_or_says_why_not()
