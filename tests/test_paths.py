@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from bounds import EXACT
 from test_cris import make_tokens, small_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastris import CRIS, use_impl
+from fastris.nn import decoder
+
+OFF = 1 + 1e-6
 
 
-def make_model(dropout: float = 0.0) -> CRIS:
+HEADS = {"absorbed": 2, "projected": 4}
+"""Which way the cross-attention goes for this batch's words -> heads of the decoder."""
+
+
+def make_model(dropout: float = 0.0, way: str = "projected") -> CRIS:
     torch.manual_seed(0)
-    model = CRIS(small_config(num_layers=2, dropout=dropout))
+    model = CRIS(small_config(num_layers=2, dropout=dropout, num_head=HEADS[way]))
     for parameter in model.parameters():  # CLIP starts some norms at zero, which would hide what is behind them
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -52,10 +61,37 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], relativ
         assert error <= relative * scale, f"{name}: error {error:.2e} of scale {scale:.2e}"
 
 
-def test_training_step_in_float64_is_the_published_one_in_every_gradient_and_statistic():
-    model, (images, tokens, masks) = make_model().double(), make_batch()
+@pytest.mark.parametrize("way", HEADS)
+def test_training_step_in_float64_is_the_published_one_in_every_gradient_and_statistic(way):
+    model, (images, tokens, masks) = make_model(way=way).double(), make_batch()
     batch = images.double(), tokens, masks.double()
-    assert_close(training_step(model, "torch", batch), training_step(model, "reference", batch), 1e-10)
+    assert_close(training_step(model, "torch", batch), training_step(model, "reference", batch), EXACT)
+
+
+@pytest.fixture(scope="module")
+def exact_step() -> tuple[CRIS, tuple[Tensor, ...], dict[str, Tensor]]:
+    """A model in float64, its batch, and the published training step."""
+    model, (images, tokens, masks) = make_model(way="absorbed").double(), make_batch()
+    batch = images.double(), tokens, masks.double()
+    return model, batch, training_step(model, "reference", batch)
+
+
+@pytest.mark.parametrize("number", ["absorbed keys", "absorbed values", "position tables"])
+def test_training_step_in_float64_shows_a_millionth(exact_step, number, monkeypatch):
+    model, batch, expected = exact_step
+    operator = importlib.import_module("fastris.ops.cross_attention")  # the package has its function by this name
+    absorb, table = operator._absorb, decoder._table_for
+
+    def absorb_wrongly(*arguments):
+        keys, bias, values = absorb(*arguments)
+        return (keys * OFF, bias, values) if number == "absorbed keys" else (keys, bias, values * OFF)
+
+    if number == "position tables":
+        monkeypatch.setattr(decoder, "_table_for", lambda *arguments: table(*arguments) * OFF)
+    else:
+        monkeypatch.setattr(operator, "_absorb", absorb_wrongly)
+    with pytest.raises(AssertionError, match="of scale"):
+        assert_close(training_step(model, "torch", batch), expected, EXACT)
 
 
 def test_eval_logits_in_float32_are_within_a_hundred_thousandth_of_the_truth():
@@ -66,9 +102,10 @@ def test_eval_logits_in_float32_are_within_a_hundred_thousandth_of_the_truth():
         assert_close({"logits": model(images, tokens)}, {"logits": truth}, 1e-5)
 
 
+@pytest.mark.parametrize("way", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_step_loses_no_more_than_the_published_formula_in_the_same_precision(dtype):
-    model, (images, tokens, masks) = make_model(), make_batch()
+def test_training_step_loses_no_more_than_the_published_formula_in_the_same_precision(dtype, way):
+    model, (images, tokens, masks) = make_model(way=way), make_batch()
     truth = training_step(copy.deepcopy(model).double(), "reference", (images.double(), tokens, masks.double()))
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         ours = training_step(model, "torch", (images, tokens, masks))
@@ -92,7 +129,7 @@ def test_channels_last_model_gives_the_same_step():
     images, masks = images.double(), masks.double()
     expected = training_step(model, "torch", (images, tokens, masks))
     layout = {"memory_format": torch.channels_last}
-    assert_close(training_step(model.to(**layout), "torch", (images.to(**layout), tokens, masks)), expected, 1e-10)
+    assert_close(training_step(model.to(**layout), "torch", (images.to(**layout), tokens, masks)), expected, EXACT)
 
 
 @pytest.mark.slow
@@ -103,13 +140,13 @@ def test_compiled_without_graph_breaks_equals_eager(training):
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     with use_impl("torch"):
         if not training:
-            return assert_close({"logits": compiled(images, tokens)}, {"logits": model(images, tokens)}, 1e-10)
+            return assert_close({"logits": compiled(images, tokens)}, {"logits": model(images, tokens)}, EXACT)
         (logits, _, loss), (other, _, other_loss) = model(images, tokens, masks), compiled(images, tokens, masks)
         loss.backward()
         other_loss.backward()
-    assert_close({"logits": other, "loss": other_loss.detach()}, {"logits": logits, "loss": loss.detach()}, 1e-10)
+    assert_close({"logits": other, "loss": other_loss.detach()}, {"logits": logits, "loss": loss.detach()}, EXACT)
     eager = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_close({n: p.grad for n, p in compiled._orig_mod.named_parameters() if n in eager}, eager, 1e-10)
+    assert_close({n: p.grad for n, p in compiled._orig_mod.named_parameters() if n in eager}, eager, EXACT)
 
 
 def test_gradient_checkpointing_of_the_decoder_draws_the_same_dropout_again():
