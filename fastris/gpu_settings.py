@@ -3,10 +3,10 @@
 =====  ===========  ==========  =====  ===================================================
 gpu=   micro-batch  recompute   GiB    of a batch of 64, cris_r50 at 416 pixels, bf16
 =====  ===========  ==========  =====  ===================================================
-8gb    16           stages      5.2    4 parts; BatchNorm sees 16 references at a time
-12gb   32           pointwise   8.8    2 parts; BatchNorm sees 32
-16gb   64           stages      9.6    the whole batch at once, as published
-24gb   64           pointwise   13.8   the whole batch at once, as published
+8gb    16           stages      5.4    4 parts; BatchNorm sees 16 references at a time
+12gb   32           stages      7.0    2 parts; BatchNorm sees 32
+16gb   64           stages      10.2   the whole batch at once, as published
+24gb   64           pointwise   14.3   the whole batch at once, as published
 =====  ===========  ==========  =====  ===================================================
 
 Whatever the setting, an optimizer step averages the published batch of 64. What may change is BatchNorm: its statistics
@@ -14,7 +14,7 @@ follow the micro-batch, which is what one forward pass sees, so that a run of se
 one. `--find-batch` looks for the largest part that fits; recomputation changes no number.
 
 The sizes are worked out, not measured on these cards: see :func:`estimate_gib`. They leave a quarter of the card, which
-is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (18.5 GiB), and is faster.
+is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (19.1 GiB), and is faster.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class GpuSetting:
 
 SETTINGS = {
     "8gb": GpuSetting(8, 16, "stages"),
-    "12gb": GpuSetting(12, 32, "pointwise"),
+    "12gb": GpuSetting(12, 32, "stages"),
     "16gb": GpuSetting(16, 64, "stages"),
     "24gb": GpuSetting(24, 64, "pointwise"),
 }
 """The table above, from the smallest card to the largest."""
 
-_STEP_MIB = {"none": (271, 233), "pointwise": (79, 161), "stages": (79, 94)}
+_STEP_MIB = {"none": (263, 242), "pointwise": (72, 169), "stages": (72, 103)}
 """Peak of forward and backward in MiB, (whatever the batch, for each reference): cris_r50, 416 pixels, bf16 autocast,
-sentences of 10 tokens. Counted from the storages alive in a step on a CPU with batches of 2 and 3."""
+17 tokens. Counted from the storages alive in a step on a CPU: the peaks in ``bench/results/whole_memory.json``."""
 
 _WEIGHTS_GIB, _OTHER_GIB = 2.19, 1.5
 """146.8 million weights with gradients and Adam's two moments in float32; and a guess at what CUDA's context, cuDNN's

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from training_helpers import train_config, train_set
 
-from fastris import find_batch, gpu_settings
+from fastris import CRIS, CRISConfig, find_batch, gpu_settings
 from fastris import train as training
 from fastris.config import load_options
 from fastris.find_batch import StepProbe, largest_that_fits
@@ -23,6 +26,8 @@ from fastris.gpu_settings import (
 from fastris.recipe import TrainConfig
 from fastris.train import train
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_every_setting_keeps_the_published_batch(name: str) -> None:
@@ -37,11 +42,30 @@ def test_every_setting_leaves_a_quarter_of_the_card_by_the_estimate(setting: Gpu
     assert estimate_gib(setting.micro_batch, setting.recompute) < 0.75 * setting.memory
 
 
-def test_the_documented_table_is_the_one_in_use() -> None:
+def test_the_documented_tables_are_the_one_in_use() -> None:
+    readme = (ROOT / "README.md").read_text().splitlines()
     for name, setting in SETTINGS.items():
         gib = f"{estimate_gib(setting.micro_batch, setting.recompute):.1f}"
         row = next(line for line in gpu_settings.__doc__.splitlines() if line.startswith(f"{name} "))
         assert row.split()[:4] == [name, str(setting.micro_batch), setting.recompute, gib]
+        assert f"| `{name}` | {setting.micro_batch} | {setting.recompute} | {gib} GiB |" in readme
+    assert f"({estimate_gib(64, 'none'):.1f} GiB)" in gpu_settings.__doc__
+
+
+@pytest.mark.parametrize("file", ["whole_memory.json", "whole_memory_batch2.json"])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "stages"])
+def test_the_estimate_uses_the_counted_peaks(file: str, recompute: str) -> None:
+    cells = json.loads((ROOT / "bench" / "results" / file).read_text())["cells"]
+    (cell,) = (cell for cell in cells if (cell["arm"], cell["recompute"]) == ("torch", recompute))
+    for references in {setting.micro_batch for setting in SETTINGS.values()}:
+        fixed, each = max(cell["lines"].values(), key=lambda line: line[0] + references * line[1])
+        assert (round(fixed / 2**20), round(each / 2**20)) == gpu_settings._STEP_MIB[recompute]
+
+
+def test_the_estimate_counts_the_weights_their_gradients_and_two_moments() -> None:
+    with torch.device("meta"):
+        model = CRIS(CRISConfig.preset("cris_r50"))
+    assert round(16 * sum(p.numel() for p in model.parameters()) / 2**30, 2) == gpu_settings._WEIGHTS_GIB
 
 
 def test_settings_ask_for_less_memory_from_large_to_small() -> None:
@@ -142,7 +166,7 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path, monkeypatch) -> 
         ([], "24gb"),
         (["recompute=pointwise"], "16gb"),
         (["recompute=stages"], "12gb"),
-        (["accumulate=4"], "8gb"),
+        (["accumulate=4"], "12gb"),  # 16 references that keep everything need more than 32 by stages
         (["accumulate=16"], None),
         (["gpu=24gb", "accumulate=4"], "8gb"),
         (["gpu=24gb", "accumulate=16"], None),
