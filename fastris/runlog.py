@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -104,6 +105,36 @@ class CsvLog:
             writer.writerows(rows)
 
 
+class _Lasting:
+    """A stream for the console that outlives its terminal: where nobody is left to read, what is written is dropped.
+
+    Otherwise a run whose terminal was closed would end by its next line, before it could save.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropped():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropped():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+
+
 class SilentLog:
     """Stands in for :class:`RunLog` where another process of the run keeps the log: every call does nothing."""
 
@@ -152,7 +183,8 @@ class RunLog:
         self.validations = CsvLog(
             folder / "val.csv", VAL_COLUMNS, last_step if last_validation is None else last_validation
         )
-        self.console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
+        lasting = cast(TextIO, _Lasting(stream or sys.stderr))
+        self.console = Console(file=lasting, soft_wrap=True, highlight=False, markup=False)
         self._show_bar = progress and self.console.is_terminal
         self._bar: Any = None
 
