@@ -27,6 +27,7 @@ from fastris.data.letterbox import letterbox
 from fastris.data.synthetic import REFERENCES, SyntheticExpressions
 from fastris.data.tokens import tokenize
 from fastris.interrupt import StopSignal
+from fastris.runlock import locked
 
 if TYPE_CHECKING:
     from fastris.evaluate import EvalResult
@@ -96,13 +97,22 @@ class Scenes:
 
 
 def run(config: DemoConfig) -> int:
-    """Train, evaluate on held-out scenes with right and with wrong phrases, and write everything to ``config.out``."""
+    """Train, evaluate on held-out scenes with right and with wrong phrases, and write everything to ``config.out``.
+
+    Raises:
+        ValueError: options out of range, or another demo is writing into the folder.
+    """
+    if config.steps < 1 or config.images < 2 or config.scenes < config.images or config.held_out < 1:
+        raise ValueError("steps and held_out must be at least 1, images at least 2, scenes at least images")
+    with locked(Path(config.out), ("out",)):
+        return _run(config)
+
+
+def _run(config: DemoConfig) -> int:
     from fastris.evaluate import evaluate
     from fastris.models.config import CRISConfig
     from fastris.models.cris import CRIS
 
-    if config.steps < 1 or config.images < 2 or config.scenes < config.images or config.held_out < 1:
-        raise ValueError("steps and held_out must be at least 1, images at least 2, scenes at least images")
     started = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

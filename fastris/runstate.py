@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 import shlex
 import tempfile
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -22,6 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastris import distributed
 from fastris.data.samples import digest
 from fastris.optim import Precision
+from fastris.randomness import restore_rng, rng_state, seed_everything
+from fastris.runlock import locked
 from fastris.skipped import MEND_NOT_FINITE, Statistics
 
 if TYPE_CHECKING:
@@ -289,6 +289,33 @@ def check_same_recipe(path: Path, saved: Mapping[str, Any], now: Mapping[str, An
         )
 
 
+@contextmanager
+def own_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Within this block `folder` is this run's alone. The main process takes it, on behalf of all of them.
+
+    What killed runs left there half written goes. `patience`: seconds to wait for a run that has the folder.
+
+    Raises:
+        ValueError: another run has it.
+        OSError: nothing can be written into it.
+    """
+    with ExitStack() as stack:
+        with distributed.together():
+            if distributed.is_main():
+                _check_writable(folder)
+                if stack.enter_context(locked(folder, ("output_folder", "exp_name"), patience)):
+                    _clear(folder)
+        yield
+
+
+def _clear(folder: Path) -> None:
+    from fastris.modelcard import CARD
+    from fastris.storage import remove_leftovers
+
+    for name in (LAST, PREVIOUS, BEST, LOG, "val.csv", OPTIONS, CARD):
+        remove_leftovers(folder / name)
+
+
 def find_checkpoint(folder: Path, resume: bool | str | None, restarted: bool = False) -> Path | None:
     """The checkpoint to go on from, or None to start a new run in `folder`.
 
@@ -296,12 +323,12 @@ def find_checkpoint(folder: Path, resume: bool | str | None, restarted: bool = F
     run; or the path of a checkpoint or of another run's folder. Where `torchrun` has `restarted` the processes, the
     folder's own checkpoint is the one, whatever `resume` says.
 
+    Of a folder that others may write into the answer can be out of date: call it within :func:`own_folder`.
+
     Raises:
         ValueError: a new run would overwrite the one that the folder holds.
         FileNotFoundError: there is nothing to resume.
-        OSError: nothing can be written into `folder`.
     """
-    _check_writable(folder)
     own = _newest(folder)
     holds_run = own.exists() or (folder / BEST).exists() or _has_rows(folder / LOG)
     if restarted and own.exists():
@@ -366,34 +393,3 @@ def save_options(config: Any, folder: Path) -> None:
 def resume_command(folder: Path) -> str:
     """The command line that continues the run in `folder`."""
     return f"fastris train {shlex.quote(str(folder / OPTIONS))} --resume"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's (CPU and CUDA) global random number generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state(device: torch.device | None = None) -> dict[str, Any]:
-    """The state of all global random number generators, in types that `weights_only=True` reads back.
-
-    Of CUDA's the one of `device`, if that is a CUDA device.
-    """
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device)] if device is not None and device.type == "cuda" else [],
-    }
-
-
-def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Undo everything since :func:`rng_state`; a CUDA state goes to `device`, if that is a CUDA device."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and device is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][0], device)

@@ -45,16 +45,16 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
     What ``path`` held takes the place of ``keep``, a path on the same file system, if that is given.
 
     On any error, Ctrl-C included, the temporary file is removed and ``path`` is as before. What a killed process left
-    behind for the same ``path`` goes once it is an hour old. Raises OSError naming ``path``.
+    behind for the same ``path`` or ``keep`` goes once it is an hour old. Raises OSError naming ``path``.
     """
-    path = Path(path).expanduser()
-    path = path.resolve() if path.is_symlink() else path
+    path = _real(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it, such as {path / 'last.pth'}")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
+        for written in (path,) if keep is None else (path, Path(keep).expanduser()):
+            _remove_stale(written, _STALE_AFTER)
         yield temporary
         _sync(temporary)
         if keep is not None and path.exists():
@@ -158,7 +158,12 @@ def _keep(path: Path, keep: Path) -> None:
     except OSError:
         os.replace(path, keep)
         return
-    os.replace(link, keep)
+    try:
+        os.replace(link, keep)
+    except BaseException:
+        with suppress(OSError):
+            link.unlink()
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -170,12 +175,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what killed processes left behind when they wrote ``path``; only for who knows that nobody writes it now.
+
+    Without that knowledge :func:`replacing` does so for what is an hour old.
+    """
+    _remove_stale(_real(path), 0.0)
+    _remove_stale(Path(path).expanduser(), 0.0)  # as ``keep`` is written, beside a link
+
+
+def _remove_stale(path: Path, age: float) -> None:
+    """Remove temporary files of ``path`` that were last written ``age`` seconds ago, or earlier."""
+    if not path.parent.is_dir():
+        return
     for leftover in path.parent.iterdir():
         if leftover.name.startswith(f".{path.name}.") and leftover.suffix == ".tmp":
             with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > _STALE_AFTER:
+                if not age or time.time() - leftover.stat().st_mtime > age:
                     leftover.unlink()
+
+
+def _real(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path.resolve() if path.is_symlink() else path
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

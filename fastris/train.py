@@ -41,6 +41,7 @@ from fastris.runstate import (
     Run,
     SavedState,
     find_checkpoint,
+    own_folder,
     resume_command,
     seed_everything,
 )
@@ -72,8 +73,8 @@ def train(
     In a process that `torchrun` started it is one of the processes of a run, each of which must call it alike.
 
     Raises:
-        ValueError: options that do not fit, a folder that already holds a run, data that cannot fill one batch, a
-            sample that cannot be read (the run was saved just before it).
+        ValueError: options that do not fit, a folder that already holds a run or that another process is running one
+            in, data that cannot fill one batch, a sample that cannot be read (the run was saved just before it).
         FileNotFoundError: nothing to resume, no weights or data where the options say.
         OSError: the disk is full, or the folder cannot be written to.
         RuntimeError: the loss or a weight stopped being finite; `last.pth` is from before that. Or a process that reads
@@ -81,11 +82,15 @@ def train(
     """
     device = choose_device(config.device)
     with sums_of(config, device), distributed.joined(device, config.process_timeout):
-        return _train(config, train_set, val_set)
+        restarted = any(distributed.gather(distributed.restarted()))
+        # A file server may need a while to notice that a machine, and with it the run's last process there, is gone.
+        with own_folder(config.folder, patience=min(120, 30 * config.process_timeout) if restarted else 0):
+            return _train(config, train_set, val_set, restarted)
 
 
-def _train(config: TrainConfig, train_set: ReferringDataset | None, val_set: ReferringDataset | None) -> TrainResult:
-    restarted = any(distributed.gather(distributed.restarted()))
+def _train(
+    config: TrainConfig, train_set: ReferringDataset | None, val_set: ReferringDataset | None, restarted: bool
+) -> TrainResult:
     checkpoint = distributed.from_main(lambda: find_checkpoint(config.folder, config.resume, restarted))
     with distributed.together():
         train_set = load_split(config, config.train_split) if train_set is None else train_set

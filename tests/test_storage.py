@@ -106,6 +106,30 @@ def test_leftovers_of_killed_processes_go_after_an_hour(tmp_path):
     assert names_in(tmp_path) == sorted([fresh.name, other.name, "last.pth"])
 
 
+def test_leftovers_under_the_name_that_the_old_file_gets_go_after_an_hour_too(tmp_path):
+    fresh, stale = (tmp_path / name for name in (".previous.pth.aa.tmp", ".previous.pth.bb.tmp"))
+    for leftover in (fresh, stale):
+        leftover.write_bytes(b"half")
+    os.utime(stale, (time.time() - 7200,) * 2)
+    save_atomic({"epoch": 1}, tmp_path / "last.pth", keep=tmp_path / "previous.pth")
+    assert names_in(tmp_path) == sorted([fresh.name, "last.pth"])
+
+
+def test_old_file_that_cannot_be_kept_leaves_no_second_name_behind(tmp_path, monkeypatch):
+    path, keep, replace = tmp_path / "last.pth", tmp_path / "previous.pth", os.replace
+    save_atomic({"epoch": 1}, path)
+
+    def refuse(source, target):
+        if target == keep:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"could not write .*last\.pth"):
+        save_atomic({"epoch": 2}, path, keep=keep)
+    assert load_torch(path) == {"epoch": 1} and names_in(tmp_path) == ["last.pth"]
+
+
 def test_symlinked_checkpoint_stays_a_link_to_the_new_content(tmp_path):
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "real.pth", tmp_path / "last.pth"
