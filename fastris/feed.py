@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fastris.data.samples import EpochSampler, TrainSamples, worker_init
+from fastris.data.samples import EpochSampler, TrainSamples, digest, worker_init
 from fastris.data.tokens import PAD, tokenize
 from fastris.interrupt import leave_signals_to_parent
+from fastris.randomness import drawing_from
 
 Batch = dict[str, Tensor]
+
+_DRAWS = 1  # sets what a sample draws apart from the choice of its sentence
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,28 @@ class Unreadable:
     where: str
 
 
+@dataclass(frozen=True)
+class DeadWorker:
+    """A process that read samples has died: how, and what may help."""
+
+    message: str
+
+
 class Feed:
     """The batches of an epoch, from where the sampler stands; the one that comes next is always read already.
 
     So a sample that cannot be read is known one step early, while every weight is still as the last step left it:
-    `failure` is set then, and the iteration ends.
+    `failure` is set then, and the iteration ends. The death of a worker process is such a failure, too. PyTorch tells
+    of it by an exception wherever the main process happens to be, half a step done, say; within the context that a
+    feed is, it is told here and between two steps.
     """
 
     def __init__(self, samples: TrainSamples, sampler: EpochSampler, workers: int, device: torch.device):
         """A new loader, so that its workers know the epoch; it draws from no global random numbers."""
-        self.failure: Unreadable | None = None
+        self.failure: Unreadable | DeadWorker | None = None
+        self._death: RuntimeError | None = None
+        self._waiting = False
+        self._tell: Any = None  # PyTorch's handler of SIGCHLD
         self._batches = iter(
             DataLoader(
                 _Reported(samples),
@@ -49,7 +66,20 @@ class Feed:
                 generator=torch.Generator(),
             )
         )
+        self._workers = workers
         self._next = self._read()
+
+    def __enter__(self) -> Feed:
+        if self._workers and threading.current_thread() is threading.main_thread():
+            previous = signal.getsignal(signal.SIGCHLD)
+            if callable(previous):
+                self._tell = previous
+                signal.signal(signal.SIGCHLD, self._child_has_ended)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._tell is not None:
+            signal.signal(signal.SIGCHLD, self._tell)
 
     def __iter__(self) -> Iterator[Batch]:
         while (batch := self._next) is not None:
@@ -57,11 +87,34 @@ class Feed:
             yield batch
 
     def _read(self) -> Batch | None:
-        batch = next(self._batches, None)
+        try:
+            batch = self._wait_for_batch()
+        except RuntimeError as error:
+            if (death := dead_worker(error)) is None:
+                raise
+            self.failure = DeadWorker(death)
+            return None
         if isinstance(batch, Unreadable):
             self.failure = batch
             return None
         return batch
+
+    def _wait_for_batch(self) -> Batch | Unreadable | None:
+        self._waiting = True
+        try:
+            if self._death is not None:
+                raise self._death
+            return next(self._batches, None)
+        finally:
+            self._waiting = False
+
+    def _child_has_ended(self, number: int, frame: Any) -> None:
+        try:
+            self._tell(number, frame)
+        except RuntimeError as error:
+            if dead_worker(error) is None or self._waiting:
+                raise
+            self._death = error
 
 
 def dead_worker(error: BaseException) -> str | None:
@@ -87,7 +140,11 @@ def count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
 
 
 class _Reported(Dataset):
-    """Training samples, or an :class:`Unreadable` instead of an exception, whose message PyTorch would bury."""
+    """Training samples, or an :class:`Unreadable` instead of an exception, whose message PyTorch would bury.
+
+    What a data set draws from the global generators (an augmentation, say) is decided by (seed, epoch, index) alone,
+    as is the sentence: it is the same in every worker, and when a resumed run reads the sample again.
+    """
 
     def __init__(self, samples: TrainSamples):
         self.samples = samples
@@ -97,7 +154,8 @@ class _Reported(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Unreadable:
         try:
-            return self.samples[index]
+            with drawing_from(digest(self.samples.seed, self.samples.epoch, index, _DRAWS)):
+                return self.samples[index]
         except Exception as error:
             return Unreadable(index, str(error) or type(error).__name__, traceback.format_exc())
 

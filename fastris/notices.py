@@ -9,7 +9,7 @@ from typing import cast
 from fastris import distributed
 from fastris.data import DataError
 from fastris.data.samples import EpochSampler, TrainSamples
-from fastris.feed import Unreadable, dead_worker
+from fastris.feed import DeadWorker, Unreadable, dead_worker
 from fastris.interrupt import StopSignal
 from fastris.recipe import TrainConfig, passed_over
 from fastris.runlog import RunLog, SilentLog
@@ -82,14 +82,17 @@ def go_on(run: Run) -> str:
     return command if distributed.world_size() == 1 else f"torchrun's options as before and -m {command}"
 
 
-def end_if_unreadable(run: Run, failure: Unreadable | None, save: Callable[[], None]) -> None:
-    """End the run, saved as of its last step, if any process has met a sample that cannot be read."""
+def end_if_unreadable(run: Run, failure: Unreadable | DeadWorker | None, save: Callable[[], None]) -> None:
+    """End the run, saved as of its last step, if any process has met a sample that cannot be read, or lost a worker."""
     if any(distributed.gather(failure is not None)):
         save()
+        left = f"{run.last} is from step {run.saved_step}"
         with distributed.together():
+            if isinstance(failure, DeadWorker):
+                raise RuntimeError(f"{failure.message}. {left}; go on with {go_on(run)}")
             if failure is not None:
                 another = " (with on_error=skip as a new run)" if "pass on_error='skip'" in failure.message else ""
                 raise DataError(
                     f"{failure.message}. The next batch needs reference {failure.index}, so the run ends here; "
-                    f"{run.last} is from step {run.saved_step}. Mend it, then go on with {go_on(run)}{another}"
+                    f"{left}. Mend it, then go on with {go_on(run)}{another}"
                 ) from RuntimeError(failure.where)

@@ -189,6 +189,33 @@ def train_epoch(
     with distributed.together():
         feed = Feed(samples, sampler, choose_workers(config.workers), run.precision.device)
     end_if_unreadable(run, feed.failure, lambda: _save(run, log))
+    with feed:
+        _train_on(feed, config, run, samples, sampler, log, stop)
+    log.end_epoch()
+    if position.batch < batches:
+        return False
+    log.note(
+        f"epoch {position.epoch + 1}/{config.epochs} done: mean loss {position.mean_loss:.4f}, "
+        f"mean training IoU {100 * position.mean_iou:.1f} %"
+    )
+    if position.skipped:
+        log.note(f"{position.skipped} of its batches were left out; {skipped.SKIPPED} lists them")
+    if position.truncated:
+        log.note(f"{position.truncated} of its expressions were longer than {samples.word_len} tokens and were cut")
+    return True
+
+
+def _train_on(
+    feed: Feed,
+    config: TrainConfig,
+    run: Run,
+    samples: TrainSamples,
+    sampler: EpochSampler,
+    log: RunLog,
+    stop: StopSignal,
+) -> None:
+    """All steps of :func:`train_epoch`."""
+    position = run.position
     started = time.perf_counter()
     for batch in feed:
         signals = (count_cut(samples, batch), stop.requested, feed.failure is not None)
@@ -211,18 +238,6 @@ def train_epoch(
         if unreadable:
             end_if_unreadable(run, feed.failure, lambda: _save(run, log))
         started = time.perf_counter()
-    log.end_epoch()
-    if position.batch < batches:
-        return False
-    log.note(
-        f"epoch {position.epoch + 1}/{config.epochs} done: mean loss {position.mean_loss:.4f}, "
-        f"mean training IoU {100 * position.mean_iou:.1f} %"
-    )
-    if position.skipped:
-        log.note(f"{position.skipped} of its batches were left out; {skipped.SKIPPED} lists them")
-    if position.truncated:
-        log.note(f"{position.truncated} of its expressions were longer than {samples.word_len} tokens and were cut")
-    return True
 
 
 class StepResult(NamedTuple):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,12 +13,13 @@ from training_helpers import MODEL, rows, train_config, train_set, val_set
 
 from fastris import CRIS
 from fastris import train as training
-from fastris.checkpoint import load_torch
+from fastris.checkpoint import load_torch, save_atomic
 from fastris.config import load_options
+from fastris.data.samples import TrainSamples
 from fastris.data.synthetic import SyntheticExpressions
 from fastris.interrupt import StopSignal
 from fastris.optim import layout_for
-from fastris.runlog import CsvLog, RunLog
+from fastris.runlog import CsvLog, RunLog, StepRecord
 from fastris.runstate import restore_rng, rng_state
 from fastris.train import TrainConfig, train
 
@@ -65,7 +69,9 @@ def interrupt_at(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize(("workers", "step", "number"), [(0, 3, signal.SIGINT), (2, 6, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("workers", "step", "number"), [(0, 3, signal.SIGINT), (2, 6, signal.SIGTERM), (0, 5, signal.SIGHUP)]
+)
 def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted, interrupt_at, workers, step, number):
     interrupt_at(step, number)
     stopped = run_to_the_end(tmp_path, workers=workers)
@@ -181,15 +187,104 @@ def test_more_epochs_may_follow_and_in_another_folder(uninterrupted, tmp_path):
 
 
 def test_all_random_generators_come_back():
-    import random
-
-    import numpy as np
-
     np.random.normal()  # leaves a cached second value, which belongs to the state
     state = rng_state()
     first = (random.random(), np.random.normal(), torch.rand(1).item())
     restore_rng(state)
     assert (random.random(), np.random.normal(), torch.rand(1).item()) == first
+
+
+def same_generators(ours, theirs) -> bool:
+    numpys = [(state["numpy"][1].tolist(), state["numpy"][2:]) for state in (ours, theirs)]
+    return ours["python"] == theirs["python"] and numpys[0] == numpys[1] and torch.equal(ours["torch"], theirs["torch"])
+
+
+class Noisy(SyntheticExpressions):
+    """A data set that augments its images, from all global generators."""
+
+    def image(self, index):
+        drawn = random.random() + random.gauss(0, 0.1) + np.random.normal() + torch.rand(()).item()
+        return (super().image(index) * (0.5 + abs(drawn) % 0.5)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_data_set_draws_at_random_resumes_exactly_for_any_number_of_workers(tmp_path, interrupt_at, workers):
+    data = Noisy("train", scenes=4, size=64)
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder, steps in zip(folders, (None, 3), strict=True):
+        if steps:
+            interrupt_at(steps)
+            assert train(train_config(folder, evaluate=False, workers=0), data).interrupted
+        train(train_config(folder, evaluate=False, workers=workers, resume="auto"), data)
+    (whole, parts), states = folders, [load_torch(folder / "last.pth") for folder in folders]
+    assert len(rows(parts / "log.csv")) == 8 and rows(parts / "log.csv") == rows(whole / "log.csv")
+    assert same_generators(*(state["rng"] for state in states))
+
+
+def test_data_set_draws_other_numbers_in_each_epoch_and_for_each_sample(tmp_path):
+    from fastris.feed import _Reported
+
+    class Drawing(SyntheticExpressions):
+        def image(self, index):
+            drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+            return super().image(index)
+
+    drawn: list[tuple[float, float, float]] = []
+    samples = TrainSamples(Drawing("train", scenes=4, size=64), 64, seed=3)
+    before = rng_state()
+    for indices in ((2, 5), (5, 2)):
+        for epoch in range(2):
+            samples.set_epoch(epoch)
+            for index in indices:
+                _Reported(samples)[index]
+    assert same_generators(rng_state(), before)
+    assert len({number for numbers in drawn[:4] for number in numbers}) == 12
+    assert sorted(drawn[:4]) == sorted(drawn[4:])
+
+
+def test_checkpoint_whose_generators_are_not_all_on_record_still_resumes(tmp_path, uninterrupted):
+    run_to_the_end(tmp_path, max_steps=4)
+    state = load_torch(tmp_path / "last.pth")
+    del state["rng"]["python"], state["rng"]["numpy"], state["rng"]["cuda"]
+    save_atomic(state, tmp_path / "last.pth")
+    run_to_the_end(tmp_path, resume=True)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_hangup_asks_to_stop_however_often_it_comes(capfd):
+    with StopSignal("finishing") as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested and capfd.readouterr().err.count("SIGHUP: finishing") == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignal("finishing") as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_hangup_that_is_ignored_as_under_nohup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal("finishing") as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_log_goes_on_where_its_terminal_is_gone(tmp_path):
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w", encoding="utf-8") as terminal:
+        with RunLog(tmp_path, print_freq=1, stream=terminal) as log:
+            log.start_epoch(1, 1, 3, 0)
+            os.close(reader)
+            log.step(StepRecord(1, 1, 1, 0.5, 0.5, 1e-3, 1e-4, 1.0, 1))
+            log.note("nobody reads this")
+        with contextlib.suppress(OSError):
+            terminal.close()
+    assert len(rows(tmp_path / "log.csv")) == 1
 
 
 def test_second_signal_stops_at_once_and_handlers_come_back(capfd):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,41 @@ def test_killed_worker_is_one_message_and_the_run_goes_on(tmp_path, uninterrupte
     assert "which reads training images, " in message and "memory was full" in message and "workers=" in message
     assert "last.pth is from step" in message and "--resume" in message and "\n" not in message
     run(tmp_path, workers=2, resume=True)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_killed_worker_ends_the_run_saved_as_of_its_last_step(tmp_path, uninterrupted):
+    with pytest.raises(RuntimeError) as told:
+        run(tmp_path, Vanishing(ORDER[10], killing=True), workers=1)
+    steps = len(rows(tmp_path / "log.csv"))
+    assert steps >= 1 and load_torch(tmp_path / "last.pth")["step"] == steps
+    assert f"last.pth is from step {steps}; go on with fastris train" in str(told.value)
+    run(tmp_path, resume=True)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_worker_that_is_killed_in_the_middle_of_a_step_lets_it_finish(tmp_path, uninterrupted, monkeypatch):
+    step, done = torch.optim.Adam.step, []
+    of_earlier_tests = {child.pid for child in multiprocessing.active_children()}
+
+    def killing(optimizer, *args, **kwargs):
+        done.append(optimizer)
+        if len(done) == 2:
+            (worker,) = {child.pid for child in multiprocessing.active_children()} - of_earlier_tests
+            os.kill(worker, signal.SIGKILL)
+            while not os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.01)
+            time.sleep(0.05)  # SIGCHLD is here, in the middle of the update
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", killing)
+    with pytest.raises(
+        RuntimeError, match=r"which reads training images, is killed by signal: Killed.*from step 3; go"
+    ):
+        run(tmp_path, workers=1)
+    monkeypatch.undo()
+    assert load_torch(tmp_path / "last.pth")["step"] == 3
+    run(tmp_path, resume=True)
     assert_same_run(tmp_path, uninterrupted)
 
 

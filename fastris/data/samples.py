@@ -64,6 +64,11 @@ class TrainSamples(Dataset[dict[str, Any]]):
         """Choose the sentences of this epoch; call it before the loader's iterator is made."""
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that :meth:`set_epoch` has chosen."""
+        return int(self._epoch)
+
     @cached_property
     def truncated(self) -> int:
         """Number of sentences of the whole data set, read in any epoch, that are cut to `word_len`.
