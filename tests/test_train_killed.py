@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import torch
 from training_helpers import rows
 
 from fastris.checkpoint import load_torch
+from fastris.runlock import locked
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +25,12 @@ OPTIONS += ["epochs=3", "evaluate=false", "device=cpu", "save_every_steps=4", "p
 STEPS = 30
 
 
+COMMAND = [sys.executable, "-m", "fastris", "train"]
+
+
 def start(*args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fastris", "train", *args],
+        [*COMMAND, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,5 +89,63 @@ def test_killed_run_leaves_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, 
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
     assert load_torch(tmp_path / "last.pth")["step"] <= len(rows(tmp_path / "log.csv"))
+    finish(str(tmp_path / "config.yaml"), "--resume")
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_closed_terminal_saves_and_the_run_goes_on_exactly(tmp_path, uninterrupted):
+    outside, inside = os.openpty()
+    program = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({sys.executable!r}, "
+    arguments = [*COMMAND, *OPTIONS, "workers=2", f"output_folder={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{program}{arguments!r})"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        start_new_session=True,
+    )
+    os.close(inside)
+    os.set_blocking(outside, False)
+    while not (tmp_path / "log.csv").exists() or len(rows(tmp_path / "log.csv")) < 6:
+        assert process.poll() is None
+        with contextlib.suppress(BlockingIOError):
+            os.read(outside, 1 << 16)
+        time.sleep(0.02)
+    os.close(outside)
+    assert process.wait(timeout=60) == 130
+    stopped_at = load_torch(tmp_path / "last.pth")["step"]
+    assert len(rows(tmp_path / "log.csv")) == stopped_at >= 6
+    finish(str(tmp_path / "config.yaml"), "--resume")
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_of_two_commands_started_at_once_one_runs_and_one_is_told_in_one_line(tmp_path):
+    folder = tmp_path / "run"
+    options = [*OPTIONS, "epochs=1000", "workers=1", f"output_folder={folder}"]
+    both = [start(*options, f"manual_seed={seed}") for seed in range(2)]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.02)
+    refused, running = sorted(both, key=lambda process: process.poll() is None)
+    told = refused.communicate()[1]
+    assert refused.returncode == 2 and len(told.splitlines()) == 1
+    assert f"output_folder: {folder} is in use by another run, process {running.pid} on" in told
+    wait_for_step(running, folder, 3)
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.communicate(timeout=60) and running.returncode == 130
+    state, steps = load_torch(folder / "last.pth"), [row["step"] for row in rows(folder / "log.csv")]
+    assert state["recipe"]["manual_seed"] == both.index(running)
+    assert steps == [str(step) for step in range(1, state["step"] + 1)]
+    assert not list(folder.glob(".*")) and not (folder / "run.lock").exists()
+
+
+def test_run_goes_on_at_once_where_only_the_main_process_was_killed(tmp_path, uninterrupted):
+    process = start(*OPTIONS, "workers=2", f"output_folder={tmp_path}")
+    wait_for_step(process, tmp_path, 5)
+    process.kill()  # its workers notice within seconds
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with locked(tmp_path, ("output_folder",)) as held:
+        assert held
+    process.communicate(timeout=60)
     finish(str(tmp_path / "config.yaml"), "--resume")
     assert_same_run(tmp_path, uninterrupted)
