@@ -293,7 +293,8 @@ def check_same_recipe(path: Path, saved: Mapping[str, Any], now: Mapping[str, An
 def own_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Within this block `folder` is this run's alone. The main process takes it, on behalf of all of them.
 
-    What killed runs left there half written goes. `patience`: seconds to wait for a run that has the folder.
+    What killed runs left there half written goes. `patience`: seconds to wait for a run that has the folder; a file
+    server may take that long to notice that the machine of a killed one is gone.
 
     Raises:
         ValueError: another run has it.

@@ -83,7 +83,6 @@ def train(
     device = choose_device(config.device)
     with sums_of(config, device), distributed.joined(device, config.process_timeout):
         restarted = any(distributed.gather(distributed.restarted()))
-        # A file server may need a while to notice that a machine, and with it the run's last process there, is gone.
         with own_folder(config.folder, patience=min(120, 30 * config.process_timeout) if restarted else 0):
             return _train(config, train_set, val_set, restarted)
 
