@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 from fastris.config import REQUIRED, option
 from fastris.modelcard import CARD, card_path, unknown_card, write_card
 from fastris.models.config import CRISConfig
-from fastris.storage import damaged, first_line, is_torchscript, load_torch, replacing, save_atomic
+from fastris.storage import damaged, first_line, load_torch, read_torch, replacing, save_atomic
+from fastris.torch_files import script_weights
+from fastris.torch_values import Record, Refused
 from fastris.weights import (
     LoadReport,
     Reshaped,
@@ -178,9 +179,13 @@ def _read_file(path: Path, source: str = "") -> Weights:
     source = source or str(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, source)
-    if is_torchscript(path):
-        return Weights(normalise_names(_read_torchscript(path), source), None, source)
-    return _from_checkpoint(load_torch(path), source)
+    content = read_torch(path)
+    if isinstance(content, Record):
+        try:
+            content = script_weights(content)
+        except Refused as error:
+            raise ValueError(f"{path} {error}") from None
+    return _from_checkpoint(content, source)
 
 
 def _read_safetensors(path: Path, source: str) -> Weights:
@@ -233,16 +238,6 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
     card = content.get("card")
     card = card if isinstance(card, str) else ""
     return Weights(normalise_names(state, source), _carried_config(content.get("config"), source), source, card)
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The weights of OpenAI's CLIP archives, which are TorchScript programs."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch announces the end of TorchScript at every load
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except RuntimeError as error:
-        raise damaged(path, "TorchScript archive", error) from error
 
 
 def _download_open_clip(name_and_tag: str) -> Path:

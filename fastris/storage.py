@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -15,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from fastris.torch_files import read_pytorch
+from fastris.torch_values import Record, Refused
 
 _STALE_AFTER = 3600.0  # seconds
 
@@ -36,6 +36,10 @@ def save_atomic(obj: Any, path: str | Path, keep: str | Path | None = None) -> N
                 f"obj holds {', '.join(sorted(refused))}, which could not be read back safely; "
                 "put tensors, numbers, strings, or lists and dicts of them in its place"
             )
+        try:
+            read_pytorch(temporary, values=False)
+        except Refused as error:
+            raise TypeError(f"obj {error}") from None
 
 
 @contextmanager
@@ -78,24 +82,30 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
 def load_torch(path: str | Path) -> Any:
     """Read a file that ``torch.save`` wrote, on the CPU, without running any code that it holds.
 
-    NumPy numbers (a ``best_iou`` of ``numpy.float64``) are accepted beside what ``weights_only=True`` accepts.
-    Checksums are verified, which ``torch.load`` leaves out. Raises FileNotFoundError, or ValueError for a file that is
-    damaged, is no checkpoint, or holds Python objects.
+    Tensors, numbers (NumPy's too: a ``best_iou`` of ``numpy.float64``), strings, and lists and dicts of them are read.
+    Work and memory stay within the file's own size, and checksums are verified, neither of which ``torch.load`` sees
+    to. Raises FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, is compressed, or holds
+    Python objects or tensors that are not plain ones.
     """
     path = existing_file(path)
+    content = read_torch(path)
+    if isinstance(content, Record):
+        raise ValueError(
+            f"{path} is a TorchScript archive, a program and no checkpoint; CLIP's archives are read as weights of "
+            "CLIP (clip_pretrain, fastris.load_clip)"
+        )
+    return content
+
+
+def read_torch(path: Path) -> Any:
+    """As :func:`load_torch`; a TorchScript archive gives its outermost :class:`fastris.torch_values.Record`."""
     try:
-        _verify_checksums(path)
-        with _numpy_scalars_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+        return read_pytorch(path)
+    except Refused as error:
+        raise ValueError(f"{path} {error}") from None
+    except OSError:
         raise
-    except Exception as error:  # a damaged file can fail anywhere in PyTorch's unpickler, with any type
-        refused = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise ValueError(
-                f"{path} holds a Python object ({refused[1]}), and reading it could run any code, so it is refused; "
-                "save it again where it was made, as torch.save({'state_dict': model.state_dict()}, path)"
-            ) from None
+    except Exception as error:  # a damaged file can fail anywhere, with any type
         raise damaged(path, "PyTorch checkpoint", error) from error
 
 
@@ -118,36 +128,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether the file is a TorchScript archive, as OpenAI's CLIP weights are."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
-
-
 def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
     """Let ``weights_only`` build NumPy's numbers, under NumPy 1's and NumPy 2's names, but no arrays or objects."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return torch.serialization.safe_globals([np.dtype, *kinds, *((scalar, name) for name in names)])
-
-
-def _verify_checksums(path: Path) -> None:
-    """Raise zipfile.BadZipFile where an entry of a zip file, torch.save's format, differs from its CRC-32.
-
-    Old torch.save files are no zip files, and an entry saved without checksum says 0: both pass.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.CRC:
-                with archive.open(info) as entry:
-                    while entry.read(1 << 20):
-                        pass
 
 
 def _keep(path: Path, keep: Path) -> None:
