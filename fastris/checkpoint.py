@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastris.config import REQUIRED, option
 from fastris.modelcard import CARD, card_path, unknown_card, write_card
-from fastris.models.config import CRISConfig
-from fastris.storage import damaged, first_line, load_torch, read_torch, replacing, save_atomic
+from fastris.models.config import MAX_TEXT, CRISConfig
+from fastris.safetensors_files import read_safetensors, write_safetensors
+from fastris.storage import first_line, load_torch, read_torch, replacing, save_atomic
 from fastris.torch_files import script_weights
 from fastris.torch_values import Record, Refused
 from fastris.weights import (
@@ -27,6 +28,7 @@ from fastris.weights import (
     Reshaped,
     WeightsError,
     architecture,
+    check_plain,
     clip_to_backbone,
     compare,
     explain,
@@ -107,6 +109,9 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
     report = compare(state, own, weights.source, clip_only)
     if strict and not report.fits:
         raise WeightsError(explain(report, architecture(state), architecture(own)), report)
+    lacking = [name for name, tensor in state.items() if tensor.is_meta]
+    if lacking:
+        raise ValueError(f"{weights.source}: {lacking[0]} has no values (meta device); save the model with its weights")
     with torch.no_grad():
         for name, tensor in state.items():
             if name in own and own[name].shape == tensor.shape:
@@ -137,10 +142,35 @@ def load_model(source: Source, config: CRISConfig | None = None) -> CRIS:
     if not is_cris(weights.tensors):
         what = "CLIP's weights alone" if is_clip(weights.tensors) else "no CRIS model"
         raise ValueError(f"{weights.source} holds {what}; give a whole CRIS model (backbone, neck, decoder, proj)")
+    return _build(weights, config or weights.config or infer_config(weights.tensors))
+
+
+def load_pretrained(source: str | Path, config: CRISConfig | None, strict: bool, **download: Any) -> CRIS:
+    """:func:`load_model` for what huggingface_hub's ``from_pretrained`` takes: a folder, or an id on the Hub.
+
+    ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ... With ``strict=False`` what the
+    weights lack keeps its initial value, and what does not fit is left out.
+    """
+    path = Path(source).expanduser()
+    weights = _read_folder(path if path.is_dir() else _download_hub(str(source), **download), source=str(source))
+    return _build(weights, config or weights.config or infer_config(weights.tensors), strict)
+
+
+def _build(weights: Weights, config: CRISConfig, strict: bool = True) -> CRIS:
+    """The model with its weights. Names and shapes are compared before its memory is allocated."""
     from fastris.models.cris import CRIS
 
-    model = CRIS(config or weights.config or infer_config(weights.tensors))
-    load_weights(model, weights)
+    with torch.device("meta"):
+        model = CRIS(config)
+    own = model.state_dict()
+    report = compare(weights.tensors, own, weights.source)
+    if report.fits and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
+        model = model.to_empty(device="cpu")  # all of it is in the weights: no values to make up first
+    elif strict:
+        raise WeightsError(explain(report, architecture(weights.tensors), architecture(own)), report)
+    else:
+        model = CRIS(config)
+    load_weights(model, weights, strict=strict)
     return model.eval()
 
 
@@ -190,21 +220,26 @@ def _read_file(path: Path, source: str = "") -> Weights:
 
 def _read_safetensors(path: Path, source: str) -> Weights:
     """The configuration is in the file's metadata (``fastris convert``), or beside it (``save_pretrained``)."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text, card = metadata.get("config"), metadata.get("card", "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise damaged(path, "safetensors file", error) from error
+    tensors, metadata = read_safetensors(path)
+    text, card = metadata.get("config"), metadata.get("card", "")
     beside = path.with_name(_CONFIG)
     if text is None and path.name == _SAFETENSORS and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
+        text = _read_text(beside)
         written = path.with_name(CARD)
-        card = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
-    return Weights(normalise_names(tensors, source), _parse_config(text, source), source, card)
+        card = _read_text(written) if written.is_file() else ""
+    return _weights(tensors, _parse_config(text, source), source, card)
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path} is larger than {MAX_TEXT} bytes, which no such file is; save the model again")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _weights(state: Mapping[str, Any], config: CRISConfig | None, source: str, card: str = "") -> Weights:
+    tensors = normalise_names(state, source)
+    check_plain(tensors, source)
+    return Weights(tensors, config, source, card)
 
 
 def _parse_config(text: str | None, source: str) -> CRISConfig | None:
@@ -212,8 +247,10 @@ def _parse_config(text: str | None, source: str) -> CRISConfig | None:
         return None
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the configuration of {source} is no valid JSON ({error}); save the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the configuration of {source} is no valid JSON ({first_line(error)[:200]}); save the model again"
+        ) from error
     return _carried_config(content, source)
 
 
@@ -237,7 +274,7 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
         raise ValueError(f"{source} must hold a dict with 'state_dict', or a state dict; its entries are: {names}")
     card = content.get("card")
     card = card if isinstance(card, str) else ""
-    return Weights(normalise_names(state, source), _carried_config(content.get("config"), source), source, card)
+    return _weights(state, _carried_config(content.get("config"), source), source, card)
 
 
 def _download_open_clip(name_and_tag: str) -> Path:
@@ -266,13 +303,13 @@ def _download_open_clip(name_and_tag: str) -> Path:
     )
 
 
-def _download_hub(name: str) -> Path:
+def _download_hub(name: str, **options: Any) -> Path:
     """Have huggingface_hub fetch, or find in its cache, the two files that ``push_to_hub`` writes."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _SAFETENSORS, CARD]))
+        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _SAFETENSORS, CARD], **options))
     except (OSError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"there is no folder or file {name} here, and Hugging Face gave no model of that id "
@@ -340,20 +377,11 @@ def _write_model(model: CRIS, target: Path, kind: str, card: str) -> None:
         published = {f"module.{name}": tensor for name, tensor in state.items()}
         save_atomic({"config": config, "card": card, "state_dict": published}, target)
     elif kind == "safetensors":
-        from safetensors.torch import save
-
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        with replacing(target) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"format": "pt", "config": json.dumps(config), "card": card}))
+        write_safetensors(target, state, {"config": json.dumps(config), "card": card})
     else:
-        from safetensors import SafetensorError
-
-        try:
-            model.save_pretrained(target)
-        except SafetensorError as error:
-            raise OSError(
-                f"could not write {target}: {first_line(error)}; free some space or choose another"
-            ) from error
+        write_safetensors(target / _SAFETENSORS, state, {})
+        with replacing(target / _CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, sort_keys=True, indent=2), encoding="utf-8")
 
 
 def _in_words(model: CRIS) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastris.models.config import CLIPConfig, CRISConfig
@@ -102,6 +103,50 @@ def normalise_names(state: Mapping[str, Any], source: str = "weights") -> dict[s
     return plain
 
 
+def check_plain(state: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, with the name, for a tensor that is not dense, real and as large in memory as its shape says.
+
+    One value can be expanded to a shape of 10^12, and many names can share one memory: models built to such shapes
+    would ask for memory that no file has.
+    """
+    held: dict[int, int] = {}
+    claimed = 0
+    for name, tensor in state.items():
+        what = _oddity(tensor)
+        if what:
+            raise ValueError(
+                f"{source}: {name} is {what}; make it a dense, contiguous, real tensor where it was made and save again"
+            )
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            held[storage._cdata] = storage.nbytes()
+            claimed += tensor.numel() * tensor.element_size()
+    if claimed > 4 * sum(held.values()) + (1 << 20):
+        raise ValueError(
+            f"{source}: its {len(state)} tensors share memory: they stand for {claimed} bytes and have "
+            f"{sum(held.values())}; save each of them with .clone()"
+        )
+
+
+def _oddity(tensor: Tensor) -> str:
+    """What about a tensor is not plain, in words; empty if it is a plain one."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"sparse ({tensor.layout})"
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype})"
+    if tensor.is_complex():
+        return f"complex ({tensor.dtype})"
+    memory = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+    expanded = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if expanded or (not tensor.is_meta and tensor.numel() * tensor.element_size() > memory):
+        return f"expanded to {tuple(tensor.shape)} from fewer values"
+    return ""
+
+
 def is_cris(names: Iterable[str]) -> bool:
     """Whether these are the weights of a whole CRIS model, under the published names."""
     return any(name.startswith(("backbone.", "neck.", "decoder.", "proj.")) for name in names)
@@ -136,7 +181,7 @@ def architecture(state: Mapping[str, Tensor]) -> str:
     stem = visual.get("conv1.weight", ())
     if "class_embedding" in visual and len(stem) == 4:
         return f"{_VITS.get(stem[0], f'a ViT of width {stem[0]}')}/{stem[-1]}"
-    depths = tuple(_count(visual, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    depths = tuple(_count(visual, rf"layer{stage}\.(\d{{1,9}})\.") for stage in (1, 2, 3, 4))
     width = visual.get("layer1.0.conv1.weight", (0,))[0]
     if not any(depths):
         return "an unknown image encoder"
@@ -202,14 +247,14 @@ def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
     text_width = size("backbone.positional_embedding", 1)
     clip = CLIPConfig(
         embed_dim=size("backbone.text_projection", 1),
-        vision_layers=tuple(_count(state, rf"backbone\.visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)),
+        vision_layers=tuple(_count(state, rf"backbone\.visual\.layer{stage}\.(\d{{1,9}})\.") for stage in (1, 2, 3, 4)),
         image_resolution=32 * round((size("backbone.visual.attnpool.positional_embedding", 0) - 1) ** 0.5),
         vision_width=size("backbone.visual.layer1.0.conv1.weight", 0),
         context_length=size("backbone.positional_embedding", 0),
         vocab_size=size("backbone.token_embedding.weight", 0),
         transformer_width=text_width,
         transformer_heads=max(1, text_width // 64),
-        transformer_layers=_count(state, r"backbone\.transformer\.resblocks\.(\d+)\."),
+        transformer_layers=_count(state, r"backbone\.transformer\.resblocks\.(\d{1,9})\."),
     )
     if vis_dim != 512 and "num_head" not in known:
         warnings.warn(
@@ -223,7 +268,7 @@ def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
         "vis_dim": vis_dim,
         "fpn_in": tuple(size(level, 1) for level in levels),
         "fpn_out": tuple(size(level, 0) for level in levels),
-        "num_layers": _count(state, r"decoder\.layers\.(\d+)\."),
+        "num_layers": _count(state, r"decoder\.layers\.(\d{1,9})\."),
         "dim_ffn": size("decoder.layers.0.ffn.0.weight", 0),
         "word_len": min(17, clip.context_length),
     }

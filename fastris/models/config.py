@@ -10,6 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastris.config_values import shown
+from fastris.models.limits import (
+    CLIP_LIMITS,
+    CRIS_LIMITS,
+    MAX_BLOCKS,
+    MAX_WIDTH,
+    check_fields,
+    check_parameters,
+    whole_numbers,
+)
+
+MAX_TEXT = 1 << 20
+"""Bytes of a configuration's file, JSON or YAML; the published ones have less than 3,000."""
+
 CLIP_PRESETS: dict[str, dict[str, Any]] = {
     "RN50": {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3)},
     "RN101": {"embed_dim": 512, "vision_layers": (3, 4, 23, 3)},
@@ -58,9 +72,8 @@ class CLIPConfig:
     transformer_layers: int = 12
 
     def __post_init__(self) -> None:
-        self.vision_layers = tuple(self.vision_layers)
-        if len(self.vision_layers) != 4:
-            raise ValueError(f"clip.vision_layers must hold 4 depths, got {self.vision_layers}")
+        self.vision_layers = whole_numbers("clip.vision_layers", self.vision_layers, 4, MAX_BLOCKS)
+        check_fields(self, CLIP_LIMITS, "clip.")
         if self.transformer_width % self.transformer_heads:
             raise ValueError(
                 f"clip.transformer_width ({self.transformer_width}) must be divisible by "
@@ -110,13 +123,16 @@ class CRISConfig:
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
             self.clip = CLIPConfig.from_dict(self.clip)
-        self.fpn_in, self.fpn_out = tuple(self.fpn_in), tuple(self.fpn_out)
+        if not isinstance(self.clip, CLIPConfig):
+            raise ValueError(f"clip must be a CLIPConfig or a mapping of its fields, got {shown(self.clip)}")
+        self.fpn_in = whole_numbers("fpn_in", self.fpn_in, 3, 32 * MAX_WIDTH)
+        self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, MAX_WIDTH)
+        check_fields(self, CRIS_LIMITS)
         self._validate()
+        check_parameters(self)
 
     def _validate(self) -> None:
         clip = self.clip
-        if len(self.fpn_out) != 3:
-            raise ValueError(f"fpn_out must hold 3 widths, got {self.fpn_out}")
         checks = {
             "fpn_in": (self.fpn_in, (clip.vision_width * 8, clip.vision_width * 16, clip.embed_dim)),
             "word_dim": (self.word_dim, clip.embed_dim),
@@ -132,8 +148,11 @@ class CRISConfig:
             raise ValueError(f"word_len must be between 2 and {clip.context_length}, got {self.word_len}")
         if self.input_size <= 0 or self.input_size % 32:
             raise ValueError(f"input_size must be a positive multiple of 32 pixels, got {self.input_size}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {shown(self.dropout)}")
+        if not isinstance(self.intermediate, bool):
+            raise ValueError(f"intermediate must be true or false, got {shown(self.intermediate)}")
 
     @classmethod
     def preset(cls, name: str) -> CRISConfig:
@@ -149,13 +168,10 @@ class CRISConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> CRISConfig:
         """Read one of the published YAML files, or one like them. See :meth:`from_dict`."""
-        import yaml
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"path: there is no file {path}; give the YAML file of a CRIS configuration")
-        with path.open(encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        content = _read_yaml(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must hold a YAML mapping such as the published config/refcoco/cris_r50.yaml")
         return cls.from_dict(content, source=str(path))
@@ -185,6 +201,22 @@ class CRISConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, accepted back by :meth:`from_dict`."""
         return dataclasses.asdict(self)
+
+
+def _read_yaml(path: Path) -> Any:
+    """Content of a YAML file of a sensible size without references, of which a few lines can unfold to gigabytes."""
+    import yaml
+
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path} is larger than {MAX_TEXT} bytes; give the YAML file of a CRIS configuration")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError(f"{path} repeats values by reference (*name); write each of them out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no YAML file ({reason}); give that of a CRIS configuration") from error
 
 
 def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:

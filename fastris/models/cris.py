@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ class CRIS(
         features = model.encode_image(images)               # (B, 3, H, W)
         logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
 
-    ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors and config.json).
+    ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors, with checksums, and config.json), and
+    ``from_pretrained`` reads what they write.
     """
 
     recompute = "none"
@@ -85,9 +87,29 @@ class CRIS(
         self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> CRIS:
-        """As huggingface_hub's, but weights that do not fit are an error unless ``strict=False``."""
-        return super().from_pretrained(*args, strict=strict, **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        strict: bool = True,
+        config: CRISConfig | None = None,
+        map_location: str | torch.device = "cpu",
+        **download: Any,
+    ) -> CRIS:
+        """The model of a folder or a Hugging Face id, in eval mode; ``config`` in place of the one that it carries.
+
+        ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
+        ``local_files_only``. Weights that do not fit are an error unless ``strict=False``.
+        """
+        from fastris.checkpoint import load_pretrained
+
+        return load_pretrained(pretrained_model_name_or_path, config, strict, **download).to(map_location)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What huggingface_hub's ``save_pretrained`` calls for the weights."""
+        from fastris.safetensors_files import write_safetensors
+
+        write_safetensors(Path(save_directory) / "model.safetensors", self.state_dict(), {})
 
     def set_recompute(self, setting: str) -> CRIS:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
