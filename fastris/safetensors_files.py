@@ -1,26 +1,28 @@
 """Safetensors files with checksums: ordinary ones for everybody else, and a flipped bit in them is noticed here.
 
-The format itself holds none. What fastris writes carries, in the metadata, the SHA-256 of every tensor's dtype, shape
-and bytes; files without them, from other programs, are read as they are.
+The format itself holds none. What fastris writes carries, in the metadata, the CRC-32 of every tensor's dtype, shape
+and bytes, the checksum that PyTorch's own files have: it is there for accidents, and takes a fifth of a second for 600
+MB where SHA-256 takes twice that. Files without them, from other programs, are read as they are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastris.storage import damaged, first_line, replacing
 
-CHECKSUMS = "fastris_sha256"
-"""Name of the metadata entry: a JSON object, from a tensor's name to the first 32 digits of its SHA-256."""
+CHECKSUMS = "fastris_crc32"
+"""Name of the metadata entry: a JSON object, from a tensor's name to its CRC-32 in hexadecimal digits."""
 
 _MAX_HEADER = 16 << 20  # bytes; CRIS on RN101 takes 0.2 MB, checksums and card included
 _THREADS = min(8, os.cpu_count() or 1)
@@ -70,9 +72,9 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()[:32]
+    kind = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(cast(Any, content), kind):08x}"
 
 
 def _verify(path: Path, tensors: Mapping[str, Tensor], recorded: str) -> None:
