@@ -22,7 +22,11 @@ from fastris.models.limits import (
 )
 
 MAX_TEXT = 1 << 20
-"""Bytes of a configuration's file, JSON or YAML; the published ones have less than 3,000."""
+"""Bytes of a text beside weights: a configuration's JSON, a model card."""
+
+_MAX_YAML = 100_000  # bytes; the published files have less than 3,000
+_MAX_BRACKETS = 200  # lists and mappings; nesting them costs PyYAML the square of their depth
+_OPENING = ("[", "{", "<block mapping start>", "<block sequence start>")
 
 CLIP_PRESETS: dict[str, dict[str, Any]] = {
     "RN50": {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3)},
@@ -207,12 +211,15 @@ def _read_yaml(path: Path) -> Any:
     """Content of a YAML file of a sensible size without references, of which a few lines can unfold to gigabytes."""
     import yaml
 
-    if path.stat().st_size > MAX_TEXT:
-        raise ValueError(f"{path} is larger than {MAX_TEXT} bytes; give the YAML file of a CRIS configuration")
+    if path.stat().st_size > _MAX_YAML:
+        raise ValueError(f"{path} is larger than {_MAX_YAML} bytes; give the YAML file of a CRIS configuration")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError(f"{path} repeats values by reference (*name); write each of them out")
+        depth = 0
+        for token in yaml.scan(text):
+            depth += getattr(token, "id", None) in _OPENING
+            if isinstance(token, yaml.AliasToken) or depth > _MAX_BRACKETS:
+                raise ValueError(f"{path} repeats values by reference (*name) or has too many lists; write values out")
         return yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
