@@ -270,7 +270,7 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
         raise ValueError(f"{source} holds a {type(content).__name__}; it must hold a dict with 'state_dict', or one")
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        names = ", ".join(str(key) for key in list(content)[:10])
+        names = ", ".join(str(key)[:80] for key in list(content)[:10])
         raise ValueError(f"{source} must hold a dict with 'state_dict', or a state dict; its entries are: {names}")
     card = content.get("card")
     card = card if isinstance(card, str) else ""

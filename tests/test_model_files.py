@@ -279,3 +279,14 @@ def test_from_pretrained_takes_another_configuration_and_lenient_weights(model, 
     lenient = CRIS.from_pretrained(folder, config=deeper, strict=False)
     assert torch.equal(lenient.neck.aggr[0].weight, model.neck.aggr[0].weight)
     assert all(tensor.isfinite().all() for tensor in lenient.state_dict().values())
+
+
+def test_configuration_with_very_many_unknown_keys_or_odd_ones_is_named_in_a_short_line(tmp_path):
+    content = {**CONFIG.to_dict(), **{f"key{index}": 1 for index in range(100_000)}, "x" * 10_000: 1}
+    with pytest.warns(UserWarning, match=r"mean nothing here: key0, .*, and 99991 more") as caught:
+        CRISConfig.from_dict(content)
+    assert len(str(caught[0].message)) < 600
+    with pytest.warns(UserWarning, match=r"mean nothing here: 3, None"):
+        CRISConfig.from_dict({**CONFIG.to_dict(), 3: 1, None: 2})
+    with pytest.raises(ValueError, match=r"clip has unknown keys \['3', 'None'\]"):
+        CRISConfig.from_dict(changed({"clip": {"embed_dim": 48}}) | {"clip": {3: 1, None: 2}})

@@ -95,10 +95,11 @@ class CLIPConfig:
     def from_dict(cls, mapping: Mapping[str, Any]) -> CLIPConfig:
         """Build from a plain mapping; a key that is unknown or missing is named in a ValueError."""
         names = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
-        unknown = sorted(set(mapping) - set(names))
+        unknown = sorted(map(str, set(mapping) - set(names)))
         missing = sorted(name for name, needed in names.items() if needed and name not in mapping)
         if unknown or missing:
-            raise ValueError(f"clip has unknown keys {unknown} and lacks {missing}; its keys are {', '.join(names)}")
+            shown_keys = [key[:40] for key in unknown[:10]]
+            raise ValueError(f"clip has unknown keys {shown_keys} and lacks {missing}; its keys are {', '.join(names)}")
         return cls(**mapping)
 
 
@@ -197,7 +198,7 @@ class CRISConfig:
         if missing:
             hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
-        unknown = sorted(set(flat) - names - PUBLISHED_OTHER_KEYS)
+        unknown = sorted(map(str, set(flat) - names - PUBLISHED_OTHER_KEYS))
         if unknown:
             warnings.warn(f"{source} has keys that mean nothing here: {_with_hints(unknown, names)}", stacklevel=3)
         return cls(**{key: value for key, value in flat.items() if key in names})
@@ -244,10 +245,10 @@ def _clip_name(source: str) -> str:
 
 def _with_hints(unknown: list[str], names: set[str]) -> str:
     hints = []
-    for key in unknown:
+    for key in (key[:40] for key in unknown[:10]):
         close = difflib.get_close_matches(key, names, n=1)
         hints.append(f"{key} (did you mean {close[0]}?)" if close else key)
-    return ", ".join(hints)
+    return ", ".join(hints) + (f", and {len(unknown) - 10} more" if len(unknown) > 10 else "")
 
 
 def _tiny() -> CRISConfig:
