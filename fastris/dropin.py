@@ -27,8 +27,7 @@ from torch import nn
 
 from fastris.dropin_parts import parts_like
 from fastris.dropin_proof import Proof, Unproved, prove
-
-_MARK = "_fastris_patched"
+from fastris.dropin_sizes import MARK, put_back
 
 NOTHING_LEFT = "no other CRIS-style part was found; encoders, loss and the rest run as before"
 
@@ -83,6 +82,7 @@ def patch(model: nn.Module) -> PatchReport:
     """
     _check_module(model)
     report = PatchReport()
+    known: dict[Any, Proof | Unproved] = {}
     for path, module in model.named_modules():
         if _is_patched(module):
             report.left_alone.append((path, "already patched"))
@@ -93,7 +93,7 @@ def patch(model: nn.Module) -> PatchReport:
         for part in parts_like(module):
             try:
                 _check_forward(module)
-                _swap(module, prove(module, part))
+                _swap(module, prove(module, part, known), path)
             except Unproved as why:
                 reasons.append((path, f"{part.name}-like, but {why}"))
             else:
@@ -107,10 +107,7 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> int:
     """Give every patched module of ``model`` its own forward back; returns how many there were."""
     _check_module(model)
-    patched = [module for module in model.modules() if _is_patched(module)]
-    for module in patched:
-        del module.__dict__["forward"]
-    return len(patched)
+    return sum([put_back(module) for module in model.modules()])
 
 
 def _check_module(model: Any) -> None:
@@ -119,7 +116,7 @@ def _check_module(model: Any) -> None:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    return hasattr(module.__dict__.get("forward"), _MARK)
+    return hasattr(module.__dict__.get("forward"), MARK)
 
 
 def _check_forward(module: nn.Module) -> None:
@@ -131,11 +128,11 @@ def _check_forward(module: nn.Module) -> None:
         raise Unproved("its forward was already replaced by someone else")
 
 
-def _swap(module: nn.Module, proof: Proof) -> None:
-    module.__dict__["forward"] = types.MethodType(_as_forward(proof, type(module).forward), module)
+def _swap(module: nn.Module, proof: Proof, path: str) -> None:
+    module.__dict__["forward"] = types.MethodType(_as_forward(proof, type(module).forward, path), module)
 
 
-def _as_forward(proof: Proof, original: Callable) -> Callable:
+def _as_forward(proof: Proof, original: Callable, path: str) -> Callable:
     """The part's forward as a method with ``original``'s arguments, which hands on to it what is unproved.
 
     The method must be named ``forward``: a pickled bound method is looked up by name, and then finds the class's own.
@@ -158,10 +155,12 @@ def _as_forward(proof: Proof, original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         inputs = as_proved(self, args, kwargs)
-        return original(self, *args, **kwargs) if inputs is None else proof.part.forward(self, *inputs)
+        if inputs is None or not proof.sizes.agree(self, proof.part, original, inputs, path):
+            return original(self, *args, **kwargs)
+        return proof.part.forward(self, *inputs)
 
     forward.__name__ = "forward"
-    setattr(forward, _MARK, True)
+    setattr(forward, MARK, True)
     return forward
 
 

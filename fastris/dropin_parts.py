@@ -14,6 +14,10 @@ from fastris.nn.neck import neck_forward
 from fastris.nn.projector import projector_forward, text_projection
 from fastris.ops.similarity import KERNEL_SIZES
 
+# How far, of the scale, two float64 results may lie apart; where tables of positions enter, those are float32 numbers.
+ROUNDING = 1e-10
+FLOAT32_TABLES = 1e-6
+
 
 @dataclass(frozen=True)
 class Part:
@@ -21,7 +25,7 @@ class Part:
 
     ``forward(module, *inputs)`` is ours; ``inputs(module)`` makes small random float64 inputs, of which those at the
     places ``optional`` may be None; ``takes(*inputs)`` says of a call whether it is of the kind that the proof covers;
-    ``obstacle`` is what rules the module out before any proof.
+    ``obstacle`` is what rules the module out before any proof; ``tolerance`` is what the proof allows for rounding.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Part:
     takes: Callable[..., bool]
     obstacle: str | None = None
     optional: tuple[int, ...] = ()
+    tolerance: float = ROUNDING
 
 
 def parts_like(module: nn.Module) -> list[Part]:
@@ -102,7 +107,8 @@ def _decoders(decoder: Any) -> list[Part]:
         obstacle = "its norm is not torch.nn.LayerNorm"
     elif not all(hasattr(layer, name) for layer in decoder.layers for name in _LAYER):
         obstacle = "its layers are not CRIS's decoder layers"
-    return [Part("TransformerDecoder", decoder_forward, _decoder_inputs, _decoder_takes, obstacle, optional=(2,))]
+    kind = "TransformerDecoder", decoder_forward, _decoder_inputs, _decoder_takes
+    return [Part(*kind, obstacle, optional=(2,), tolerance=FLOAT32_TABLES)]
 
 
 def _decoder_inputs(decoder: Any) -> tuple:
@@ -171,7 +177,7 @@ def _necks(neck: Any) -> list[Part]:
         obstacle = "its txt_proj does not begin with torch.nn.Linear"
     elif not (isinstance(coordconv, nn.Sequential) and _is_chain(_conv1(coordconv), _BLOCK)):
         obstacle = "its coordconv does not begin with a CoordConv"
-    return [Part("FPN", neck_forward, _neck_inputs, _neck_takes, obstacle, optional=(1,))]
+    return [Part("FPN", neck_forward, _neck_inputs, _neck_takes, obstacle, optional=(1,), tolerance=FLOAT32_TABLES)]
 
 
 def _conv1(coordconv: nn.Sequential) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import pickle
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from fastris.dispatch import use_impl
+from fastris.dropin_copies import (
+    HOOKS,
+    Noise,
+    fresh_copy,
+    random_copy,
+    structure_of,
+    tensors_in,
+    unnoticed,
+    without_dropout,
+)
 from fastris.dropin_parts import Part
+from fastris.dropin_sizes import Sizes
 
-# Of the scale. The proof runs in float64, but the published position tables are float32.
-TOLERANCE = 1e-6
 # Of the inputs: a clamp of the module's own shows at the larger.
 SCALES = (1.0, 1e4)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -38,13 +44,15 @@ class Proof:
     """What was proved, and what must stay as it was for the proof to hold.
 
     ``without`` holds the places of optional inputs that may be None; ``bypassed`` the descendants whose own forwards we
-    do not call, with their classes; ``settings`` the module's own numbers, strings and flags.
+    do not call, with their classes; ``settings`` the module's own numbers, strings and flags; ``sizes`` the sizes of
+    inputs that were looked at since.
     """
 
     part: Part
     without: frozenset[int]
     bypassed: tuple[tuple[str, type], ...]
     settings: dict[str, Any]
+    sizes: Sizes = field(default_factory=Sizes)
 
     def holds(self, module: nn.Module) -> bool:
         """False when somebody hooked, wrapped or replaced a bypassed descendant, or changed a setting."""
@@ -61,7 +69,7 @@ class Proof:
                 child = operator.attrgetter(name)(module)
             except AttributeError:
                 return name
-            if type(child) is not kind or "forward" in child.__dict__ or any(getattr(child, h) for h in _HOOKS):
+            if type(child) is not kind or "forward" in child.__dict__ or any(getattr(child, h) for h in HOOKS):
                 return name
         return None
 
@@ -73,14 +81,37 @@ class Proof:
         return self.part.takes(*inputs)
 
 
-def prove(module: nn.Module, part: Part) -> Proof:
-    """The proof that the module's own forward equals ``part``'s on every probe; raises Unproved with what differed."""
+def prove(module: nn.Module, part: Part, known: dict[Any, Proof | Unproved] | None = None) -> Proof:
+    """The proof that the module's own forward equals ``part``'s on every probe; raises Unproved with what differed.
+
+    ``known`` keeps what came out, and answers for the next module that differs in nothing that a proof could see: a
+    decoder's layers are proved once.
+    """
+    known = {} if known is None else known
+    key = part.name, part.forward, _likeness(module)
+    if key not in known:
+        try:
+            known[key] = _prove(module, part)
+        except Unproved as why:
+            known[key] = why
+    outcome = known[key]
+    if isinstance(outcome, Unproved):
+        raise outcome
+    disturbed = outcome.disturbed(module)
+    if disturbed:
+        raise Unproved(f"its {disturbed} has hooks or a forward that somebody replaced, which we would not run")
+    return outcome
+
+
+def _prove(module: nn.Module, part: Part) -> Proof:
     if part.obstacle:
         raise Unproved(part.obstacle)
     _check_signature(module, part)
-    with _random_state_kept(), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
-        original = _bare_copy(module)
+    with unnoticed(torch.device("cpu")), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        original = _attempt(
+            "no copy of it could be made", random_copy, module, Noise(torch.float64, torch.device("cpu"))
+        )
         inputs = _attempt("no inputs for it could be made", part.inputs, original)
         bypassed: set[str] = set()
         for probe in (*(_Probe(False, None, scale) for scale in SCALES), _Probe(True)):
@@ -90,11 +121,32 @@ def prove(module: nn.Module, part: Part) -> Proof:
                 _compare(original, part, inputs, _Probe(True, name))
         without = frozenset(place for place in part.optional if _equal_without(original, part, inputs, place))
     kinds = tuple((name, type(child)) for name, child in module.named_modules() if name in bypassed)
-    proof = Proof(part, without, kinds, _settings(module))
-    disturbed = proof.disturbed(module)
-    if disturbed:
-        raise Unproved(f"its {disturbed} has hooks or a forward that somebody replaced, which we would not run")
-    return proof
+    return Proof(part, without, kinds, _settings(module))
+
+
+def _likeness(module: nn.Module) -> tuple:
+    """Equal for two modules that no proof could tell apart: what their parameters are worth does not enter it."""
+    places: dict[int, int] = {}
+    rows: list[tuple] = []
+    for name, child in module.named_modules(remove_duplicate=False):
+        rows.append((name, type(child), places.setdefault(id(child), len(places))))
+        for key, value in vars(child).items():
+            if key not in _MODULE_ATTRIBUTES:
+                rows.append((key, type(value), value if _is_plain(value) else id(value)))
+        for key, tensor in (*child._parameters.items(), *child._buffers.items()):
+            if tensor is None:
+                rows.append((key, None))
+                continue
+            drawn = tensor.is_floating_point() or key == "num_batches_tracked"
+            place = places.setdefault(id(tensor), len(places))
+            rows.append((key, type(tensor), place, tensor.shape, tensor.dtype, tensor.device, drawn or id(tensor)))
+    return tuple(rows)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def _check_signature(module: nn.Module, part: Part) -> None:
@@ -163,7 +215,7 @@ def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> s
         if torch.equal(mine, yours):
             continue
         scale = yours.double().abs().max().clamp_min(1.0) if yours.numel() else torch.tensor(1.0)
-        if not torch.isfinite(mine).all() or (mine.double() - yours.double()).abs().max() > TOLERANCE * scale:
+        if not torch.isfinite(mine).all() or (mine.double() - yours.double()).abs().max() > part.tolerance * scale:
             raise Unproved(f"{probe} its values or gradients differ from CRIS's")
     return {name for name, count in theirs.calls.items() if count > ours.calls[name]}
 
@@ -187,30 +239,26 @@ class _Traces(NamedTuple):
 
 
 def _run(original: nn.Module, forward: Callable, inputs: tuple, probe: _Probe) -> _Traces:
-    module = copy.deepcopy(original, {id(p): p for p in original.parameters()}).train(probe.training)
+    module = without_dropout(fresh_copy(original).train(probe.training), probe.dropped)
     calls: Counter[str] = Counter()
     for name, child in module.named_modules():
-        if isinstance(child, nn.Dropout):
-            child.p = float(name == probe.dropped)
-        elif isinstance(child, nn.MultiheadAttention):
-            child.dropout = float(name == probe.dropped)
         if name:
             child.register_forward_pre_hook(lambda _module, _args, name=name: calls.update((name,)))
-    leaves = [(x * probe.scale).requires_grad_() if x.is_floating_point() else x for x in _tensors(inputs)]
+    leaves = [(x * probe.scale).requires_grad_() if x.is_floating_point() else x for x in tensors_in(inputs)]
     given = _like(inputs, iter(leaves))
     attributes = [(child, _attributes(child)) for child in module.modules()]
     before = _random_states()
     answer = forward(module, *given)
     drew = _random_states() != before
     stored = {key for child, known in attributes for key in _changed(known, _attributes(child))}
-    outputs = _tensors(answer)
+    outputs = tensors_in(answer)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
     targets = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     gradients = torch.autograd.grad(outputs, targets, upstream, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, targets, strict=True)]
     tensors = [*outputs, *filled, *module.buffers()]
-    return _Traces(tensors, _structure(answer), calls, ", ".join(sorted(stored)), drew)
+    return _Traces(tensors, structure_of(answer), calls, ", ".join(sorted(stored)), drew)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
@@ -236,74 +284,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in float64 on the CPU without hooks, with random parameters and statistics."""
-    bare = _attempt("no copy of it could be made", lambda: _local_norms(copy.deepcopy(module)).cpu().double())
-    for child in bare.modules():
-        for hooks in _HOOKS:
-            getattr(child, hooks).clear()
-    for parameter in bare.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data.normal_(std=fan_in**-0.5).add_(1.0 if parameter.ndim == 1 else 0.0)
-        parameter.requires_grad_(True)
-    for name, buffer in bare.named_buffers():
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 2.0)
-        elif buffer.is_floating_point():
-            buffer.normal_()
-    return bare
-
-
-class _LocalNorm(nn.modules.batchnorm._BatchNorm):
-    """What SyncBatchNorm computes in one process, for any number of dimensions."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-def _local_norms(module: nn.Module) -> nn.Module:
-    """Replace SyncBatchNorm in place: in a distributed run it would wait for other processes, and needs a GPU."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.SyncBatchNorm):
-            local = _LocalNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            local.load_state_dict(child.state_dict())
-            setattr(module, name, local)
-        else:
-            _local_norms(child)
-    return module
-
-
 def _random_states() -> bytes:
     return pickle.dumps((torch.random.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    states = torch.random.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a nested structure."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    return []
-
-
-def _structure(value: Any) -> Any:
-    """What holds the tensors: a type, or (type, structures of the items)."""
-    if isinstance(value, (list, tuple)):
-        return type(value), *map(_structure, value)
-    return Tensor if isinstance(value, Tensor) else type(value)
 
 
 def _spelled(structure: Any) -> str:
