@@ -10,7 +10,8 @@ the report says why.
 
 A proof holds for what was proved. Each call of a replaced forward looks whether it still does, and otherwise runs the
 module's own: arguments of another kind, a setting of the module that was changed, and hooks, adapters or wrappers that
-somebody put on a layer whose own forward is not called any more.
+somebody put on a layer whose own forward is not called any more. The first call at sizes that are new looks whether the
+two agree there as well, and puts the module's own forward back, with a warning, where they do not: dropin_sizes.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastris.dropin_parts import parts_like
+from fastris.dropin_near import near_miss
+from fastris.dropin_parts import Part, parts_like
 from fastris.dropin_proof import Proof, Unproved, prove
 from fastris.dropin_sizes import MARK, put_back
 
@@ -67,11 +69,17 @@ def patch(model: nn.Module) -> PatchReport:
 
     Parameters, their names, buffers, hooks, the state dict, optimizer references and a surrounding DDP stay as they
     are; other instances of the same classes are not touched. A call that the proof does not cover runs the original
-    forward: see the module's docstring. Call it before ``torch.compile``. A deep copy of a patched model is patched; an
-    unpickled one has its original forwards again, so that a saved model never depends on fastris. Which path then runs
-    follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``. Gradients are as the fast paths give them: once, so code that
-    differentiates a gradient again needs ``use_impl("reference")``. Unpatch a model before ``nn.DataParallel``, which
-    copies instances in a way that no replaced forward survives; DistributedDataParallel is fine.
+    forward: see the module's docstring. The first call at new sizes (batch, pixels, words; training and eval mode
+    apart) costs two more forwards without gradients, and warns where it puts the original back. Sizes cannot be looked
+    at in a CUDA graph's capture, under vmap or in fake tensors; new ones run the original there.
+
+    Call it before ``torch.compile``, which looks at the sizes that it compiles for; where it keeps them open
+    (``dynamic=True``), ours runs between those that were looked at before, the original beyond. A deep copy of a
+    patched model is patched; an unpickled one has its original forwards again, so that a saved model never depends on
+    fastris. Which path then runs follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``. Gradients are as the fast paths
+    give them: once, so code that differentiates a gradient again needs ``use_impl("reference")``. Unpatch a model
+    before ``nn.DataParallel``, which copies instances in a way that no replaced forward survives;
+    DistributedDataParallel is fine.
 
     Args:
         model: any module that contains CRIS-style decoders (published ``TransformerDecoder`` and its layers, also
@@ -83,25 +91,44 @@ def patch(model: nn.Module) -> PatchReport:
     _check_module(model)
     report = PatchReport()
     known: dict[Any, Proof | Unproved] = {}
+    ours: list[str] = []
     for path, module in model.named_modules():
         if _is_patched(module):
             report.left_alone.append((path, "already patched"))
+        elif hasattr(module, "_orig_mod"):  # torch.compile's wrapper; what it wraps comes next
             continue
-        if hasattr(module, "_orig_mod"):  # torch.compile's wrapper; what it wraps comes next
-            continue
-        reasons = []
-        for part in parts_like(module):
-            try:
-                _check_forward(module)
-                _swap(module, prove(module, part, known), path)
-            except Unproved as why:
-                reasons.append((path, f"{part.name}-like, but {why}"))
-            else:
-                reasons = []
-                report.replaced.append((path, part.name))
-                break
-        report.left_alone.extend(reasons[:1])
+        elif _is_ours(module):
+            if not any(path.startswith(f"{outer}." if outer else "") for outer in ours):
+                report.left_alone.append((path, "already fastris"))
+            ours.append(path)
+        elif parts := parts_like(module):
+            _try_parts(report, path, module, parts, known)
+        elif (why := near_miss(module)) is not None:
+            report.left_alone.append((path, why))
     return report
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether the forward that runs is defined by fastris, be it for a class that others derived."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _try_parts(
+    report: PatchReport, path: str, module: nn.Module, parts: list[Part], known: dict[Any, Proof | Unproved]
+) -> None:
+    """Replace the forward by the first of ``parts`` that can be proved equal, or report why the likeliest cannot."""
+    reasons = []
+    for part in parts:
+        try:
+            _check_forward(module)
+            _swap(module, prove(module, part, known), path)
+        except Unproved as why:
+            reasons.append((path, f"{part.name}-like, but {why}"))
+        else:
+            report.replaced.append((path, part.name))
+            return
+    report.left_alone.extend(reasons[:1])
 
 
 def unpatch(model: nn.Module) -> int:

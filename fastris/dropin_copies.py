@@ -1,4 +1,4 @@
-"""Copies of a module to try things on: random parameters, no hooks, nothing shared with the original that may change."""
+"""Copies of a module to try things on: random parameters, no hooks, nothing shared that may change."""
 
 from __future__ import annotations
 

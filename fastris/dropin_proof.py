@@ -114,11 +114,11 @@ def _prove(module: nn.Module, part: Part) -> Proof:
         )
         inputs = _attempt("no inputs for it could be made", part.inputs, original)
         bypassed: set[str] = set()
-        for probe in (*(_Probe(False, None, scale) for scale in SCALES), _Probe(True)):
+        for probe in (*(_Probe(False, None, scale, scale == 1.0) for scale in SCALES), _Probe(True)):
             bypassed |= _compare(original, part, inputs, probe)
         for name, child in original.named_modules():
             if _is_dropout(child) and name in bypassed:  # the others run their own forwards, with us as without us
-                _compare(original, part, inputs, _Probe(True, name))
+                _compare(original, part, inputs, _Probe(True, name, weights=False))
         without = frozenset(place for place in part.optional if _equal_without(original, part, inputs, place))
     kinds = tuple((name, type(child)) for name, child in module.named_modules() if name in bypassed)
     return Proof(part, without, kinds, _settings(module))
@@ -170,6 +170,7 @@ class _Probe(NamedTuple):
     training: bool
     dropped: str | None = None  # the dropout that drops everything
     scale: float = 1.0
+    weights: bool = True  # whether gradients of matrices and kernels are asked for: they cost most of the time
 
     def __str__(self) -> str:
         when = "in training" if self.training else "in eval mode"
@@ -186,7 +187,7 @@ def _equal_without(original: nn.Module, part: Part, inputs: tuple, place: int) -
     missing = (*inputs[:place], None, *inputs[place + 1 :])
     try:
         for training in (False, True):
-            _compare(original, part, missing, _Probe(training))
+            _compare(original, part, missing, _Probe(training, weights=False))
     except Unproved:
         return False
     return True
@@ -254,7 +255,8 @@ def _run(original: nn.Module, forward: Callable, inputs: tuple, probe: _Probe) -
     outputs = tensors_in(answer)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
-    targets = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+    parameters = [p for p in module.parameters() if probe.weights or p.ndim < 2]
+    targets = [x for x in (*leaves, *parameters) if x.requires_grad]
     gradients = torch.autograd.grad(outputs, targets, upstream, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, targets, strict=True)]
     tensors = [*outputs, *filled, *module.buffers()]

@@ -334,3 +334,62 @@ class Stranger(nn.Module):
     def forward(self, imgs, words, state, padding):
         fused = self.fusion(imgs, state)
         return self.head(self.reader(fused, words, padding).reshape(fused.shape), state)
+
+
+# Forwards that depend on how large their inputs are: CRIS's where they are small.
+
+
+class ShortSightedDecoder(CrossModalDecoder):
+    """Reads the first eight words only."""
+
+    def forward(self, image, words, padding):
+        return super().forward(image, words[:, :8], None if padding is None else padding[:, :8])
+
+
+class NarrowHead(MaskHead):
+    """Resizes maps wider than 8."""
+
+    widest = 8
+
+    def forward(self, x, word):
+        if x.shape[3] > self.widest:
+            x = F.interpolate(x, size=(x.shape[2], self.widest), mode="bilinear")
+        return super().forward(x, word)
+
+
+class CroppingFusion(Fusion):
+    """Blanks what lies beyond the fifth column of its deepest map."""
+
+    def forward(self, imgs, state):
+        v3, v4, v5 = imgs
+        return super().forward([v3, v4, F.pad(v5[..., :5], (0, max(0, v5.shape[3] - 5)))], state)
+
+
+class WindowedLayer(Layer):
+    """Looks at part of the pixels where there are more than 600."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        answer = super().forward(image, words, image_pos, word_pos, padding)
+        return answer if len(image) <= 600 else torch.cat([answer[:600], image[600:]])
+
+
+class BatchHead(MaskHead):
+    """Centres the words of batches of more than four."""
+
+    def forward(self, x, word):
+        return super().forward(x, word - word.mean(0) if len(word) > 4 else word)
+
+
+class TrainingHead(MaskHead):
+    """Treats wide maps in another way, in training only."""
+
+    def forward(self, x, word):
+        return super().forward(x.flip(3) if self.training and x.shape[3] > 8 else x, word)
+
+
+class LongSentenceDropoutLayer(Layer):
+    """Drops words of sentences of more than eight, by a dropout that is no module."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        words = F.dropout(words, 0.5, self.training and len(words) > 8)
+        return super().forward(image, words, image_pos, word_pos, padding)

@@ -259,9 +259,11 @@ def test_sync_batchnorm_is_accepted():
     assert len(patch(model).replaced) == 5
 
 
-def test_published_names_built_from_fastris_are_found_too():
+def test_parts_built_from_fastris_are_left_as_they_are():
     model = nn.ModuleList([fastris.nn.Projector(48, 16), fastris.nn.FPN((32, 64, 48), (16, 32, 48)), Fusion()])
-    assert len(patch(model).replaced) == 3
+    report = patch(model)
+    assert report.replaced == [("2", "FPN")]
+    assert report.left_alone == [("0", "already fastris"), ("1", "already fastris")]
 
 
 @pytest.mark.parametrize("model", [None, Stranger, {"model": 1}])
@@ -294,3 +296,95 @@ def test_compiled_model_runs_hooks_on_layers_that_patching_bypasses():
 
 def test_public_name_stays_a_function_after_its_module_was_imported():
     assert fastris.patch is patch and fastris.unpatch is unpatch
+
+
+def renamed(module: nn.Module, old: str, new: str) -> nn.Module:
+    setattr(module, new, getattr(module, old))
+    delattr(module, old)
+    return module
+
+
+class HA(Fusion):
+    """A neck of another house: one level is joined elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        del self.f3_cat
+
+
+NEAR = {
+    "neck without a level": (HA(), "FPN-like, not supported: HA lacks `f3_cat`"),
+    "neck with a renamed block": (
+        renamed(Fusion(), "aggr", "aggregate"),
+        "FPN-like, not supported: Fusion lacks `aggr`",
+    ),
+    "layer with one dropout less": (
+        renamed(Layer(32, 4, 64), "dropout3", "drop"),
+        "TransformerDecoderLayer-like, not supported: Layer lacks `dropout3`",
+    ),
+    "layer without its cross norm": (renamed(Layer(32, 4, 64), "cross_attn_norm", "post"), "lacks `cross_attn_norm`"),
+    "decoder that never returns lists": (
+        renamed(CrossModalDecoder(1, 32, 4, 64), "return_intermediate", "lists"),
+        "TransformerDecoder-like, not supported: CrossModalDecoder lacks `return_intermediate`",
+    ),
+    "projector without its kernel size": (
+        renamed(MaskHead(48, 16), "kernel_size", "k"),
+        "Projector-like, not supported: MaskHead lacks `kernel_size`",
+    ),
+    "projector with other names": (
+        renamed(renamed(MaskHead(48, 16), "vis", "pixels"), "txt", "words"),
+        "lacks `vis`, `txt`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_module_that_lacks_one_attribute_is_named_with_what_it_lacks(name):
+    module, reason = NEAR[name]
+    (row,) = [row for row in patch(nn.ModuleDict({"odd": module})).left_alone if row[0] == "odd"]
+    assert reason in row[1]
+
+
+def test_near_misses_of_one_kind_are_one_entry_of_the_report():
+    text = str(patch(nn.ModuleList([HA(), HA()])))
+    assert text.splitlines()[-1] == "  left alone: 0, 1: FPN-like, not supported: HA lacks `f3_cat`"
+
+
+def ordinary_models() -> dict[str, nn.Module]:
+    from open_clip.model import CLIP
+    from torchvision.models import resnet18
+    from torchvision.models.segmentation import fcn_resnet50
+
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "patch_size": None}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2}
+    upsampling = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2))
+    return {
+        "resnet": resnet18(),
+        "segmentation": fcn_resnet50(weights=None, weights_backbone=None),
+        "transformer": nn.Transformer(16, 2, 1, 1, 32),
+        "clip": CLIP(16, vision, text),
+        "upsampling": nn.Sequential(upsampling, nn.Linear(4, 4), nn.MultiheadAttention(4, 2)),
+    }
+
+
+def test_ordinary_models_give_no_near_misses():
+    for name, model in ordinary_models().items():
+        report = patch(model)
+        assert not report.replaced and not report.left_alone, name
+
+
+def test_model_of_fastris_is_said_to_be_one_and_stays_as_it_is():
+    model = fastris.CRIS(fastris.CRISConfig.preset("tiny"))
+    assert str(patch(model)).splitlines()[1:] == ["  replaced: nothing", "  left alone: the model: already fastris"]
+    report = patch(nn.ModuleDict({"mine": model, "head": MaskHead(48, 16), "neck": model.neck}))
+    assert report.replaced == [("head", "Projector")] and report.left_alone == [("mine", "already fastris")]
+    assert patch(model.proj).left_alone == [("", "already fastris")]
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_class_derived_from_ours_with_a_forward_of_its_own_is_proved():
+    class Doubled(fastris.nn.Projector):
+        def forward(self, x, word):
+            return 2 * super().forward(x, word)
+
+    assert "values or gradients differ" in patch(Doubled(48, 16)).left_alone[0][1]
