@@ -101,6 +101,8 @@ class Sizes:
             if not isinstance(error, _Unanswered):
                 self.warn(path, "there is not enough memory to see whether it is still CRIS's at new sizes")
             return False
+        except Exception as error:  # a module that was changed so that it cannot be copied, say
+            difference = f"it cannot be seen whether it is still CRIS's ({_named(error)})"
         if difference:
             self.refusal = f"{_spelled(kind, sizes)} {difference}"
             self.warn(path, self.refusal)
@@ -192,10 +194,7 @@ def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, 
         for padded in _paddings(forms, sizes):
             for dtype, bound in ((torch.float32, _PLAINLY_EQUAL), (torch.float64, part.tolerance)):
                 noise = Noise(dtype, device)
-                try:
-                    bare = without_dropout(random_copy(module, noise))
-                except Exception as error:
-                    return f"it cannot be copied to see whether it still computes CRIS's formula ({_named(error)})"
+                bare = without_dropout(random_copy(module, noise))
                 for child in bare.modules():
                     put_back(child)
                 difference = _compared(bare, part.forward, original, _inputs(forms, sizes, noise, padded), bound)

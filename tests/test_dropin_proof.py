@@ -37,6 +37,7 @@ from strangers import (
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from fastris import dropin_proof
 from fastris.dropin import patch, unpatch
 
 DIFFER = "values or gradients differ"
@@ -63,6 +64,7 @@ LEFT_ALONE = {
     "aligned corners": (AlignedHead(48, 16), DIFFER),
     "sigmoid at the end": (VariedHead(lambda self, out: out.sigmoid()), DIFFER),
     "learned temperature, 1 so far": (VariedHead(lambda self, out: out * self.temperature.exp()), DIFFER),
+    "a hundred-millionth more": (VariedHead(lambda self, out: out * (1 + 1e-8)), DIFFER),
     "clamped logits": (VariedHead(lambda self, out: out.clamp(-5000, 5000)), "on inputs of scale 10000"),
     "autocast off": (FullPrecisionHead(48, 16), "switches autocast by itself"),
     "another gradient": (VariedHead(lambda self, out: 2 * out - out.detach()), DIFFER),
@@ -294,3 +296,53 @@ def test_several_text_kernels_drop_out_as_the_original():
     head = QueryHead(48, 16, dropout=1.0).train()
     assert len(patch(head).replaced) == 1
     assert torch.equal(head(*head_inputs()), torch.zeros(2, 2, 12, 16))
+
+
+def test_layers_that_are_alike_are_proved_once(monkeypatch):
+    proved, prove = [], dropin_proof._prove
+    monkeypatch.setattr(dropin_proof, "_prove", lambda *args: (proved.append(args[1].name), prove(*args))[1])
+    layers = nn.ModuleList([Layer(32, 4, 64) for _ in range(3)])
+    layers[1].norm1.weight.data.zero_()
+    assert len(patch(layers).replaced) == 3 and len(proved) == 1
+
+
+def other_eps(layer: nn.Module) -> None:
+    layer.ffn[3].eps = 1e-3
+
+
+def tied(layer: nn.Module) -> None:
+    layer.norm2.weight = layer.norm1.weight
+
+
+# Changes after which the proof of the layer before must not answer for this one.
+UNLIKE = {
+    "a forward of its own": NormlessLayer(32, 4, 64),
+    "another width": Layer(48, 4, 64),
+    "a setting of a child": layer_with(other_eps),
+    "another child": layer_with(set_child("dropout2", nn.AlphaDropout(0.1))),
+    "a tied weight": layer_with(tied),
+    "a setting": with_change(Layer(32, 4, 64), lambda m: setattr(m, "number", 2)),
+    "an object": with_change(Layer(32, 4, 64), lambda m: setattr(m, "thing", [])),
+    "a replaced forward": layer_with(replace_forward),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_layer_that_differs_in_anything_gets_a_proof_of_its_own(name, monkeypatch):
+    proved, prove = [], dropin_proof._prove
+    monkeypatch.setattr(dropin_proof, "_prove", lambda *args: (proved.append(args[0]), prove(*args))[1])
+    patch(nn.ModuleList([Layer(32, 4, 64), UNLIKE[name]]))
+    assert any(module is UNLIKE[name] for module in proved)
+
+
+def test_hook_on_one_of_the_layers_that_are_alike_leaves_that_one_alone():
+    layers = nn.ModuleList([Layer(32, 4, 64) for _ in range(2)])
+    layers[1].norm3.register_forward_hook(doubled)
+    report = patch(layers)
+    assert [path for path, _ in report.replaced] == ["0"] and "its norm3 has hooks" in report.left_alone[0][1]
+
+
+def test_proof_does_not_seed_the_generators_of_gpus(monkeypatch):
+    seeds: list = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    assert len(patch(MaskHead(48, 16)).replaced) == 1 and not seeds

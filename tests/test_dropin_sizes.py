@@ -268,6 +268,37 @@ def test_call_that_cannot_be_looked_at_runs_the_original():
     assert unpatch(head) == 1
 
 
+def test_call_in_the_capture_of_a_cuda_graph_is_not_looked_at(monkeypatch):
+    head, seen = NarrowHead(48, 16).eval(), looks(monkeypatch)
+    patch(head)
+    monkeypatch.setattr(dropin_sizes, "_device", lambda module: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.equal(head(*head_inputs(9)), NarrowHead.forward(head, *head_inputs(9)))
+    assert not seen and unpatch(head) == 1
+
+
+def test_module_that_cannot_be_copied_any_more_is_put_back():
+    head = MaskHead(48, 16).eval()
+    patch(head)
+    head.door = (number for number in range(3))
+    with pytest.warns(UserWarning, match="cannot be seen whether it is still CRIS's"):
+        head(*head_inputs(4))
+    assert unpatch(head) == 0
+
+
+def test_sizes_that_there_is_no_memory_to_look_at_run_the_original(monkeypatch):
+    head = NarrowHead(48, 16).eval()
+    patch(head)
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dropin_sizes, "_difference", full)
+    with pytest.warns(UserWarning, match="there is not enough memory"):
+        got = head(*head_inputs(9))
+    assert torch.equal(got, NarrowHead.forward(head, *head_inputs(9))) and unpatch(head) == 1
+
+
 @pytest.mark.slow
 def test_compiled_call_looks_at_its_sizes_while_it_is_traced():
     head = NarrowHead(48, 16).eval()
