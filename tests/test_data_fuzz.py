@@ -23,6 +23,7 @@ from pycocotools import mask as coco
 
 from fastris.data import DataError, annotation, jsonl, lmdb_files, load_dataset, parquet, paths, refer_files
 from fastris.data.annotated import Annotated, UnusableReference
+from fastris.data.budget import Budget
 from fastris.data.unpickle import loads_plain
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
@@ -78,6 +79,10 @@ def root() -> Any:
             (Path(name) / folder).mkdir()
             Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(Path(name) / folder / "a.png")
         yield Path(name)
+
+
+def plenty() -> Budget:
+    return Budget("x", 0)
 
 
 def read_all(data: Any) -> None:
@@ -173,7 +178,7 @@ LINE = {"image": "a.png", "mask": "a.png", "sentences": ["it"], "size": [4, 6], 
 @given(bent(LINE, JSON | SEGMENTATIONS))
 def test_an_arbitrary_line_of_a_folder(root: Path, row: dict[str, Any]) -> None:
     try:
-        assert isinstance(jsonl.build(row, "x.jsonl, line 1", root / "images", root), Annotated)
+        assert isinstance(jsonl.build(row, "x.jsonl, line 1", root / "images", root, paths.Look(), plenty()), Annotated)
     except DataError:
         return
 
@@ -211,6 +216,7 @@ class _Lmdb(lmdb_files.LmdbDataset):
 
     def __init__(self) -> None:
         self.name, self.split, self._sizes, self._masks, self.path = "refcoco", "train", {}, None, Path("train.lmdb")
+        self._budget = plenty()
         self._keys, self._order, self._references, self._last = [b"0"], [0], [None], None
         self.record = b""
 
@@ -242,7 +248,7 @@ INFO = {"height": 4, "width": 6, "file_name": "a.png", "segmentation": [[0, 0, 3
 @given(bent(ROW, JSON | bent(INFO, SEGMENTATIONS).map(json.dumps) | st.lists(bent({"sent": "it"}), max_size=2)))
 def test_an_arbitrary_parquet_row(root: Path, row: dict[str, Any]) -> None:
     try:
-        assert isinstance(parquet.build(row, root / "images", "a.parquet, row 0"), Annotated)
+        assert isinstance(parquet.build(row, root / "images", "a.parquet, row 0", plenty()), Annotated)
     except DataError:
         return
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from fastris.data import annotation
 from fastris.data.base import DataError, Reference, ReferringDataset
+from fastris.data.budget import ERROR, Budget, TooMuch
+from fastris.data.paths import Look
 from fastris.data.usable import (
     BAD_ANNOTATION,
     BAD_RECORD,
@@ -31,7 +33,9 @@ Row = TypeVar("Row")
 Record = Annotated | UnusableReference
 
 
-def collect(rows: Iterable[Row], build: Callable[[Row], Annotated], ref_id: Callable[[Row], Any]) -> Iterator[Record]:
+def collect(
+    rows: Iterable[Row], build: Callable[[Row], Annotated], ref_id: Callable[[Row], Any], budget: Budget
+) -> Iterator[Record]:
     """`build` of each row, or, where that raises DataError, the error as one of this reference."""
     for row in rows:
         if isinstance(row, UnusableReference):
@@ -40,8 +44,12 @@ def collect(rows: Iterable[Row], build: Callable[[Row], Annotated], ref_id: Call
         try:
             yield build(row)
         except UnusableReference as error:
+            budget.spend(ERROR)
             yield error
+        except TooMuch:  # not of this reference alone
+            raise
         except (DataError, OSError) as error:  # of the system, where it cannot even look a file's name up
+            budget.spend(ERROR)
             yield UnusableReference(str(error), BAD_RECORD, ref_id(row))
 
 
@@ -68,11 +76,11 @@ class AnnotatedDataset(ReferringDataset):
         DataError: unusable references, or none that is usable.
     """
 
-    def __init__(self, name: str, split: str, records: Iterable[Record], on_error: OnError):
+    def __init__(self, name: str, split: str, records: Iterable[Record], on_error: OnError, look: Look | None = None):
         self.name = name
         self.split = split
         self.skipped = {}
-        self._items: list[Record] = self._usable(list(records), on_error)
+        self._items: list[Record] = self._usable(list(records), on_error, look or Look())
 
     @cached_property
     def _rule(self) -> Rule:
@@ -147,8 +155,8 @@ class AnnotatedDataset(ReferringDataset):
             return [error, *error.also]
         return self._rule.examined(item, seen, lambda: self.image(index))
 
-    def _usable(self, records: list[Record], on_error: OnError) -> list[Record]:
-        seen, usable, unusable = Seen(), list[Record](), list[UnusableReference]()
+    def _usable(self, records: list[Record], on_error: OnError, look: Look) -> list[Record]:
+        seen, usable, unusable = Seen(look=look), list[Record](), list[UnusableReference]()
         for item in records:
             error = item if isinstance(item, UnusableReference) else self._first_problem(item, seen, on_error)
             if error is not None:

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
+SHOWN = 200  # characters of one value in a message
+
 
 class DataError(ValueError):
-    """Something in the user's data is wrong; the message names the reference or file and says what to do."""
+    """Something in the user's data is wrong; the message names the reference or file and says what to do.
+
+    What a message quotes may come from a stranger's file, so nothing of it reaches a terminal that could steer it.
+
+    Args:
+        message: shown as `printable` makes it.
+        lines: the message is our own and has several lines, which stay.
+    """
+
+    def __init__(self, message: str = "", *, lines: bool = False):
+        super().__init__("\n".join(map(printable, message.split("\n"))) if lines else printable(message))
+
+
+def printable(text: object) -> str:
+    """A text for people to read: control characters, line ends, and halves of characters as Python spells them."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def shown(value: object) -> str:
+    """A value of a stranger's file in a message: as Python spells it, at most `SHOWN` characters, whatever its size."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = SHOWN
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    if type(value) is str and len(value) > SHOWN:
+        return repr(value[:SHOWN] + "...")
+    return repr(value) if type(value) is str else short.repr(value)[: 2 * SHOWN]
 
 
 @dataclass(frozen=True)

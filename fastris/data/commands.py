@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastris.config import REQUIRED, option
-from fastris.data.base import DataError
+from fastris.data.base import DataError, printable
 from fastris.data.check import MENDS_OF_CHECK, UNREADABLE_FILE, SplitReport, check_split, count_split
 from fastris.data.convert import convert
 from fastris.data.extras import MissingLibrary
@@ -137,16 +137,16 @@ def _unreadable(error: DataError) -> SplitReport:
 
 
 def _print(config: DataConfig, entry: Found, splits: dict[str, SplitReport]) -> None:
-    print(f"{entry.name} ({entry.format}) in {config.root}")
+    print(f"{printable(entry.name)} ({entry.format}) in {config.root}")
     for split, report in splits.items():
         kinds = [f"{report.references} references", f"{report.sentences} sentences", f"{report.images} images"]
         kinds += [f"{report.no_target} without a target"] if report.no_target else []
-        print(f"  {split:<6} {', '.join(kinds)}; {compare(entry.name, split, report.references)}")
+        print(f"  {printable(split):<6} {', '.join(kinds)}; {compare(entry.name, split, report.references)}")
         for problem, cases in report.problems.items():
-            ids = ", ".join(str(ref_id) for ref_id, _ in cases[:SHOWN] if ref_id != "")
+            ids = ", ".join(printable(ref_id) for ref_id, _ in cases[:SHOWN] if ref_id != "")
             more = ", ..." if len(cases) > SHOWN else ""
             print(f"    {len(cases)} x {problem}" + (f": ref_id {ids}{more}" if ids else ""))
-            print(f"      first: {cases[0][1]}")
+            print("      first: " + "\n".join(map(printable, cases[0][1].split("\n"))))
             print(f"      mend: {MENDS_OF_CHECK[problem]}")
     if entry.name == "folder" and entry.format in ("lmdb", "parquet"):
         print("  these files do not name their data set: pass dataset=refcoco, ... to compare with published counts")
@@ -189,12 +189,13 @@ def _convert(config: DataConfig, found: list[Found]) -> int:
             copy_images=config.copy_images,
             track=tracker,
         )
-    print(f"wrote {config.out}: {entry.name}, from {entry.format}")
+    print(f"wrote {config.out}: {printable(entry.name)}, from {entry.format}")
     for split, counts in manifest["splits"].items():
-        print(f"  {split:<6} {counts['references']} references; {compare(entry.name, split, counts['references'])}")
-        for problem, count in counts["left_out"].items():
-            print(f"         {count} left out: {problem}")
-    print(f"use it:  dataset={entry.name} data_root={config.out}")
+        count = counts["references"]
+        print(f"  {printable(split):<6} {count} references; {compare(entry.name, split, count)}")
+        for problem, left_out in counts["left_out"].items():
+            print(f"         {left_out} left out: {problem}")
+    print(f"use it:  dataset={printable(entry.name)} data_root={config.out}")
     return 0
 
 
@@ -211,7 +212,12 @@ class _Tracker:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         disable = not (self._show and console.is_terminal)
         self._bar = self._stack.enter_context(Progress(*columns, console=console, transient=True, disable=disable))
         return self
@@ -220,7 +226,7 @@ class _Tracker:
         self._stack.close()
 
     def __call__(self, items: Iterable[int], total: int, title: str) -> Iterator[int]:
-        task = self._bar.add_task(title, total=total)
+        task = self._bar.add_task(printable(title), total=total)
         for item in items:
             yield item
             self._bar.advance(task)

@@ -13,10 +13,11 @@ from typing import Any
 
 import fastris
 from fastris.data.annotated import AnnotatedDataset
-from fastris.data.base import DataError
+from fastris.data.base import DataError, shown
 from fastris.data.check import SplitReport, Track, silent
 from fastris.data.formats import open_split
 from fastris.data.jsonl import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+from fastris.data.paths import safe_name, stays
 from fastris.data.published import REFERENCES
 
 
@@ -106,8 +107,9 @@ def _write_split(dataset: AnnotatedDataset, folder: Path, copy_images: bool, tra
 
 
 def _file_stem(split: str) -> str:
-    if not split or split.startswith(".") or set(split) & set('/\\\0:*?"<>|'):
-        raise DataError(f"split={split!r} cannot be the name of a file; rename it in the annotations")
+    bad = not split.isprintable() or split.startswith(".") or set(split) & set('/\\:*?"<>|')
+    if bad or not stays(f"{split}.jsonl") or not split:
+        raise DataError(f"split={shown(split)} cannot be the name of a file; rename it in the annotations")
     return split
 
 
@@ -121,7 +123,7 @@ def _place_image(dataset: AnnotatedDataset, index: int, name: str, images: Path,
         if not images.is_symlink():
             images.symlink_to(target, target_is_directory=True)
         return
-    target = images / name
+    target = images / safe_name(name, f"{dataset.name} {dataset.split}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Path):
         shutil.copyfile(source, target)

@@ -22,9 +22,10 @@ from fastris.data.annotated import (
     collect,
 )
 from fastris.data.annotation import MaskPicture, Several
-from fastris.data.base import DataError, Reference
-from fastris.data.paths import leaves_by_link, safe_name
-from fastris.data.records import ID, field, parse_json, read_json
+from fastris.data.base import DataError, Reference, shown
+from fastris.data.budget import ERROR, Budget, TooMuch
+from fastris.data.paths import GONE, Look, is_dir, is_file, opened, place, regular
+from fastris.data.records import ID, field, parse_json, read_json, stripped
 
 SPLIT_ALIASES = {"val-test": "val"}
 LAYOUT = "the layout of a folder of your own data"
@@ -66,14 +67,18 @@ class FolderDataset(AnnotatedDataset):
         if name not in ("folder", manifest.get("name", name)):
             raise DataError(f"dataset={name!r}, but {root / MANIFEST} says that it is {manifest['name']!r}")
         folder = root / "images" if images is None else Path(images).expanduser()
-        if not folder.is_dir():
+        if not is_dir(folder):
             raise DataError(f"there is no folder {folder} with the images; put them there, or name theirs with images=")
-        rows = list(_rows_of(root, split))
+        budget = Budget(root, sum(map(regular, _files_of(root, split))))
+        rows = list(_rows_of(root, split, budget))
         counted = manifest.get("splits", {}).get(split, {}).get("references", len(rows))
         if counted != len(rows):
             raise DataError(f"{root / MANIFEST} counts {counted} references in {split}, but {len(rows)} are there")
-        records = collect(rows, lambda row: build(row[1], row[0], folder, root), lambda row: _id_of(*row))
-        super().__init__(manifest.get("name", name), split, records, on_error)
+        look = Look()
+        records = collect(
+            rows, lambda row: build(row[1], row[0], folder, root, look, budget), lambda row: _id_of(*row), budget
+        )
+        super().__init__(manifest.get("name", name), split, records, on_error, look)
 
     @classmethod
     def finds(cls, name: str, root: Path) -> bool:
@@ -99,24 +104,22 @@ def read_manifest(root: Path) -> dict[str, Any]:
         DataError: it is not what `fastris data convert` writes.
     """
     path = root / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         return {}
     manifest = read_json(path, MAX_MANIFEST)
     if type(manifest) is not dict or manifest.get("format") != MANIFEST_FORMAT:
         raise DataError(f"{path} was not written by `fastris data convert`; rename it if it is yours")
     if manifest.get("version") != MANIFEST_VERSION:
-        raise DataError(f"{path} is of version {manifest.get('version')!r}; this fastris reads {MANIFEST_VERSION}")
+        raise DataError(f"{path} is of version {shown(manifest.get('version'))}; this fastris reads {MANIFEST_VERSION}")
     field(manifest, "name", (str,), str(path), LAYOUT)
     for split, entry in field(manifest, "splits", (dict,), str(path), LAYOUT).items():
         field(entry, "references", (int,), f"{path}, split {split!r},", LAYOUT)
     return manifest
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Where each line is, and its object, or the error that it is; empty lines are passed over."""
-    if path.stat().st_size > MAX_FILE:
-        raise DataError(f"{path} has {path.stat().st_size} bytes and was not read; the limit is {MAX_FILE}")
-    with path.open("rb") as file:
+    with opened(path, MAX_FILE) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
@@ -126,26 +129,34 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line, where)
+                row = parse_json(line, where, budget)
                 if type(row) is not dict:
                     raise DataError(f"{where} is {type(row).__name__}, but must be an object {{...}}")
+            except TooMuch:
+                raise
             except DataError as error:
+                budget.spend(ERROR)
                 row = UnusableReference(str(error), ref_id=f"line {number}")
             yield where, row
 
 
 def _splits_in(path: Path) -> set[str]:
-    rows = [row for _, row in _lines(path) if type(row) is dict]
+    rows = (row for _, row in _lines(path, Budget(path, regular(path))) if type(row) is dict)
     return {row["split"] if type(row.get("split")) is str else path.stem for row in rows} or {path.stem}
 
 
-def _rows_of(root: Path, split: str) -> Iterator[Any]:
-    """The rows of one split: pairs of where and what, or errors."""
+def _files_of(root: Path, split: str) -> list[Path]:
+    """The files in which the rows of a split can be: its own, if there is one, or else any."""
     files, own = sorted(root.glob("*.jsonl")), root / f"{split}.jsonl"  # a split of "../x" is no file among these
-    paths = [own] if own in files else files
+    return [own] if own in files else files
+
+
+def _rows_of(root: Path, split: str, budget: Budget) -> Iterator[Any]:
+    """The rows of one split: pairs of where and what, or errors."""
+    own = root / f"{split}.jsonl"
     count = 0
-    for path in paths:
-        for where, row in _lines(path):
+    for path in _files_of(root, split):
+        for where, row in _lines(path, budget):
             if type(row) is not dict:
                 count += path == own
                 yield row
@@ -162,7 +173,7 @@ def _id_of(where: str, row: dict[str, Any]) -> int | str:
     return row["ref_id"] if type(row.get("ref_id")) in ID else f"{Path(path).name}:{number}"
 
 
-def build(row: dict[str, Any], where: str, images: Path, root: Path) -> Annotated:
+def build(row: dict[str, Any], where: str, images: Path, root: Path, look: Look, budget: Budget) -> Annotated:
     """One line as a reference with its annotation; its file and line are its id, where it states none.
 
     Raises:
@@ -170,15 +181,14 @@ def build(row: dict[str, Any], where: str, images: Path, root: Path) -> Annotate
     """
     named = f"{where},"
     ref_id = field(row, "ref_id", ID, named, LAYOUT) if "ref_id" in row else _id_of(where, row)
-    name = safe_name(field(row, "image", (str,), named, LAYOUT), named, key="image")
-    if not (images / name).is_file() and name.startswith("images/"):
-        name = name.removeprefix("images/")  # as written by people who count from the root
+    stated = field(row, "image", (str,), named, LAYOUT)
+    name, _ = place(images, stated, named, look, key="image", kind="the folder of images", prefix="images/")
     image_id = field(row, "image_id", ID, named, LAYOUT) if "image_id" in row else name
     no_target = field(row, "no_target", (bool,), named, LAYOUT) if "no_target" in row else False
-    segmentation = _segmentation(row, ref_id, named, root, no_target)
+    segmentation = _segmentation(row, ref_id, named, root / "masks", no_target, look)
     height, width = _size(row, named, segmentation)
     return Annotated(
-        Reference(ref_id, image_id, _sentences(row, named), name, no_target),
+        Reference(ref_id, image_id, _sentences(row, named, budget), name, no_target),
         f"{where.rpartition(', ')[2]}, ",
         images / name,
         height,
@@ -188,27 +198,26 @@ def build(row: dict[str, Any], where: str, images: Path, root: Path) -> Annotate
     )
 
 
-def _sentences(row: dict[str, Any], where: str) -> tuple[str, ...]:
+def _sentences(row: dict[str, Any], where: str, budget: Budget) -> tuple[str, ...]:
     sentences = field(row, "sentences", (list,), where, LAYOUT)
     if not sentences or not all(type(sentence) is str for sentence in sentences):
-        raise DataError(f"{where} has sentences {str(sentences)[:100]}, which must be a list of one or more texts")
-    return tuple(sentence.strip() for sentence in sentences)
+        raise DataError(f"{where} has sentences {shown(sentences)}, which must be a list of one or more texts")
+    return stripped(sentences, budget)
 
 
-def _segmentation(row: dict[str, Any], ref_id: int | str, where: str, root: Path, no_target: bool) -> Any:
+def _segmentation(row: dict[str, Any], ref_id: int | str, where: str, masks: Path, no_target: bool, look: Look) -> Any:
     mask = row.get("mask")
     if mask is None and no_target:
         return Several(())
     mask = field(row, "mask", (str, dict, list), where, LAYOUT)
     if type(mask) is not str:
         return mask
-    name = safe_name(mask, where, key="mask", folder="the folder of masks")
-    if not (root / "masks" / name).is_file() and name.startswith("masks/"):
-        name = name.removeprefix("masks/")
-    if not (root / "masks" / name).is_file() or leaves_by_link(root / "masks", name):
-        message = f"{where} has mask {name!r}, which is no file in {root / 'masks'}; put it there"
+    name, found = place(masks, mask, where, look, key="mask", kind="the folder of masks", prefix="masks/")
+    if found:
+        why = "" if found == GONE else f" ({found})"
+        message = f"{where} has mask {shown(name)}, which is no file in {masks}{why}; put it there"
         raise UnusableReference(message, BAD_ANNOTATION, ref_id)
-    return MaskPicture(root / "masks" / name)
+    return MaskPicture(masks / name)
 
 
 def _size(row: dict[str, Any], where: str, segmentation: Any) -> tuple[int, int]:
@@ -218,5 +227,5 @@ def _size(row: dict[str, Any], where: str, segmentation: Any) -> tuple[int, int]
     if size is None:
         return 0, 0
     if type(size) is not list or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise DataError(f"{where} has size {str(size)[:100]}, which must be [height, width] in pixels")
+        raise DataError(f"{where} has size {shown(size)}, which must be [height, width] in pixels")
     return size[0], size[1]

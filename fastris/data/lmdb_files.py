@@ -7,6 +7,7 @@ Source: `tools/folder2lmdb.py` and `utils/dataset.py` of CRIS.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import threading
@@ -15,10 +16,11 @@ from typing import Any
 
 from fastris.data.annotated import BAD_ANNOTATION, Annotated, AnnotatedDataset, OnError, UnusableReference
 from fastris.data.annotation import MaskPicture
-from fastris.data.base import DataError, Reference
+from fastris.data.base import DataError, Reference, shown
+from fastris.data.budget import Budget, of_texts
 from fastris.data.extras import need
-from fastris.data.paths import leaves_by_link, safe_name
-from fastris.data.records import ID, field
+from fastris.data.paths import GONE, Look, is_dir, place, regular, safe_name, unreadable
+from fastris.data.records import ID, field, stripped
 from fastris.data.unpickle import loads_plain
 from fastris.data.usable import Seen
 
@@ -60,7 +62,8 @@ class LmdbDataset(AnnotatedDataset):
 
     Records are read when they are asked for, so an unusable one is an error then, unless `on_error="skip"`, which reads
     the whole file at once. The pickles are read by `fastris.data.unpickle`, which can run nothing; LMDB's own pages are
-    read by the library lmdb, which trusts them: open only files of people you trust.
+    read by the library lmdb, which trusts them: a damaged or forged page can end the process. Open only files of people
+    you trust, or run `fastris data convert` once where a crash does no harm: what it writes has no such pages.
 
     Args:
         name: the data set's name, as the folders spell it.
@@ -94,8 +97,10 @@ class LmdbDataset(AnnotatedDataset):
             raise DataError(f"images={str(images)!r} is not used: {path} holds its images; leave it out")
         self.path = path
         self._masks = None if split == "train" and masks is None else _mask_folder(name, path, masks)
+        self._look = Look()
         self._last: tuple[int, Annotated] | None = None
         self._keys = self._read_keys()
+        self._budget = Budget(path, regular(_data_of(path)))
         self._references: list[Reference | None] = [None] * len(self._keys)
         super().__init__(name, split, [], "defer")
         self._order = self._usable_order(on_error)
@@ -123,7 +128,9 @@ class LmdbDataset(AnnotatedDataset):
         number = self._order[index]
         reference = self._references[number]
         if reference is None:
-            reference = self._references[number] = self._item(index).reference
+            reference = self._item(index).reference
+            self._budget.spend(of_texts(reference.sentences))
+            self._references[number] = reference
         return reference
 
     def _item(self, index: int) -> Annotated:
@@ -158,7 +165,7 @@ class LmdbDataset(AnnotatedDataset):
         try:
             if data is None:
                 raise DataError(f"{where} is missing; download the file again")
-            item = self._build(_unpickle(data, self.path, where), where)
+            item = self._build(_unpickle(data, self.path, where), where, len(data))
         except UnusableReference:
             raise
         except DataError as error:
@@ -166,17 +173,16 @@ class LmdbDataset(AnnotatedDataset):
         self._rule.sentences(item)
         return item
 
-    def _build(self, record: Any, where: str) -> Annotated:
+    def _build(self, record: Any, where: str, size: int) -> Annotated:
         seg_id = field(record, "seg_id", ID, where, LAYOUT)
         sentences = field(record, "sents", (list, tuple), where, LAYOUT)
         if not sentences or not all(type(sentence) is str for sentence in sentences):
-            raise DataError(f"{where} has sents {str(sentences)[:100]}, which must be one or more texts")
+            raise DataError(f"{where} has sents {shown(sentences)}, which must be one or more texts")
         if record.get("num_sents", len(sentences)) != len(sentences):
-            raise DataError(f"{where} has num_sents {record['num_sents']!r}, but {len(sentences)} sentences")
+            raise DataError(f"{where} has num_sents {shown(record['num_sents'])}, but {len(sentences)} sentences")
         name = safe_name(field(record, "img_name", (str,), where, LAYOUT), where, key="img_name")
-        sentences = tuple(sentence.strip() for sentence in sentences)
         return Annotated(
-            Reference(seg_id, name, sentences, name),
+            Reference(seg_id, name, stripped(sentences, Budget(where.rstrip(","), size)), name),
             f"{self.path.name}, ",
             Path(name),
             0,
@@ -188,10 +194,12 @@ class LmdbDataset(AnnotatedDataset):
     def _mask_of(self, record: Any, seg_id: int | str, where: str) -> Path | bytes:
         if self._masks is None:
             return _encoded(record, "mask", where)
-        name = safe_name(f"{seg_id}.png", where, key="seg_id", folder="the folder of masks")
+        stated = f"{seg_id}.png"
+        name, found = place(self._masks, stated, where, self._look, key="seg_id", kind="the folder of masks")
         file = self._masks / name
-        if not file.is_file() or leaves_by_link(self._masks, name):
-            message = f"{where} has its mask in {file}, which is no file there; give masks=, the folder that holds it"
+        if found:
+            why = "" if found == GONE else f" ({found})"
+            message = f"{where} has its mask in {file}, which is no file there{why}; give masks=, its folder"
             raise UnusableReference(message, BAD_ANNOTATION, seg_id)
         return file
 
@@ -203,9 +211,7 @@ class LmdbDataset(AnnotatedDataset):
         count, names = (_unpickle(data, self.path, where) for data in (length, keys))
         names = [name.encode() if type(name) is str else name for name in names] if type(names) is list else []
         if type(count) is not int or count != len(names) or not all(type(name) is bytes and name for name in names):
-            raise DataError(
-                f"{self.path} states __len__ {str(count)[:50]}, but has {len(names)} keys; download it again"
-            )
+            raise DataError(f"{self.path} states __len__ {shown(count)}, but has {len(names)} keys; download it again")
         return names
 
     def _get(self, key: bytes) -> bytes | None:
@@ -216,12 +222,12 @@ def _mask_folder(name: str, path: Path, masks: str | Path | None) -> Path | None
     """The folder of the PNGs: the one given, or `masks/NAME` beside `lmdb/NAME` or `NAME`, or beside the file."""
     if masks is not None:
         folder = Path(masks).expanduser()
-        if not folder.is_dir():
+        if not is_dir(folder):
             raise DataError(f"masks={str(masks)!r} is no folder; give the one that holds SEG_ID.png")
         return folder
     bases = [path.parent.parent.parent, path.parent.parent, path.parent]
     folders = [base / "masks" / name for base in bases] + [path.parent / "masks"]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((folder for folder in folders if is_dir(folder)), None)
 
 
 def _encoded(record: Any, key: str, where: str) -> bytes:
@@ -231,8 +237,13 @@ def _encoded(record: Any, key: str, where: str) -> bytes:
 
 def _unpickle(data: bytes, path: Path, where: str) -> Any:
     if data[:1] != b"\x80" and data[16:20] == _ARROW:
-        raise DataError(_RECIPE.format(path=path, quoted=shlex.quote(str(path))))
+        raise DataError(_RECIPE.format(path=path, quoted=shlex.quote(str(path))), lines=True)
     return loads_plain(data, where.rstrip(", "), binary=True)
+
+
+def _data_of(path: Path) -> Path:
+    """The file with the pages: LMDB's folder has it by this name."""
+    return path / "data.mdb" if path.is_dir() else path
 
 
 def _fetch(path: Path, key: bytes) -> bytes | None:
@@ -242,8 +253,8 @@ def _fetch(path: Path, key: bytes) -> bytes | None:
     a fork into worker processes.
     """
     lmdb = need("lmdb", "lmdb", "to read LMDB files")
-    data = path / "data.mdb" if path.is_dir() else path
-    if not data.is_file() or data.stat().st_size < 8192:
+    data = _data_of(path)
+    if regular(data) < 8192:
         raise DataError(f"{path} is no LMDB file, or an empty one; download it again")
     try:
         options = {"subdir": path.is_dir(), "readonly": True, "lock": False, "readahead": False}
@@ -257,5 +268,7 @@ def _fetch(path: Path, key: bytes) -> bytes | None:
                 if value is not None and len(value) > MAX_RECORD:
                     raise DataError(f"{path}, record {key!r}, has {len(value)} bytes; the limit is {MAX_RECORD}")
                 return None if value is None else bytes(value)
-    except lmdb.Error as error:
+    except (lmdb.Error, OSError) as error:
+        if not os.access(data, os.R_OK):
+            raise unreadable(data, PermissionError(errno.EACCES, "Permission denied")) from error
         raise DataError(f"{path} cannot be read as LMDB ({error}); download it again") from error

@@ -14,8 +14,9 @@ from typing import Any
 from fastris.data.annotated import Annotated, AnnotatedDataset, OnError, Record, UnusableReference, collect
 from fastris.data.annotation import Several
 from fastris.data.base import DataError, Reference
+from fastris.data.budget import NUMBER, QUOTE, Budget
 from fastris.data.extras import need
-from fastris.data.paths import safe_name
+from fastris.data.paths import regular, safe_name, unreadable
 from fastris.data.records import ID, field, parse_json, sentences_of
 from fastris.data.refer_files import IMAGE_FOLDERS, image_folder
 
@@ -28,6 +29,7 @@ MAX_ROWS = 5_000_000
 MAX_GROUP_BYTES = 1 << 30  # of one row group, unpacked
 MAX_TEXT = 16 << 20  # bytes; annotations as JSON
 MAX_SENTENCES = 1000  # of a reference
+PHYSICAL = ("BOOLEAN", "INT32", "INT64", "FLOAT", "DOUBLE", "BYTE_ARRAY")
 _BATCH = 512  # rows
 
 
@@ -95,7 +97,7 @@ class ParquetDataset(AnnotatedDataset):
 
 def _splits(files: list[Path]) -> list[str]:
     found: dict[str, None] = {}
-    for _, row in _rows(files, ("split",)):
+    for _, row in _rows(files, ("split",), _budget(files)):
         if type(row["split"]) is not str:
             raise DataError(f"{files[0].parent}: the column split holds {type(row['split']).__name__}, not text")
         found[row["split"]] = None
@@ -103,16 +105,23 @@ def _splits(files: list[Path]) -> list[str]:
 
 
 def _read(files: list[Path], split: str, folder: Path) -> Iterator[Record]:
-    rows = (pair for pair in _rows(files, COLUMNS) if pair[1]["split"] == split)
-    yield from collect(rows, lambda pair: build(pair[1], folder, pair[0]), lambda pair: _id_of(*pair))
+    budget = _budget(files)
+    rows = _rows(files, COLUMNS, budget, split)
+    yield from collect(rows, lambda pair: build(pair[1], folder, pair[0], budget), lambda pair: _id_of(*pair), budget)
+
+
+def _budget(files: list[Path]) -> Budget:
+    return Budget(files[0] if len(files) == 1 else files[0].parent, sum(map(regular, files)))
 
 
 def _id_of(where: str, row: dict[str, Any]) -> int | str:
     return row["ref_id"] if type(row.get("ref_id")) in ID else where.rpartition(", ")[2]
 
 
-def _rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and its columns; few rows are in memory at a time.
+def _rows(
+    files: list[Path], columns: tuple[str, ...], budget: Budget, split: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row is, and its columns, of all rows or those of a split; few rows are in memory at a time.
 
     Texts are kept as Parquet stores them, each but once, until a row is made: a small file can repeat a large text
     millions of times.
@@ -128,10 +137,16 @@ def _rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[tuple[str, di
                 for batch in file.iter_batches(batch_size=_BATCH, columns=[leaf.path for leaf in leaves]):
                     for column in batch.columns:
                         _check_values(column, path)
+                        budget.spend(_unfolded(column))
                     for index in range(batch.num_rows):
-                        yield f"{path}, row {number}", {key: batch.column(key)[index].as_py() for key in columns}
+                        if split is None or batch.column("split")[index].as_py() == split:
+                            yield f"{path}, row {number}", {key: batch.column(key)[index].as_py() for key in columns}
                         number += 1
-        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            if error.errno is None:
+                raise DataError(f"{path} is not a whole Parquet file ({error}); download it again") from error
+            raise unreadable(path, error) from error
+        except (arrow.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a whole Parquet file ({error}); download it again") from error
 
 
@@ -146,6 +161,9 @@ def _leaves(file: Any, path: Path, columns: tuple[str, ...]) -> list[Any]:
         raise DataError(f"{path} has {sizes}; the limits are {MAX_ROWS} and {MAX_GROUP_BYTES}. It was not read")
     leaves = [file.schema.column(number) for number in range(len(file.schema))]
     leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in columns]
+    odd = next((leaf for leaf in leaves if leaf.physical_type not in PHYSICAL), None)
+    if odd is not None:
+        raise DataError(f"{path} has a column {odd.path} of {odd.physical_type}; it must hold numbers or texts")
     said = [leaf for leaf in leaves if leaf.path.startswith("sentences.") and leaf.path.endswith(".sent")]
     return [leaf for leaf in leaves if leaf in said or not (said and leaf.path.startswith("sentences."))]
 
@@ -175,7 +193,23 @@ def _check_values(column: Any, path: Path) -> None:
         raise DataError(f"{path} holds {what.format(most)}; the limit is {limit}")
 
 
-def build(row: dict[str, Any], folder: Path, where: str) -> Annotated:
+def _unfolded(column: Any) -> int:
+    """Bytes that the values of a column take once they are Python's, in which no two share a text."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    kind = column.type
+    if types.is_list(kind) or types.is_large_list(kind):
+        return NUMBER * len(column) + _unfolded(column.flatten())
+    if types.is_struct(kind):
+        return NUMBER * len(column) + sum(map(_unfolded, column.flatten()))
+    if types.is_dictionary(kind):
+        characters = compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+        return int(characters) + (2 * QUOTE + NUMBER) * len(column)
+    return NUMBER * len(column)
+
+
+def build(row: dict[str, Any], folder: Path, where: str, budget: Budget) -> Annotated:
     """One row as a reference with its annotation.
 
     Raises:
@@ -184,8 +218,8 @@ def build(row: dict[str, Any], folder: Path, where: str) -> Annotated:
     ref_id, image_id = (field(row, key, ID, f"{where},", LAYOUT) for key in ("ref_id", "image_id"))
     sentences = row.get("sentences")
     if type(sentences) is str:
-        sentences = parse_json(sentences, f"{where}, sentences")
-    info, anns = (_json(row, key, where) for key in ("raw_image_info", "raw_anns"))
+        sentences = parse_json(sentences, f"{where}, sentences", budget)
+    info, anns = (_json(row, key, where, budget) for key in ("raw_image_info", "raw_anns"))
     named = f"{where}, raw_image_info"
     height, width = (field(info, key, (int,), named, LAYOUT) for key in ("height", "width"))
     if min(height, width) < 1:
@@ -194,7 +228,7 @@ def build(row: dict[str, Any], folder: Path, where: str) -> Annotated:
     segmentations = [field(ann, "segmentation", (list, dict), f"{where}, raw_anns,", LAYOUT) for ann in parts]
     name = safe_name(field(info, "file_name", (str,), named, LAYOUT), named)
     return Annotated(
-        Reference(ref_id, image_id, sentences_of({"sentences": sentences}, f"{where},"), name),
+        Reference(ref_id, image_id, sentences_of({"sentences": sentences}, f"{where},", budget), name),
         f"ann_id {row.get('ann_id')}, ",
         folder / name,
         height,
@@ -204,5 +238,5 @@ def build(row: dict[str, Any], folder: Path, where: str) -> Annotated:
     )
 
 
-def _json(row: dict[str, Any], key: str, where: str) -> Any:
-    return parse_json(field(row, key, (str,), f"{where},", LAYOUT), f"{where}, {key}")
+def _json(row: dict[str, Any], key: str, where: str, budget: Budget) -> Any:
+    return parse_json(field(row, key, (str,), f"{where},", LAYOUT), f"{where}, {key}", budget)

@@ -1,35 +1,203 @@
-"""File names that a data set's own files give, kept inside the folder that they belong to."""
+"""Files that a data set names: kept inside the folder that they belong to, and read only if they are regular files.
+
+A folder that the user lays out, or names, may be a link and lie anywhere. What lies in it, and what the data set's own
+files say, is a stranger's: no name leaves its folder, by its spelling or by a link, and a FIFO or a device, which never
+ends, is not opened.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
-from fastris.data.base import DataError
+from fastris.data.base import DataError, shown
+
+GONE = "no file"
+OUT = "a link that leads out of the folder"
+IRREGULAR = "no regular file"
+MAX_PART = 255  # bytes of one folder's or file's name, on every usual file system
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_PLAIN = re.compile(r"(?:[\w ()+,@=-][\w ()+,@=.-]*/)*[\w ()+,@=-][\w ()+,@=.-]*", re.ASCII)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def stays(name: str) -> bool:
+    """Whether a name, by its spelling, is one below its folder on every system, and one that a file can have."""
+    if len(name) <= MAX_PART and _PLAIN.fullmatch(name):
+        return True
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if posix.is_absolute() or windows.is_absolute() or windows.drive or windows.root:
+        return False
+    if ".." in (*posix.parts, *windows.parts) or "\0" in name or not posix.parts or len(name) > 1000:
+        return False
+    try:
+        return all(len(os.fsencode(part)) <= MAX_PART for part in posix.parts)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def safe_name(name: str, where: str, *, key: str = "file_name", folder: str = "the folder of images") -> str:
     """The name, if by its spelling it stays inside of its folder on every system.
 
     Raises:
-        DataError: it is absolute, climbs with "..", or is no name at all; the message begins with `where`.
+        DataError: it is absolute, climbs with "..", or is none that a file can have; the message begins with `where`.
     """
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    leaves = posix.is_absolute() or windows.is_absolute() or windows.drive or ".." in (*posix.parts, *windows.parts)
-    if leaves or "\0" in name or not posix.parts or len(name) > 1000:
-        shown = repr(name if len(name) <= 200 else name[:200] + "...")
-        raise DataError(f"{where} has {key} {shown}, which leaves {folder}; correct it")
+    if not stays(name):
+        raise DataError(f"{where} has {key} {shown(name)}, which leaves {folder} or names no file; correct it")
     return name
 
 
-def leaves_by_link(root: Path, name: str) -> bool:
-    """Whether a safe name leads out of `root` through a symbolic link below it.
+class Look:
+    """What stands behind names in folders of images and masks; each name, and each folder, is looked at once."""
 
-    `root` itself may be a link, and lie anywhere: whoever lays out the files chose it, the data set did not.
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], str] = {}
+        self._linked: dict[str, bool] = {}
+
+    def __call__(self, folder: Path, name: str) -> str:
+        """What is wrong with `folder / name`: `GONE`, `OUT`, `IRREGULAR` or the system's reason; "" for a file.
+
+        This is the one place that decides whether a file may be opened. It goes by what the name finally leads to: a
+        link is followed, and must end inside of `folder`.
+        """
+        key = str(folder), name
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._find(key[0], name)
+        return found
+
+    def _find(self, folder: str, name: str) -> str:
+        if not stays(name):
+            return OUT
+        name = os.path.normpath(name)
+        path = os.path.join(folder, name)
+        try:
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode) or self._through_link(folder, os.path.dirname(name)):
+                if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+                    return OUT
+                mode = os.stat(path).st_mode
+        except OSError as error:
+            return GONE if error.errno in _ABSENT else error.strerror or str(error)
+        return "" if stat.S_ISREG(mode) else IRREGULAR
+
+    def _through_link(self, root: str, inner: str) -> bool:
+        """Whether the folder `inner` of `root` is a link, or lies in one that does; `root` itself may."""
+        if not inner:
+            return False
+        path = os.path.join(root, inner)
+        if path not in self._linked:
+            self._linked[path] = os.path.islink(path) or self._through_link(root, os.path.dirname(inner))
+        return self._linked[path]
+
+
+def place(folder: Path, name: str, where: str, look: Look, *, key: str, kind: str, prefix: str = "") -> tuple[str, str]:
+    """A name in its folder, less a `prefix` with which people who count from the root begin it, and `look` at it.
+
+    Raises:
+        DataError: what is left leaves the folder; the message begins with `where`.
     """
-    path = root
-    for part in PurePosixPath(name).parts:
-        path = path / part
-        if path.is_symlink():
-            return not Path(os.path.realpath(root / name)).is_relative_to(os.path.realpath(root))
-    return False
+    safe_name(name, where, key=key, folder=kind)
+    found = look(folder, name)
+    if found and prefix and name.startswith(prefix):
+        name = safe_name(name.removeprefix(prefix), where, key=key, folder=kind)
+        found = look(folder, name)
+    return name, found
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is something to read; a file that cannot even be looked at is an error, not an absent one.
+
+    Raises:
+        DataError: it is no regular file, or the system refuses to look.
+    """
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise unreadable(path, error) from error
+    regular(path)
+    return True
+
+
+def is_dir(path: Path) -> bool:
+    """Whether there is such a folder.
+
+    Raises:
+        DataError: the system refuses to look.
+    """
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise unreadable(path, error) from error
+    except ValueError:  # not a path at all
+        return False
+
+
+def regular(path: Path) -> int:
+    """The size in bytes of a regular file, wherever links lead.
+
+    Raises:
+        DataError: it is a FIFO, a device or a folder, or cannot be looked at; the message says why.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(state.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(state.st_mode), IRREGULAR)
+        raise DataError(f"{path} is {kind}, which is not read; put a regular file there")
+    return state.st_size
+
+
+@contextmanager
+def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+    """A regular file for reading.
+
+    Raises:
+        DataError: it is larger than `max_bytes`, is no regular file, or the system refuses to read it.
+    """
+    size = regular(path)
+    if size > max_bytes:
+        raise DataError(f"{path} has {size} bytes and was not read; the limit is {max_bytes}")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def content(path: Path, max_bytes: int) -> bytes:
+    """All of a regular file; errors are those of `opened`."""
+    with opened(path, max_bytes) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise DataError(f"{path} has more than {max_bytes} bytes and was not read; that is the limit")
+    return data
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error of a file or folder that the system refuses to read: the system's reason, and the mend."""
+    if error.errno in _ABSENT:
+        mend = "put it there, or correct its name"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        mend = "give this account the right to read it"
+    else:
+        mend = "check the disk that holds it"
+    return DataError(f"{path} cannot be read ({error.strerror or error}); {mend}")

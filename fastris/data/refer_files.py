@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from fastris.data.annotated import DUPLICATE_ID, Annotated, Record, UnusableReference, collect
 from fastris.data.annotation import Several
-from fastris.data.base import DataError, Reference
-from fastris.data.paths import safe_name
-from fastris.data.records import ID, by_id, field, read_json, sentences_of
+from fastris.data.base import DataError, Reference, shown
+from fastris.data.budget import ERROR, NUMBER, Budget
+from fastris.data.paths import is_dir, is_file, regular, safe_name
+from fastris.data.records import ID, ID_RULE, by_id, field, is_id, read_json, sentences_of
 from fastris.data.unpickle import load_plain
 
 LAYOUT = {
@@ -37,13 +38,13 @@ class Files(NamedTuple):
 def holds(name: str, root: Path) -> bool:
     """Whether the references of a data set lie under `root`."""
     folder, refs_name = LAYOUT[name]
-    return (root / folder / refs_name).is_file()
+    return is_file(root / folder / refs_name)
 
 
 def image_folder(root: Path, images: str | Path | None, places: tuple[str, ...] = IMAGE_FOLDERS) -> Path | None:
     """The folder that the user named, or the first of the usual places that exists."""
     folders = [root / place for place in places] if images is None else [Path(images).expanduser()]
-    return next((place for place in folders if place.is_dir()), None)
+    return next((place for place in folders if is_dir(place)), None)
 
 
 def locate(name: str, root: Path, images: str | Path | None) -> Files:
@@ -51,10 +52,10 @@ def locate(name: str, root: Path, images: str | Path | None) -> Files:
     folder, refs_name = LAYOUT[name]
     refs, instances = root / folder / refs_name, root / folder / "instances.json"
     folder_of_images = image_folder(root, images)
-    if folder_of_images is not None and refs.is_file() and instances.is_file():
+    if folder_of_images is not None and is_file(refs) and is_file(instances):
         return Files(refs, instances, folder_of_images)
 
-    states = [f"{folder}/{file.name} ({'found' if file.is_file() else 'MISSING'})" for file in (refs, instances)]
+    states = [f"{folder}/{file.name} ({'found' if is_file(file) else 'MISSING'})" for file in (refs, instances)]
     if folder_of_images is not None:
         states.append(f"COCO's train2014 images in {folder_of_images} (found)")
     elif images is not None:
@@ -75,12 +76,13 @@ def read_split(files: Files, split: str) -> list[Record]:
     Raises:
         DataError: unknown split, or files that are damaged or do not fit each other.
     """
-    return list(_join(_refs_of(files.refs, split), files))
+    budget = Budget(files.refs, regular(files.refs) + regular(files.instances))
+    return list(_join(_refs_of(files.refs, split, budget), files, budget))
 
 
 def splits_of(path: Path) -> list[str]:
     """The splits that a file of references has, in order of first appearance."""
-    return list(_by_split(path))
+    return list(_by_split(path, Budget(path, regular(path)))[0])
 
 
 def _load(path: Path) -> list[Any]:
@@ -90,8 +92,8 @@ def _load(path: Path) -> list[Any]:
     return refs
 
 
-def _by_split(path: Path) -> dict[str, list[Any]]:
-    """Split -> its references, with an error in place of each that is bad; those without a split are in all of them."""
+def _by_split(path: Path, budget: Budget) -> tuple[dict[str, list[Any]], list[UnusableReference]]:
+    """Split -> its references, with an error in place of each that is bad; and the errors of those without a split."""
     splits: dict[str, list[Any]] = {}
     nowhere: list[UnusableReference] = []
     seen: set[int | str] = set()
@@ -101,23 +103,25 @@ def _by_split(path: Path) -> dict[str, list[Any]]:
             ref_id = field(ref, "ref_id", ID, f"{path}, reference number {number},")
             split = field(ref, "split", (str,), f"{path}, ref_id {ref_id},")
         except DataError as error:
+            budget.spend(ERROR)
             nowhere.append(UnusableReference(str(error), ref_id=ref_id))
             continue
         if ref_id in seen:
+            budget.spend(ERROR)
             ref = UnusableReference(f"{path} holds ref_id {ref_id} twice; download it again", DUPLICATE_ID, ref_id)
         seen.add(ref_id)
         splits.setdefault(split, []).append(ref)
     if not splits and nowhere:
         raise nowhere[0]
-    return {split: [*refs, *nowhere] for split, refs in splits.items()}
+    return splits, nowhere
 
 
-def _refs_of(path: Path, split: str) -> list[Any]:
-    """The references of one split, as the file holds them."""
-    splits = _by_split(path)
+def _refs_of(path: Path, split: str, budget: Budget) -> list[Any]:
+    """The references of one split, as the file holds them, and those without a split, which are bad in any."""
+    splits, nowhere = _by_split(path, budget)
     if split not in splits:
         raise DataError(f"split={split!r} is unknown; {path} has {', '.join(splits) or 'no references at all'}")
-    return splits[split]
+    return [*splits[split], *nowhere]
 
 
 def _read_instances(path: Path) -> dict[str, Any]:
@@ -131,12 +135,12 @@ def _ann_ids(ref: dict[str, Any], where: str) -> list[int | str]:
     """The annotations of a reference: one; or in gRefCOCO several, or none."""
     ids = field(ref, "ann_id", (*ID, list), where)
     ids = ids if type(ids) is list else [ids]
-    if not all(type(ann_id) in ID for ann_id in ids):
-        raise DataError(f"{where} has 'ann_id' {str(ids)[:100]}, but it must be int or str, or a list of them")
+    if not all(map(is_id, ids)):
+        raise DataError(f"{where} has 'ann_id' {shown(ids)}, but it must be int or str, or a list of them; {ID_RULE}")
     return [] if ids == [NO_TARGET_ID] else ids
 
 
-def _join(refs: list[Any], files: Files) -> Iterator[Record]:
+def _join(refs: list[Any], files: Files, budget: Budget) -> Iterator[Record]:
     """References with their annotations and images."""
     instances = _read_instances(files.instances)
     wanted: dict[str, set[int | str]] = {"annotations": set(), "images": set()}
@@ -144,10 +148,10 @@ def _join(refs: list[Any], files: Files) -> Iterator[Record]:
         if type(ref) is dict:
             ann_ids, image_id = ref.get("ann_id"), ref.get("image_id")
             ann_ids = ann_ids if type(ann_ids) is list else [ann_ids]
-            wanted["annotations"].update(ann_id for ann_id in ann_ids if type(ann_id) in ID)
-            wanted["images"].update(value for value in [image_id] if isinstance(value, ID))
+            wanted["annotations"].update(filter(is_id, ann_ids))
+            wanted["images"].update(filter(is_id, [image_id]))
     known = {key: by_id(instances[key], ids, f"{files.instances}, {key[:-1]}") for key, ids in wanted.items()}
-    yield from collect(refs, lambda ref: _joined(ref, files, known), lambda ref: ref["ref_id"])
+    yield from collect(refs, lambda ref: _joined(ref, files, known, budget), lambda ref: ref["ref_id"], budget)
 
 
 def _side(image: dict[str, Any], key: str, where: str) -> int:
@@ -157,9 +161,12 @@ def _side(image: dict[str, Any], key: str, where: str) -> int:
     return side
 
 
-def _joined(ref: dict[str, Any], files: Files, known: dict[str, dict[int | str, dict[str, Any]]]) -> Annotated:
+def _joined(
+    ref: dict[str, Any], files: Files, known: dict[str, dict[int | str, dict[str, Any]]], budget: Budget
+) -> Annotated:
     where = f"{files.refs}, ref_id {ref['ref_id']},"
     ann_ids, image_id = _ann_ids(ref, where), field(ref, "image_id", ID, where)
+    budget.spend(NUMBER * len(ann_ids))
     for key, value, found in [
         *(("ann_id", ann_id, known["annotations"]) for ann_id in ann_ids),
         ("image_id", image_id, known["images"]),
@@ -176,11 +183,11 @@ def _joined(ref: dict[str, Any], files: Files, known: dict[str, dict[int | str, 
             segmentations.append(segmentation)
     no_target = not ann_ids
     if type(ref.get("no_target", no_target)) is not bool or ref.get("no_target", no_target) != no_target:
-        raise DataError(f"{where} has no_target {ref['no_target']!r}, but ann_id {str(ref['ann_id'])[:100]}")
+        raise DataError(f"{where} has no_target {shown(ref['no_target'])}, but ann_id {shown(ref['ann_id'])}")
     image, image_name = known["images"][image_id], f"{files.instances}, image {image_id},"
     file_name = safe_name(field(image, "file_name", (str,), image_name), image_name)
     return Annotated(
-        Reference(ref["ref_id"], image_id, sentences_of(ref, where), file_name, no_target),
+        Reference(ref["ref_id"], image_id, sentences_of(ref, where, budget), file_name, no_target),
         f"ann_id {', '.join(map(str, ann_ids)) or 'none'}, ",
         files.images / file_name,
         _side(image, "height", image_name),

@@ -1,9 +1,10 @@
 """A reader for pickles of plain data that can run nothing.
 
-Python's own unpickler looks up and calls whatever a file names; refusing globals leaves memory bombs and crashes
-(a memo index of four billion, a key that is a million tuples deep). This one knows only the opcodes that build
-lists, dicts, tuples, strings, numbers, booleans and None, for protocols 0 to 5 of Python 2 and 3. Any other
-opcode is refused by name before it has an effect, and work and memory stay proportional to the size of the file.
+Python's own unpickler looks up and calls whatever a file names; with globals refused, seven bytes (a memo index of a
+billion) still take 16 GB, and a key that is a million tuples deep still ends the process: the tests show both. This
+one knows only the opcodes that build lists, dicts, tuples, strings, numbers, booleans and None, for protocols 0 to 5
+of Python 2 and 3. Any other opcode is refused by name before it has an effect, and work and memory stay proportional
+to the size of the file: no key is hashed whose hash a file could choose, but for `MAX_NUMBER_KEYS` of a dict.
 
 Records that hold encoded images are read with `binary=True`, where bytes stay bytes. Protocol 2 has no instruction for
 bytes: Python 3 writes a text and a call of `_codecs.encode(text, "latin1")`. That one spelling is understood as the
@@ -19,19 +20,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastris.data.base import DataError
+from fastris.data.budget import LIST, TABLE, Budget
+from fastris.data.paths import content, regular
 from fastris.data.unpickle_values import MAX_NUMBER, Malformed, line_int, long, quoted, text
 
 MAX_BYTES = 128 << 20  # 50,000 references with 150,000 sentences take about 30 MB
 MAX_DEPTH = 32  # the REFER layout nests five deep
+MAX_NUMBER_KEYS = 256  # of a dict, that are no texts: equal hashes make each of them cost as much as all before it
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _LEAVES = _SCALARS | {bytes}
+_TEXT = frozenset({str})
 _ENCODE, _BYTES = object(), object()  # what stands on the stack for the only two names that are understood
 _KNOWN = {
     (b"_codecs", b"encode"): _ENCODE,
     (b"__builtin__", b"bytes"): _BYTES,
     (b"builtins", b"bytes"): _BYTES,
 }
+_GAP = object()  # what stands in the memo for an index that was passed over
 _BAD_KEY = "a dict key that is neither a string nor a number"
 _MEND = (
     "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
@@ -54,13 +60,11 @@ def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
     Raises:
         DataError: the file is too large or damaged, or it asks for anything but plain data; the message names the
             file, what was refused, and the mend.
-        OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+    path = Path(path)
+    if regular(path) > max_bytes:
         raise DataError(f"{path} is larger than {max_bytes} bytes and was not read; refs of 50,000 objects take 30 MB")
-    return loads_plain(data, str(path))
+    return loads_plain(content(path, max_bytes), str(path))
 
 
 def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False) -> Any:
@@ -85,7 +89,7 @@ def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False
 class _Machine:
     """The pickle stack machine, without the opcodes that name, call or build objects."""
 
-    __slots__ = ("binary", "data", "marks", "memo", "position", "source", "stack")
+    __slots__ = ("binary", "budget", "data", "gaps", "marks", "memo", "position", "scattered", "source", "stack")
 
     def __init__(self, data: bytes, source: str, binary: bool = False):
         self.data = data
@@ -94,7 +98,10 @@ class _Machine:
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.budget = Budget(source, len(data))
+        self.memo: list[Any] = []  # picklers number it from 0 or 1 on
+        self.scattered: dict[str, Any] = {}  # indices that do not follow one another; as texts, see `_put`
+        self.gaps = 0
 
     def run(self) -> Any:
         data, handlers = self.data, _HANDLERS
@@ -170,8 +177,12 @@ def _constant(value: Any) -> _Handler:
     return lambda machine: machine.stack.append(value)
 
 
-def _empty(kind: Callable[[], Any]) -> _Handler:
-    return lambda machine: machine.stack.append(kind())
+def _empty(kind: Callable[[], Any], size: int) -> _Handler:
+    def handler(machine: _Machine) -> None:
+        machine.budget.spend(size)
+        machine.stack.append(kind())
+
+    return handler
 
 
 def _written(convert: Callable[[bytes], Any]) -> _Handler:
@@ -240,12 +251,16 @@ def _reduce(machine: _Machine) -> None:
     if function is _BYTES and arguments == ():
         machine.stack.append(b"")
     elif function is _ENCODE and type(arguments) is tuple and arguments[1:] == ("latin1",):
-        machine.stack.append(arguments[0].encode("latin-1") if type(arguments[0]) is str else machine.refuse(ord("R")))
+        if type(arguments[0]) is not str:
+            machine.refuse(pickle.REDUCE[0])
+        machine.budget.spend(len(arguments[0]))
+        machine.stack.append(arguments[0].encode("latin-1"))
     else:
         machine.refuse(pickle.REDUCE[0])
 
 
 def _mark(machine: _Machine) -> None:
+    machine.budget.spend(LIST)
     machine.marks.append(machine.stack)
     machine.stack = []
 
@@ -261,10 +276,11 @@ def _pop_mark(machine: _Machine) -> None:
     machine.pop_mark()
 
 
-def _collect(kind: Callable[[list[Any]], Any]) -> _Handler:
+def _collect(kind: Callable[[list[Any]], Any], size: int) -> _Handler:
     """A container of everything since the last mark."""
 
     def handler(machine: _Machine) -> None:
+        machine.budget.spend(size)
         items = machine.pop_mark()
         machine.stack.append(kind(items))
 
@@ -275,6 +291,7 @@ def _tuple_of(count: int) -> _Handler:
     def handler(machine: _Machine) -> None:
         if len(machine.stack) < count:
             raise Malformed("too few values for a tuple")
+        machine.budget.spend(LIST)
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return handler
@@ -290,36 +307,69 @@ def _appends(machine: _Machine) -> None:
     machine.top(list).extend(items)
 
 
-def _pairs(items: list[Any]) -> dict[Any, Any]:
+def _pairs(items: list[Any], before: int = 0) -> dict[Any, Any]:
+    """A dict of keys and values in turn, to be added to one that has some before."""
     keys, values = items[::2], items[1::2]
     if len(keys) != len(values):
         raise Malformed("a key without a value")
+    if not _TEXT.issuperset(map(type, keys)):
+        _check_keys(keys, before)
+    return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
+
+
+def _check_keys(keys: list[Any], before: int) -> None:
+    """Refuse keys that are no scalars, and many that are numbers."""
     if not _SCALARS.issuperset(map(type, keys)):
         raise Malformed(_BAD_KEY)
-    return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
+    if before + len(keys) > MAX_NUMBER_KEYS:
+        raise Malformed(f"a dict of over {MAX_NUMBER_KEYS} keys that are not all texts")
 
 
 def _setitem(machine: _Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
-    if type(key) not in _SCALARS:
-        raise Malformed(_BAD_KEY)
-    machine.top(dict)[key] = value
+    target = machine.top(dict)
+    if type(key) is not str:
+        _check_keys([key], len(target))
+    target[key] = value
 
 
 def _setitems(machine: _Machine) -> None:
     items = machine.pop_mark()
-    machine.top(dict).update(_pairs(items))
+    target = machine.top(dict)
+    target.update(_pairs(items, len(target)))
 
 
 def _put(read: Callable[[_Machine], int]) -> _Handler:
+    """Remember the topmost value under an index: in a list, as long as the indices follow one another.
+
+    Others are kept by their digits, since a file can choose numbers, unlike texts, so that all have one hash.
+    """
+
     def handler(machine: _Machine) -> None:
-        machine.memo[read(machine)] = machine.stack[-1]
+        index, value, memo = read(machine), machine.stack[-1], machine.memo
+        if index == len(memo):
+            memo.append(value)
+        elif 0 <= index < len(memo):
+            memo[index] = value
+        elif index == 1 and not memo:
+            memo.extend((_GAP, value))
+            machine.gaps = 1
+        else:
+            machine.budget.spend(TABLE)
+            machine.scattered[str(index)] = value
 
     return handler
 
 
 def _get(read: Callable[[_Machine], int]) -> _Handler:
-    return lambda machine: machine.stack.append(machine.memo[read(machine)])
+    def handler(machine: _Machine) -> None:
+        index, memo = read(machine), machine.memo
+        value = memo[index] if 0 <= index < len(memo) else machine.scattered[str(index)]
+        if value is _GAP:
+            raise KeyError(index)
+        machine.stack.append(value)
+
+    return handler
 
 
 def _written_index(machine: _Machine) -> int:
@@ -359,12 +409,12 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.SHORT_BINUNICODE: _counted("<B", bytes.decode),
     pickle.BINUNICODE: _counted("<I", bytes.decode),
     pickle.BINUNICODE8: _counted("<Q", bytes.decode),
-    pickle.EMPTY_LIST: _empty(list),
-    pickle.EMPTY_DICT: _empty(dict),
+    pickle.EMPTY_LIST: _empty(list, LIST),
+    pickle.EMPTY_DICT: _empty(dict, TABLE),
     pickle.EMPTY_TUPLE: _constant(()),
-    pickle.LIST: _collect(list),
-    pickle.TUPLE: _collect(tuple),
-    pickle.DICT: _collect(_pairs),
+    pickle.LIST: _collect(list, LIST),
+    pickle.TUPLE: _collect(tuple, LIST),
+    pickle.DICT: _collect(_pairs, TABLE),
     pickle.TUPLE1: _tuple_of(1),
     pickle.TUPLE2: _tuple_of(2),
     pickle.TUPLE3: _tuple_of(3),
@@ -375,7 +425,7 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.PUT: _put(_written_index),
     pickle.BINPUT: _put(_byte),
     pickle.LONG_BINPUT: _put(_uint32),
-    pickle.MEMOIZE: _put(lambda machine: len(machine.memo)),
+    pickle.MEMOIZE: _put(lambda machine: len(machine.memo) - machine.gaps + len(machine.scattered)),
     pickle.GET: _get(_written_index),
     pickle.BINGET: _get(_byte),
     pickle.LONG_BINGET: _get(_uint32),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastris.data import annotation
-from fastris.data.base import DataError, Reference
-from fastris.data.paths import leaves_by_link
+from fastris.data.base import DataError, Reference, printable
+from fastris.data.paths import GONE, OUT, Look
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +87,7 @@ class UnusableReference(DataError):
 
     def __init__(self, message: str, problem: str = BAD_RECORD, ref_id: int | str = "", detail: str = ""):
         super().__init__(message)
-        self.problem, self.detail = problem, detail or message
+        self.problem, self.detail = problem, printable(detail or message)
         self.ref_id = _writable(ref_id) if isinstance(ref_id, str) else ref_id
 
     def __reduce__(self) -> tuple[Any, ...]:  # worker processes send it back
@@ -126,13 +125,13 @@ class Seen:
     Attributes:
         ids: of the references.
         images: image_id -> its image, the path or a digest of the bytes.
-        places: path of an image -> what is wrong with the place; "" if nothing is.
+        look: what stands behind the names of images and masks.
         damage: image -> why its pixels cannot be decoded; None if they can.
     """
 
     ids: set[int | str] = default(default_factory=set)
     images: dict[int | str, Path | bytes] = default(default_factory=dict)
-    places: dict[Path, str] = default(default_factory=dict)
+    look: Look = default(default_factory=Look)
     damage: dict[Path | bytes, UnusableReference | None] = default(default_factory=dict)
 
 
@@ -196,14 +195,15 @@ class Rule:
 
     def _place(self, item: Annotated, seen: Seen) -> None:
         """Whether the image is there, a regular file, and in its folder."""
-        if item.pixels is not None:
+        if item.pixels is not None or item.root is None:
             return
-        if item.path not in seen.places:
-            seen.places[item.path] = _wrong_with_place(item)
-        if seen.places[item.path] == MISSING_IMAGE:
+        found = seen.look(*item.root)
+        if found == GONE:
             raise self._missing(item)
-        if seen.places[item.path]:
-            raise self.unusable(OUTSIDE, item, f"a symbolic link leads out of {item.path.parent}")
+        if found == OUT:
+            raise self.unusable(OUTSIDE, item, f"a symbolic link leads out of {item.root[0]}")
+        if found:
+            raise self.unusable(UNREADABLE_IMAGE, item, found)
 
     def _missing(self, item: Annotated) -> UnusableReference:
         return self.unusable(MISSING_IMAGE, item, f"no file {item.path.name} in {item.path.parent}")
@@ -346,14 +346,6 @@ def first_of(found: Iterable[UnusableReference]) -> UnusableReference | None:
     if found:
         found[0].also = found[1:]
     return next(iter(found), None)
-
-
-def _wrong_with_place(item: Annotated) -> str:
-    try:
-        leaves = item.root is not None and leaves_by_link(*item.root)
-    except (OSError, ValueError):  # a name that the system cannot even look up
-        return MISSING_IMAGE
-    return OUTSIDE if leaves else "" if os.path.isfile(item.path) else MISSING_IMAGE
 
 
 def _image_key(item: Annotated) -> Path | bytes:
