@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHOWN = 200  # characters of one value in a message
+LONGEST = 4000  # characters of a message
 
 
 class DataError(ValueError):
@@ -26,8 +27,12 @@ class DataError(ValueError):
 
 
 def printable(text: object) -> str:
-    """A text for people to read: control characters, line ends, and halves of characters as Python spells them."""
+    """A text for people to read: control characters, line ends, and halves of characters as Python spells them.
+
+    Only of `LONGEST` characters: what is cut off ends in "...".
+    """
     text = str(text)
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -125,7 +125,7 @@ def is_file(path: Path) -> bool:
         DataError: it is no regular file, or the system refuses to look.
     """
     try:
-        path.lstat()
+        os.lstat(path)
     except OSError as error:
         if error.errno in _ABSENT:
             return False
@@ -141,7 +141,7 @@ def is_dir(path: Path) -> bool:
         DataError: the system refuses to look.
     """
     try:
-        return stat.S_ISDIR(path.stat().st_mode)
+        return stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:
         if error.errno in _ABSENT:
             return False
@@ -157,7 +157,7 @@ def regular(path: Path) -> int:
         DataError: it is a FIFO, a device or a folder, or cannot be looked at; the message says why.
     """
     try:
-        state = path.stat()
+        state = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(state.st_mode):
@@ -186,9 +186,10 @@ def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
 def content(path: Path, max_bytes: int) -> bytes:
     """All of a regular file; errors are those of `opened`."""
     with opened(path, max_bytes) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise DataError(f"{path} has more than {max_bytes} bytes and was not read; that is the limit")
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, max_bytes) + 1)  # room for what is asked for is taken at once
+    if len(data) > size or size > max_bytes:
+        raise DataError(f"{path} has more bytes than the {size} that it had when it was opened; try again")
     return data
 
 
