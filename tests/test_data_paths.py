@@ -265,6 +265,16 @@ def test_an_image_that_may_not_be_looked_at_says_so(tmp_path: Path, monkeypatch:
         load_dataset("folder", "train", root)
 
 
+def test_a_root_that_may_not_be_read_is_not_called_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); give this account the right"):
+        load_dataset("folder", "train", tmp_path)
+
+
 def test_an_unreadable_file_is_a_problem_of_its_split_in_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,8 @@ def _read_picture(file: Path | bytes, height: int, width: int) -> np.ndarray:
             values = np.asarray(image)
     except BadAnnotation:
         raise
+    except PermissionError as error:
+        raise BadAnnotation(f"the mask cannot be read ({error.strerror})") from error
     except Exception as error:  # decoders fail in many ways
         raise BadAnnotation(f"the mask cannot be decoded as {' or '.join(MASK_FORMATS)} ({error})") from error
     return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastris.data.annotated import AnnotatedDataset
 from fastris.data.base import DataError
+from fastris.data.paths import unreadable
 
 NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
 """Data sets with files; "folder" is people's own."""
@@ -101,6 +103,11 @@ def _stated_name(root: Path) -> str:
 
 
 def _nothing(name: str, root: Path) -> str:
+    try:
+        if root.is_dir():
+            os.listdir(root)
+    except OSError as error:  # a search in a folder that may not be read finds nothing, and says nothing
+        return str(unreadable(root, error))
     layouts = "; ".join(f"{key}: {entry.layout}" for key, entry in FORMATS.items())
     if name != "folder":
         from fastris.data.refer_files import locate
