@@ -22,15 +22,19 @@ from typing import Any, NoReturn
 from fastris.data.base import DataError
 from fastris.data.budget import LIST, TABLE, Budget
 from fastris.data.paths import content, regular
-from fastris.data.unpickle_values import MAX_NUMBER, Malformed, line_int, long, quoted, text
+from fastris.data.unpickle_values import (
+    MAX_NUMBER,
+    Malformed,
+    check_keys,
+    check_tree,
+    line_int,
+    long,
+    pairs,
+    quoted,
+    text,
+)
 
 MAX_BYTES = 128 << 20  # 50,000 references with 150,000 sentences take about 30 MB
-MAX_DEPTH = 32  # the REFER layout nests five deep
-MAX_NUMBER_KEYS = 256  # of a dict, that are no texts: equal hashes make each of them cost as much as all before it
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-_LEAVES = _SCALARS | {bytes}
-_TEXT = frozenset({str})
 _ENCODE, _BYTES = object(), object()  # what stands on the stack for the only two names that are understood
 _KNOWN = {
     (b"_codecs", b"encode"): _ENCODE,
@@ -38,7 +42,6 @@ _KNOWN = {
     (b"builtins", b"bytes"): _BYTES,
 }
 _GAP = object()  # what stands in the memo for an index that was passed over
-_BAD_KEY = "a dict key that is neither a string nor a number"
 _MEND = (
     "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
     "can run code. Download the file again, or save it with plain values (int(x) for a NumPy number)"
@@ -76,7 +79,7 @@ def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False
     machine = _Machine(data, source, binary)
     try:
         value = machine.run()
-        _check_tree(value, [8 * len(data) + 1000])
+        check_tree(value, [8 * len(data) + 1000])
     except DataError:  # a ValueError too, but one that has said what is wrong
         raise
     except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
@@ -156,21 +159,7 @@ class _Machine:
         raise DataError(f"{self.source} asks for {what[:500]}, which was refused. {_MEND}")
 
 
-def _check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
-    """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
-    kind = type(value)
-    if kind in _LEAVES:
-        return
-    if kind not in (list, tuple, dict):
-        raise Malformed("a name that is not used")
-    budget[0] -= len(value) + 1
-    if depth > MAX_DEPTH or budget[0] < 0:
-        raise Malformed("the values contain themselves, nest too deep or repeat without end")
-    for item in value.values() if kind is dict else value:
-        _check_tree(item, budget, depth + 1)
-
-
-_Handler = Callable[[_Machine], None]
+_Handler = Callable[[_Machine], Any]
 
 
 def _constant(value: Any) -> _Handler:
@@ -272,10 +261,6 @@ def _pop(machine: _Machine) -> None:
         machine.pop_mark()
 
 
-def _pop_mark(machine: _Machine) -> None:
-    machine.pop_mark()
-
-
 def _collect(kind: Callable[[list[Any]], Any], size: int) -> _Handler:
     """A container of everything since the last mark."""
 
@@ -307,36 +292,18 @@ def _appends(machine: _Machine) -> None:
     machine.top(list).extend(items)
 
 
-def _pairs(items: list[Any], before: int = 0) -> dict[Any, Any]:
-    """A dict of keys and values in turn, to be added to one that has some before."""
-    keys, values = items[::2], items[1::2]
-    if len(keys) != len(values):
-        raise Malformed("a key without a value")
-    if not _TEXT.issuperset(map(type, keys)):
-        _check_keys(keys, before)
-    return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
-
-
-def _check_keys(keys: list[Any], before: int) -> None:
-    """Refuse keys that are no scalars, and many that are numbers."""
-    if not _SCALARS.issuperset(map(type, keys)):
-        raise Malformed(_BAD_KEY)
-    if before + len(keys) > MAX_NUMBER_KEYS:
-        raise Malformed(f"a dict of over {MAX_NUMBER_KEYS} keys that are not all texts")
-
-
 def _setitem(machine: _Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
     target = machine.top(dict)
     if type(key) is not str:
-        _check_keys([key], len(target))
+        check_keys([key], len(target))
     target[key] = value
 
 
 def _setitems(machine: _Machine) -> None:
     items = machine.pop_mark()
     target = machine.top(dict)
-    target.update(_pairs(items, len(target)))
+    target.update(pairs(items, len(target)))
 
 
 def _put(read: Callable[[_Machine], int]) -> _Handler:
@@ -383,7 +350,7 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.FRAME: _skip(8),
     pickle.MARK: _mark,
     pickle.POP: _pop,
-    pickle.POP_MARK: _pop_mark,
+    pickle.POP_MARK: _Machine.pop_mark,
     pickle.DUP: lambda machine: machine.stack.append(machine.stack[-1]),
     pickle.NONE: _constant(None),
     pickle.NEWTRUE: _constant(True),
@@ -414,7 +381,7 @@ _OPCODES: dict[bytes, _Handler] = {
     pickle.EMPTY_TUPLE: _constant(()),
     pickle.LIST: _collect(list, LIST),
     pickle.TUPLE: _collect(tuple, LIST),
-    pickle.DICT: _collect(_pairs, TABLE),
+    pickle.DICT: _collect(pairs, TABLE),
     pickle.TUPLE1: _tuple_of(1),
     pickle.TUPLE2: _tuple_of(2),
     pickle.TUPLE3: _tuple_of(3),

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import codecs
+from typing import Any
 
 MAX_NUMBER = 64  # bytes of one written number
+
+MAX_DEPTH = 32  # the REFER layout nests five deep
+MAX_NUMBER_KEYS = 256  # of a dict, that are no texts: equal hashes make each of them cost as much as all before it
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_LEAVES = _SCALARS | {bytes}
+_TEXT = frozenset({str})
+_BAD_KEY = "a dict key that is neither a string nor a number"
 
 
 class Malformed(ValueError):
@@ -38,3 +47,35 @@ def long(raw: bytes) -> int:
     if len(raw) > MAX_NUMBER:
         raise Malformed(f"an integer of {len(raw)} bytes")
     return int.from_bytes(raw, "little", signed=True)
+
+
+def check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
+    """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return
+    if kind not in (list, tuple, dict):
+        raise Malformed("a name that is not used")
+    budget[0] -= len(value) + 1
+    if depth > MAX_DEPTH or budget[0] < 0:
+        raise Malformed("the values contain themselves, nest too deep or repeat without end")
+    for item in value.values() if kind is dict else value:
+        check_tree(item, budget, depth + 1)
+
+
+def pairs(items: list[Any], before: int = 0) -> dict[Any, Any]:
+    """A dict of keys and values in turn, to be added to one that has some before."""
+    keys, values = items[::2], items[1::2]
+    if len(keys) != len(values):
+        raise Malformed("a key without a value")
+    if not _TEXT.issuperset(map(type, keys)):
+        check_keys(keys, before)
+    return dict(zip(keys, values))  # noqa: B905 -- strict=True costs time, and the lengths are equal
+
+
+def check_keys(keys: list[Any], before: int) -> None:
+    """Refuse keys that are no scalars, and many that are numbers."""
+    if not _SCALARS.issuperset(map(type, keys)):
+        raise Malformed(_BAD_KEY)
+    if before + len(keys) > MAX_NUMBER_KEYS:
+        raise Malformed(f"a dict of over {MAX_NUMBER_KEYS} keys that are not all texts")
