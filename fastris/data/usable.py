@@ -27,7 +27,7 @@ import numpy as np
 
 from fastris.data import annotation
 from fastris.data.base import DataError, Reference, printable
-from fastris.data.paths import GONE, OUT, Look
+from fastris.data.paths import GONE, IRREGULAR, OUT, Look
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -202,6 +202,8 @@ class Rule:
             raise self._missing(item)
         if found == OUT:
             raise self.unusable(OUTSIDE, item, f"a symbolic link leads out of {item.root[0]}")
+        if found == IRREGULAR:
+            raise self.unusable(MISSING_IMAGE, item, f"{item.path.name} is {IRREGULAR}")
         if found:
             raise self.unusable(UNREADABLE_IMAGE, item, found)
 
