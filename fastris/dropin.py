@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastris.dropin_find import parts_like
 from fastris.dropin_near import near_miss
-from fastris.dropin_parts import Part, parts_like
+from fastris.dropin_parts import Part
 from fastris.dropin_proof import Proof, Unproved, prove
 from fastris.dropin_sizes import MARK, put_back
 

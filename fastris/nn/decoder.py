@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -112,6 +113,15 @@ def decoder_layer_forward_with_weights(
     return _feed_forward(layer, pixels + layer.dropout2(layer.cross_attn_norm(branch))), weights
 
 
+def maskless(forward: Callable) -> Callable:
+    """A decoder layer's ``forward`` without the padding mask: every word counts."""
+
+    def without_mask(layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor) -> Any:
+        return forward(layer, vis, txt, vis_pos, txt_pos, None)
+
+    return without_mask
+
+
 def _attend_to_pixels(layer: Any, vis: Tensor, positions: Tensor) -> Tensor:
     """The self-attention sub-layer: (N, B, D) -> (B, N, D)."""
     return self_attention(
@@ -154,17 +164,29 @@ def _table_for(x: Tensor, table: Tensor) -> Tensor:
 
 def decoder_forward(decoder: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | None) -> Tensor | list[Tensor]:
     """The forward of any module with the attributes of :class:`TransformerDecoder`."""
+    outputs = []
+    for pixels, _ in run_layers(decoder, vis, txt, pad_mask):
+        if decoder.return_intermediate:
+            outputs.append(normed(decoder, pixels))
+    return outputs if decoder.return_intermediate else normed(decoder, pixels)
+
+
+def normed(decoder: Any, pixels: Tensor) -> Tensor:
+    """A layer's answer (N, B, D) as the decoder gives it away: (B, D, N)."""
+    return decoder.norm(pixels).permute(1, 2, 0)
+
+
+def run_layers(decoder: Any, vis: Tensor, txt: Tensor, *pad_mask: Tensor | None) -> Iterator[tuple[Tensor, Any]]:
+    """Each layer's (answer (N, B, D), what it returns besides or None); layers without a mask are given none."""
     _, dim, height, width = vis.shape
     vis_pos, txt_pos = _positions(height, width, txt.shape[1], dim, vis.device)
     pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
     if requested_impl() != "reference":  # one copy, after which every sum and norm runs along memory
         pixels = pixels.transpose(0, 1).contiguous().transpose(0, 1)
-    outputs = []
     for layer in decoder.layers:
-        pixels = layer(pixels, words, vis_pos, txt_pos, pad_mask)
-        if decoder.return_intermediate:
-            outputs.append(decoder.norm(pixels).permute(1, 2, 0))
-    return outputs if decoder.return_intermediate else decoder.norm(pixels).permute(1, 2, 0)
+        answer = layer(pixels, words, vis_pos, txt_pos, *pad_mask)
+        pixels, besides = answer if isinstance(answer, tuple) else (answer, None)
+        yield pixels, besides
 
 
 def _positions(height: int, width: int, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

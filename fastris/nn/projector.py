@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.blocks import conv_layer
@@ -41,12 +42,41 @@ class Projector(nn.Module):
         return projector_loss(self, x, word, mask)
 
 
+class Reading(NamedTuple):
+    """What the numbers of a projector mean: its last 1x1 convolution gives M maps, the sentence Q kernels and biases.
+
+    Either one map is scored by Q text kernels, or M maps by one. ``size`` is the kernels' k; ``order`` names the map
+    that each logit map scores, ``biases`` its place among the biases, which come last in the text projection;
+    ``padding`` is that of the text convolution; ``form`` is Tensor for one of (B, Q or M, h, w), or the container of
+    one tensor (B, 1, h, w) each.
+    """
+
+    kernels: int
+    size: int
+    order: tuple[int, ...]
+    biases: tuple[int, ...]
+    padding: int
+    form: type
+
+
+def published_reading(projector: Any) -> Reading:
+    """The reading by ``in_dim`` and ``kernel_size``: all kernels and then all biases; M maps come as a tuple."""
+    size, last, text = projector.kernel_size, projector.vis[4], text_projection(projector)
+    maps = last.out_channels // projector.in_dim
+    outputs = (text if isinstance(text, nn.Linear) else text[0]).out_features
+    if maps > 1:
+        return Reading(1, size, tuple(range(maps)), (0,) * maps, size // 2, tuple)
+    kernels = outputs // (projector.in_dim * size * size + 1)
+    return Reading(kernels, size, (0,) * kernels, tuple(range(kernels)), size // 2, Tensor)
+
+
 def projector_loss(projector: Any, x: Tensor, word: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, logits) of any module with the attributes of :class:`Projector`, from one pass over its last map."""
-    features, kernel, bias = _features_and_kernel(projector, x, word)
+    parameters = text_projection(projector)(word)
+    kernel, bias = _kernels_and_biases(parameters, published_reading(projector))
     last = projector.vis[4]
     return text_to_pixel_contrastive_loss(
-        features, kernel, mask, bias, pointwise_weight=last.weight, pointwise_bias=last.bias
+        _features(projector.vis, x), kernel, mask, bias, pointwise_weight=last.weight, pointwise_bias=last.bias
     )
 
 
@@ -56,13 +86,7 @@ def projector_forward(projector: Any, x: Tensor, word: Tensor) -> Any:
     Where its last 1x1 convolution gives M maps of in_dim channels, all are scored by the one text kernel, and the
     answer is a tuple of M logits (B, 1, 4h, 4w).
     """
-    last = projector.vis[4]
-    maps = last.out_channels // projector.in_dim
-    features, kernel, bias = _features_and_kernel(projector, x, word)
-    if maps > 1:
-        kernel, bias = _kernel_of_each_map(kernel[:, 0], maps), bias.expand(-1, maps)
-    logits = text_to_pixel_similarity(features, kernel, bias, pointwise_weight=last.weight, pointwise_bias=last.bias)
-    return tuple(one.contiguous() for one in logits.split(1, dim=1)) if maps > 1 else logits
+    return score(projector.vis, text_projection(projector), published_reading(projector), x, word)
 
 
 def text_projection(projector: Any) -> Any:
@@ -70,21 +94,49 @@ def text_projection(projector: Any) -> Any:
     return projector.txt if hasattr(projector, "txt") else projector.txt_fc
 
 
-def _features_and_kernel(projector: Any, x: Tensor, word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The map before the last 1x1 convolution (B, C, 4h, 4w), text kernels (B, Q, in_dim, k, k) and biases (B, Q).
+def score(vis: Any, text: Any, reading: Reading, x: Tensor, word: Tensor) -> Any:
+    """Logits of a projector with the layers ``vis`` and the text projection ``text``, as ``reading`` says.
 
-    The text projection gives all kernels first and then all biases.
+    ``vis`` is (anything, block, anything, block, 1x1 convolution), a block (3x3 convolution, norm, activation).
     """
-    for convolution, norm, activation in (projector.vis[1], projector.vis[3]):
+    kernels, biases = _kernels_and_biases(text(word), reading)
+    more = reading.padding - reading.size // 2  # than the operator's; what a 1x1 kernel sees outside is its bias alone
+    logits = text_to_pixel_similarity(
+        _features(vis, x),
+        kernels,
+        None if more > 0 else biases,
+        pointwise_weight=vis[4].weight,
+        pointwise_bias=vis[4].bias,
+    )
+    if more > 0:
+        logits = F.pad(logits, (more,) * 4) + biases.to(logits.dtype)[:, :, None, None]
+    elif more < 0:
+        logits = logits[:, :, -more:more, -more:more].contiguous()
+    if reading.form is Tensor:
+        return logits
+    return reading.form(one.contiguous() for one in logits.split(1, dim=1))
+
+
+def _features(vis: Any, x: Tensor) -> Tensor:
+    """The map before the last 1x1 convolution, (B, C, 4h, 4w)."""
+    for convolution, norm, activation in (vis[1], vis[3]):
         x = activation(norm(upsample2x_conv3x3(x, convolution.weight, convolution.bias)))
-    parameters = text_projection(projector)(word)
-    size = projector.kernel_size
-    queries = parameters.shape[-1] // (projector.in_dim * size * size + 1)
-    kernels = parameters[:, :-queries].reshape(-1, queries, projector.in_dim, size, size)
-    return x, kernels, parameters[:, -queries:]
+    return x
 
 
-def _kernel_of_each_map(kernel: Tensor, maps: int) -> Tensor:
-    """(B, C, k, k) -> (B, M, M*C, k, k): query m is the kernel on the channels of map m and zero on the others."""
-    own = torch.eye(maps, dtype=kernel.dtype, device=kernel.device)[None, :, :, None, None, None]
-    return (own * kernel[:, None, None]).flatten(2, 3)
+def _kernels_and_biases(parameters: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Text kernels (B, Q, C, k, k) over all maps' channels and biases (B, Q), one of each for each logit map."""
+    count = max(reading.biases) + 1
+    kernels = parameters[:, :-count].unflatten(1, (reading.kernels, -1, reading.size, reading.size))
+    biases = parameters[:, -count:]
+    if reading.biases != tuple(range(count)):
+        biases = torch.stack([biases[:, place] for place in reading.biases], dim=1)
+    return (kernels if max(reading.order) == 0 else _kernel_of_each_map(kernels[:, 0], reading.order)), biases
+
+
+def _kernel_of_each_map(kernel: Tensor, order: tuple[int, ...]) -> Tensor:
+    """(B, C, k, k) -> (B, M, M*C, k, k): query m is the kernel on the channels of map order[m], zero on the others."""
+    own = torch.eye(len(order), dtype=kernel.dtype, device=kernel.device)
+    if order != tuple(range(len(order))):
+        own = torch.stack([own[place] for place in order])
+    return (own[None, :, :, None, None, None] * kernel[:, None, None]).flatten(2, 3)

@@ -1,0 +1,414 @@
+"""More of somebody else's CRIS: what people made of its parts in models that descend from it, and near misses.
+
+Written with torch alone, like strangers.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from strangers import Coordinates, Layer, block, sines
+from torch import nn
+
+
+class SentenceGate(nn.Module):
+    """Pixels (N, B, D) times what they find in the memory (L, B, D), which may be one vector."""
+
+    def __init__(self, width: int, heads: int, **options):
+        super().__init__()
+        self.look = nn.MultiheadAttention(width, heads, **options)
+
+    def forward(self, pixels, memory, padding=None, memory_pos=None):
+        keys = memory if memory_pos is None else memory + memory_pos
+        found = self.look(query=pixels, key=keys, value=memory, key_padding_mask=padding)[0]
+        return self.join(pixels, found)
+
+    def join(self, pixels, found):
+        return pixels * found
+
+
+class AddedSentence(SentenceGate):
+    def join(self, pixels, found):
+        return pixels + found
+
+
+class SoftGate(SentenceGate):
+    def join(self, pixels, found):
+        return pixels * found.sigmoid()
+
+
+class OpenGate(SentenceGate):
+    def join(self, pixels, found):
+        return pixels * (1 + found)
+
+
+class CentredGate(SentenceGate):
+    """What every pixel finds is the same, so nothing is left of it."""
+
+    def join(self, pixels, found):
+        return pixels * (found - found.mean(0))
+
+
+class NoisyGate(SentenceGate):
+    def join(self, pixels, found):
+        return pixels * F.dropout(found, 0.001, self.training)
+
+
+class LookingBackGate(SentenceGate):
+    """Attends to the sentence and to the pixel itself: two keys."""
+
+    def forward(self, pixels, memory):
+        return pixels * self.look(pixels, torch.cat([memory, pixels[:1]]), torch.cat([memory, pixels[:1]]))[0]
+
+
+class Alignment(nn.Module):
+    """Three maps of one size, each gated by the sentence."""
+
+    def __init__(self, inputs=(24, 32, 40), width: int = 16, sentence: int = 40, gate=SentenceGate, **options):
+        super().__init__()
+        self.fusion3, self.fusion4, self.fusion5 = (gate(width, 4, **options) for _ in range(3))
+        self.txt_proj = nn.Linear(sentence, width)
+        self.f3_proj, self.f4_proj, self.f5_proj = self.halved(inputs[0], width), block(inputs[1], width), None
+        raised = nn.ConvTranspose2d(inputs[2], width, 2, 2, bias=False)
+        self.f5_proj = nn.Sequential(raised, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.aggr = block(3 * width, width)
+        self.coordconv = nn.Sequential(Coordinates(width, width), block(width, width, 3))
+
+    @staticmethod
+    def halved(inputs: int, outputs: int) -> nn.Sequential:
+        conv = nn.Conv2d(inputs, outputs, 2, stride=2, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+    def forward(self, imgs, state):
+        memory, maps = self.txt_proj(state.unsqueeze(0)), []
+        for project, fuse, image in zip(
+            (self.f3_proj, self.f4_proj, self.f5_proj), (self.fusion3, self.fusion4, self.fusion5), imgs, strict=True
+        ):
+            x = project(image)
+            maps.append(fuse(x.flatten(2).permute(2, 0, 1), memory).permute(1, 2, 0).reshape(x.shape))
+        return self.finish(self.aggr(torch.cat(self.ordered(maps), 1)))
+
+    def ordered(self, maps):
+        return maps
+
+    def finish(self, joined):
+        return self.coordconv(joined)
+
+
+class ResidualAlignment(Alignment):
+    def finish(self, joined):
+        return joined + self.coordconv(joined)
+
+
+class SwappedAlignment(Alignment):
+    def ordered(self, maps):
+        return [maps[1], maps[0], maps[2]]
+
+
+class TaskHead(nn.Module):
+    """Several maps scored by one text kernel, each with a bias of its own; published for five and for six maps."""
+
+    order = None  # which map each answer is made of
+
+    def __init__(self, word_dim: int = 48, width: int = 16, size: int = 3, maps: int = 5):
+        super().__init__()
+        self.in_dim, self.kernel_size, self.maps = width, size, maps
+        self.vis = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            block(2 * width, 2 * width, 3),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            block(2 * width, width, 3),
+            nn.Conv2d(width, width * maps, 1),
+        )
+        self.txt = nn.Linear(word_dim, width * size**2 + maps)
+
+    def forward(self, x, word):
+        parameters = self.txt(word)
+        kernel = parameters[:, : -self.maps].reshape(len(word), self.in_dim, self.kernel_size, self.kernel_size)
+        biases, maps = parameters[:, -self.maps :], torch.chunk(self.vis(x), self.maps, dim=1)
+        answers = [
+            self.score(maps[place], kernel, biases[:, i]) for i, place in enumerate(self.order or range(self.maps))
+        ]
+        return self.give(answers)
+
+    def score(self, image, kernel, bias):
+        flat = image.reshape(1, -1, *image.shape[2:])
+        padding = self.kernel_size // 2
+        return F.conv2d(flat, kernel, bias, padding=padding, groups=len(kernel)).transpose(0, 1)
+
+    def give(self, answers):
+        return tuple(answers)
+
+
+class ShuffledTaskHead(TaskHead):
+    order = (0, 1, 3, 4, 2)
+
+
+class StackedTaskHead(TaskHead):
+    def give(self, answers):
+        return torch.cat(answers, 1)
+
+
+class ListedTaskHead(TaskHead):
+    def give(self, answers):
+        return answers
+
+
+class SquashedTaskHead(TaskHead):
+    """The first map is a probability."""
+
+    def give(self, answers):
+        return (answers[0].sigmoid(), *answers[1:])
+
+
+class LinkedTaskHead(TaskHead):
+    """The second map looks at the first."""
+
+    def give(self, answers):
+        return (answers[0], answers[1] + 0.1 * answers[0], *answers[2:])
+
+
+class TurnedTaskHead(TaskHead):
+    """One of the maps is scored by the kernel upside down."""
+
+    def give(self, answers):
+        return (*answers[:-1], answers[-1].flip(2).flip(2) * 1.001)
+
+
+class MixedBatchHead(TaskHead):
+    """Takes the channels before the samples, and so gives every sample channels of its neighbours."""
+
+    def forward(self, x, word):
+        parameters, x = self.txt(word), self.vis(x)
+        kernel = parameters[:, : -self.maps].reshape(len(word), self.in_dim, self.kernel_size, self.kernel_size)
+        x = x.transpose(0, 1).reshape(self.maps, -1, *x.shape[2:])
+        score = F.conv2d(x, kernel, None, padding=self.kernel_size // 2, groups=len(word))
+        return (score + parameters[:, -self.maps :].T[:, :, None, None]).transpose(0, 1)
+
+
+class PaddedHead(nn.Module):
+    """A projector without the published numbers, and with a padding of its own."""
+
+    def __init__(self, word_dim: int = 48, width: int = 16, size: int = 1, padding: int = 1, stride: int = 1):
+        super().__init__()
+        self.size, self.padding, self.stride = size, padding, stride
+        self.vis = TaskHead(word_dim, width, maps=1).vis
+        self.txt = nn.Linear(word_dim, width * size**2 + 1)
+
+    def forward(self, x, word):
+        x, parameters = self.vis(x), self.txt(word)
+        kernel = parameters[:, :-1].reshape(len(word), self.vis[4].out_channels, self.size, self.size)
+        flat = x.reshape(1, -1, *x.shape[2:])
+        out = F.conv2d(flat, kernel, parameters[:, -1], self.stride, self.padding, groups=len(word))
+        return out.transpose(0, 1)
+
+
+class OnesAroundHead(PaddedHead):
+    """Pads with ones."""
+
+    def forward(self, x, word):
+        x, parameters = F.pad(self.vis(x), (1, 1, 1, 1), value=1.0), self.txt(word)
+        kernel = parameters[:, :-1].reshape(len(word), self.vis[4].out_channels, self.size, self.size)
+        return F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernel, parameters[:, -1], groups=len(word)).transpose(0, 1)
+
+
+class OtherNamesHead(nn.Module):
+    """A projector whose layers lie flat, under other names, with functional upsampling and one ReLU."""
+
+    mode = "bilinear"
+
+    def __init__(self, word_dim: int = 48, width: int = 16):
+        super().__init__()
+        self.to_kernel = nn.Linear(word_dim, width * 9 + 1)
+        self.wide, self.wide_norm = nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width)
+        self.slim, self.slim_norm = nn.Conv2d(2 * width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.rectify = nn.ReLU()
+        self.final = nn.Conv2d(width, width, 1)
+
+    def up(self, x):
+        return F.interpolate(x, scale_factor=2, mode=self.mode)
+
+    def forward(self, pixels, sentence):
+        x = self.rectify(self.wide_norm(self.wide(self.up(pixels))))
+        x = self.final(self.rectify(self.slim_norm(self.slim(self.up(x)))))
+        numbers = self.to_kernel(sentence)
+        kernels = numbers[:, :-1].reshape(len(x), 1, x.shape[1], 3, 3)
+        return torch.cat([F.conv2d(x[i : i + 1], kernels[i], numbers[i, -1:], padding=1) for i in range(len(x))])
+
+
+class OtherNamesInALine(OtherNamesHead):
+    """The same in nested Sequentials."""
+
+    def __init__(self, word_dim: int = 48, width: int = 16):
+        nn.Module.__init__(self)
+        first = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU())
+        second = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.picture = nn.ModuleDict({"first": first, "second": second, "last": nn.Conv2d(width, width, 1)})
+        self.to_kernel = nn.Linear(word_dim, width * 9 + 1)
+
+    def forward(self, pixels, sentence):
+        x = self.picture["first"](self.up(pixels))
+        x = self.picture["last"](self.picture["second"](self.up(x)))
+        numbers = self.to_kernel(sentence)
+        kernels = numbers[:, :-1].reshape(len(x), 1, x.shape[1], 3, 3)
+        return torch.cat([F.conv2d(x[i : i + 1], kernels[i], numbers[i, -1:], padding=1) for i in range(len(x))])
+
+
+class NearestHead(OtherNamesHead):
+    mode = "nearest"
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm, self.drop = nn.LayerNorm(hidden), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.narrow(self.norm(self.drop(self.bend(self.widen(x)))))
+
+    def bend(self, x):
+        return F.relu(x)
+
+
+class OtherNamesLayer(nn.Module):
+    """The published layer with its norms, dropouts and attentions under other names, in another order."""
+
+    feed_forward_type = FeedForward
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.1):
+        super().__init__()
+        self.to_words = nn.MultiheadAttention(width, heads, dropout=dropout)
+        self.to_pixels = nn.MultiheadAttention(width, heads, dropout=dropout)
+        self.after = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.before = nn.ModuleDict({name: nn.LayerNorm(width) for name in ("mix", "words", "pixels")})
+        self.drops = nn.ModuleList(nn.Dropout(dropout) for _ in range(3))
+        self.mix = self.feed_forward_type(width, hidden, dropout)
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        x = self.before["pixels"](image)
+        query = x + image_pos
+        image = image + self.drops[2](self.after[1](self.to_pixels(query, query, x, need_weights=False)[0]))
+        query = self.before["words"](image) + image_pos
+        x = self.to_words(query, words + word_pos, words, key_padding_mask=padding, need_weights=False)[0]
+        image = image + self.drops[1](self.after[0](x))
+        return image + self.drops[0](self.mix(self.before["mix"](image)))
+
+
+class SmoothFeedForward(FeedForward):
+    def bend(self, x):
+        return F.gelu(x)
+
+
+class SmoothOtherNamesLayer(OtherNamesLayer):
+    feed_forward_type = SmoothFeedForward
+
+
+class PlacelessWordsLayer(OtherNamesLayer):
+    """Words have no positions."""
+
+    def forward(self, image, words, image_pos, word_pos, padding):
+        return super().forward(image, words, image_pos, 0 * word_pos, padding)
+
+
+class OpenLayer(Layer):
+    """No padding mask."""
+
+    def forward(self, image, words, image_pos, word_pos):
+        return super().forward(image, words, image_pos, word_pos, None)
+
+
+class OpenWeightsLayer(OpenLayer):
+    returns_weights = True
+
+
+class FirstWordLayer(Layer):
+    """Looks at the first half of the words only."""
+
+    def forward(self, image, words, image_pos, word_pos):
+        half = len(words) // 2
+        return super().forward(image, words[:half], image_pos, word_pos[:half], None)
+
+
+class OtherDecoder(nn.Module):
+    """The published decoder without ``return_intermediate``; the classes below call it and answer in other ways."""
+
+    layer_type = Layer
+
+    def __init__(self, depth: int = 2, width: int = 32, heads: int = 4, hidden: int = 64, dropout: float = 0.1):
+        super().__init__()
+        self.layers = nn.ModuleList([self.layer_type(width, heads, hidden, dropout) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+
+    def run(self, image, words, *padding):
+        _, width, rows, columns = image.shape
+        grid = torch.zeros(width, rows, columns)
+        grid[: width // 2] = sines(columns, width // 2).T[:, None, :]
+        grid[width // 2 :] = sines(rows, width // 2).T[:, :, None]
+        image_pos, word_pos = grid.flatten(1).T[:, None], sines(words.shape[1], width)[:, None]
+        x, words, steps = image.flatten(2).permute(2, 0, 1), words.permute(1, 0, 2), []
+        for layer in self.layers:
+            answer = layer(x, words, image_pos, word_pos, *padding)
+            x, weights = answer if isinstance(answer, tuple) else (answer, None)
+            steps.append((self.norm(x).permute(1, 2, 0), weights))
+        return steps
+
+    def forward(self, image, words, padding):
+        return self.run(image, words, padding)[-1][0]
+
+
+class NothingBesidesDecoder(OtherDecoder):
+    def forward(self, image, words, padding=None, mask=None):
+        return self.run(image, words, padding)[-1][0], []
+
+
+class AllBesidesDecoder(OtherDecoder):
+    def forward(self, image, words, padding):
+        steps = self.run(image, words, padding)
+        return steps[-1][0], [step[0] for step in steps]
+
+
+class WeightsLayer(Layer):
+    returns_weights = True
+
+
+class WeightsBesidesDecoder(OtherDecoder):
+    layer_type = WeightsLayer
+
+    def forward(self, image, words, padding):
+        steps = self.run(image, words, padding)
+        return steps[-1][0], [step[1] for step in steps]
+
+
+class OpenDecoder(OtherDecoder):
+    """No padding mask anywhere."""
+
+    layer_type = OpenLayer
+
+    def forward(self, image, words):
+        return self.run(image, words)[-1][0]
+
+
+class DeafDecoder(OtherDecoder):
+    """Takes the padding mask and does not use it."""
+
+    layer_type = OpenLayer
+
+    def forward(self, image, words, padding):
+        return self.run(image, words)[-1][0]
+
+
+class OtherNamesDecoder(OtherDecoder):
+    layer_type = OtherNamesLayer
+
+
+class SummedDecoder(OtherDecoder):
+    """Adds up what its layers say."""
+
+    def forward(self, image, words, padding):
+        return sum(step[0] for step in self.run(image, words, padding))
+
+
+class TwiceNormedDecoder(OtherDecoder):
+    def forward(self, image, words, padding):
+        return self.norm(self.run(image, words, padding)[-1][0].transpose(1, 2)).transpose(1, 2)
