@@ -94,10 +94,12 @@ def gates(module: nn.Module) -> list[Part]:
         obstacle = "its attention has keys or values of another width"
     elif attention.bias_k is not None or attention.add_zero_attn:
         obstacle = "its attention adds keys of its own"
-    first = attention.batch_first
+    first, width = attention.batch_first, attention.embed_dim
+
+    def find(gate: Any) -> nn.MultiheadAttention:
+        return getattr(gate, name)
 
     def inputs(gate: Any) -> tuple:
-        width = getattr(gate, name).embed_dim
         return (normal(2, 6, width), normal(2, 1, width)) if first else (normal(6, 2, width), normal(1, 2, width))
 
     def takes(tgt: Tensor, memory: Tensor) -> bool:
@@ -106,12 +108,11 @@ def gates(module: nn.Module) -> list[Part]:
             tgt.ndim == memory.ndim == 3
             and memory.shape[keys] == 1
             and memory.shape[batch] == tgt.shape[batch]
-            and memory.shape[2] == tgt.shape[2] == attention_width
+            and memory.shape[2] == tgt.shape[2] == width
         )
 
-    attention_width = attention.embed_dim
     return [
-        Part(what, gate_forward(operator.attrgetter(name), join, first), inputs, takes, obstacle)
+        Part(what, gate_forward(find, join, first), inputs, takes, obstacle)
         for what, join in (
             ("gate by attention to one key", operator.mul),
             ("sum with attention to one key", operator.add),
