@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.dropin_observe import observed
-from fastris.dropin_parts import FLOAT32_TABLES, Part, arguments, at, is_chain, leaves, normal, owns_parameters
+from fastris.dropin_parts import FLOAT32_TABLES, Part, arguments, at, is_chain, is_wrapper, leaves, normal, owns_parameters
 from fastris.nn.decoder import (
     decoder_forward,
     decoder_layer_forward,
@@ -38,6 +38,8 @@ def renamed_layers(module: nn.Module) -> list[Part]:
     found = [leaf for _, leaf in leaves(module) if isinstance(leaf, _STEPS)]
     counts = [sum(isinstance(leaf, kind) for leaf in found) for kind in _STEPS]
     if counts != [6, 2, 4, 2] or owns_parameters(module, *found) or len(arguments(module)) < 4:
+        return []
+    if is_wrapper(module):
         return []
     order = _order_of_calls(module)
     if order is None:

@@ -77,3 +77,8 @@ def owns_parameters(module: nn.Module, *others: nn.Module) -> bool:
     """Whether ``module`` has parameters or buffers that none of ``others`` has."""
     known = {id(t) for other in others for t in (*other.parameters(), *other.buffers())}
     return any(id(t) not in known for t in (*module.parameters(), *module.buffers()))
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether all that ``module`` has is in one child, which is then the one to look at."""
+    return sum(next(child.parameters(), None) is not None for child in module.children()) < 2

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.dropin_observe import observed
-from fastris.dropin_parts import BLOCK, Part, arguments, at, is_chain, leaves, normal, owns_parameters
+from fastris.dropin_parts import BLOCK, Part, arguments, at, is_chain, is_wrapper, leaves, normal, owns_parameters
 from fastris.nn.projector import Reading, projector_forward, published_reading, score, text_projection
 from fastris.ops.similarity import KERNEL_SIZES
 
@@ -48,7 +48,7 @@ def projectors(projector: Any) -> list[Part]:
 def renamed_projectors(module: nn.Module) -> list[Part]:
     """By make: two 3x3 convolutions with their norms, a 1x1 convolution and a Linear, in order of registration."""
     paths = _paths(module)
-    if paths is None or len(arguments(module)) < 2:
+    if paths is None or len(arguments(module)) < 2 or is_wrapper(module):
         return []
 
     def find(projector: Any) -> _Layers:

@@ -203,6 +203,14 @@ class PaddedHead(nn.Module):
         return out.transpose(0, 1)
 
 
+class HalvedHead(PaddedHead):
+    """Names a width that is not its maps'."""
+
+    def __init__(self, word_dim: int = 48, width: int = 16, size: int = 3):
+        super().__init__(word_dim, width, size, size // 2)
+        self.in_dim, self.kernel_size = 2 * width, size
+
+
 class OnesAroundHead(PaddedHead):
     """Pads with ones."""
 
@@ -402,6 +410,14 @@ class OtherNamesDecoder(OtherDecoder):
     layer_type = OtherNamesLayer
 
 
+class RawBesidesDecoder(OtherDecoder):
+    """Its last answer is normed, the others are not."""
+
+    def forward(self, image, words, padding):
+        steps = self.run(image, words, padding)
+        return steps[-1][0], [1.001 * step[0] for step in steps[:-1]] + [steps[-1][0]]
+
+
 class SummedDecoder(OtherDecoder):
     """Adds up what its layers say."""
 
@@ -412,3 +428,14 @@ class SummedDecoder(OtherDecoder):
 class TwiceNormedDecoder(OtherDecoder):
     def forward(self, image, words, padding):
         return self.norm(self.run(image, words, padding)[-1][0].transpose(1, 2)).transpose(1, 2)
+
+
+class Wrapper(nn.Module):
+    """Passes on what its one part says."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, first, second, *rest):
+        return self.part(first, second, *rest)

@@ -63,6 +63,7 @@ FOUND = {
     "1x1 kernel, padding 2": (more.PaddedHead(padding=2), head_inputs(), 1),
     "3x3 kernel, no padding": (more.PaddedHead(size=3, padding=0), head_inputs(), 1),
     "3x3 kernel, its numbers unnamed": (more.PaddedHead(size=3, padding=1), head_inputs(), 1),
+    "another width named": (more.HalvedHead(), head_inputs(), 1),
     "5x5 kernel, padding 1": (more.PaddedHead(size=5, padding=1), head_inputs(), 1),
     "projector under other names": (more.OtherNamesHead(), head_inputs(), 1),
     "projector under other names, nested": (more.OtherNamesInALine(), head_inputs(), 1),
@@ -160,6 +161,7 @@ LEFT_ALONE = {
     "too much padding": (more.PaddedHead(size=3, padding=2), "does not give kernels and a bias"),
     "layer without a mask for half the words": (more.FirstWordLayer(32, 4, 64), DIFFER),
     "swapped alignment": (more.SwappedAlignment(), DIFFER),
+    "decoder that scales what it gives besides": (more.RawBesidesDecoder(), "returns a tuple of 2"),
     "decoder of sums": (more.SummedDecoder(), DIFFER),
     "decoder with a norm too many": (more.TwiceNormedDecoder(), DIFFER),
     "layer under other names without word positions": (more.PlacelessWordsLayer(32, 4, 64), DIFFER),
@@ -312,3 +314,9 @@ def test_patched_descendant_compiles_without_graph_breaks(name):
 def test_ordinary_module_is_neither_replaced_nor_mentioned(stack):
     report = patch(stack)
     assert not report.replaced and not report.left_alone
+
+
+@pytest.mark.parametrize("part", [more.OtherNamesHead(), more.SentenceGate(16, 4)])
+def test_wrapper_around_a_part_is_not_taken_for_one(part):
+    report = patch(more.Wrapper(copy.deepcopy(part)))
+    assert [path for path, _ in report.replaced] == ["part"] and not report.left_alone
