@@ -100,6 +100,15 @@ class ResidualAlignment(Alignment):
         return joined + self.coordconv(joined)
 
 
+class EvenAlignment(Alignment):
+    """For encoders whose maps have one size: nothing is halved or doubled."""
+
+    def __init__(self, inputs=(24, 32, 40), width: int = 16, **options):
+        super().__init__(inputs, width, **options)
+        self.f3_proj = block(inputs[0], width)
+        self.f5_proj[0] = nn.ConvTranspose2d(inputs[2], width, 1, bias=False)
+
+
 class SwappedAlignment(Alignment):
     def ordered(self, maps):
         return [maps[1], maps[0], maps[2]]

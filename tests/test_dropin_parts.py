@@ -24,8 +24,8 @@ def gate_inputs(keys: int = 1, first: bool = False) -> tuple:
     return (pixels.transpose(0, 1), memory.transpose(0, 1)) if first else (pixels, memory)
 
 
-def neck_inputs() -> tuple:
-    sizes = ((24, 8, 12), (32, 4, 6), (40, 2, 3))
+def neck_inputs(scales: tuple = (4, 2, 1)) -> tuple:
+    sizes = [(channels, 2 * scale, 3 * scale) for channels, scale in zip((24, 32, 40), scales, strict=True)]
     return [normal(3, *size, seed=i) for i, size in enumerate(sizes)], normal(3, 40, seed=4)
 
 
@@ -50,6 +50,7 @@ FOUND = {
     "gate, batch first": (more.SentenceGate(16, 4, batch_first=True), gate_inputs(first=True), 1),
     "added sentence": (more.AddedSentence(16, 4), gate_inputs(), 1),
     "alignment": (more.Alignment(), neck_inputs(), 4),
+    "alignment of maps of one size": (more.EvenAlignment(), neck_inputs((2, 2, 2)), 4),
     "alignment with a way around": (more.ResidualAlignment(), neck_inputs(), 4),
     "alignment with a gate of another kind": (more.Alignment(gate=more.SoftGate), neck_inputs(), 1),
     "a bias for each of five maps": (more.TaskHead(), head_inputs(), 1),
