@@ -85,8 +85,8 @@ def patch(model: nn.Module) -> PatchReport:
     Args:
         model: any module that contains CRIS-style decoders (published ``TransformerDecoder`` and its layers, also
             those that return the cross-attention's weights), projectors (``Projector``, also with several maps scored
-            by one text kernel or several text kernels over one map) or necks (``FPN``, and ETRIS's ``HA`` with its
-            gates). Layers and projectors may have other names.
+            by one text kernel or several text kernels over one map) or necks (``FPN``, and the gates in ETRIS's
+            ``HA``). Layers and projectors may have other names.
 
     Returns a :class:`PatchReport`; print it. Raises TypeError when ``model`` is no module.
     """

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastris.dropin_decoders import LAYER, decoders, layers, renamed_layers
-from fastris.dropin_necks import ALIGNMENT, NECK, alignments, gates, necks
+from fastris.dropin_necks import NECK, gates, necks
 from fastris.dropin_parts import Part
 from fastris.dropin_projectors import projectors, renamed_projectors
 
@@ -19,7 +19,6 @@ _BY_NAME: tuple[tuple[tuple[str, ...], Callable[[Any], list[Part]]], ...] = (
     (LAYER, layers),
     (("layers", "norm"), decoders),
     (NECK, necks),
-    (ALIGNMENT, alignments),
     (("vis", "txt"), projectors),
     (("vis", "txt_fc"), projectors),
 )

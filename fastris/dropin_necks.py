@@ -1,4 +1,4 @@
-"""Which modules look like CRIS's neck, like ETRIS's hierarchical alignment, or like the gates in it."""
+"""Which modules look like CRIS's neck, or like the gates of ETRIS's: the rest of that one is as fast as ours."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastris.dropin_parts import BLOCK, FLOAT32_TABLES, Part, arguments, is_chain, normal, owns_parameters
-from fastris.nn.alignment import alignment_forward, gate_forward, residual_alignment_forward
+from fastris.nn.alignment import gate_forward
 from fastris.nn.neck import neck_forward
 
 _BLOCKS = ("f1_v_proj", "f2_v_proj", "f2_cat", "f3_v_proj", "f3_cat", "f4_proj5", "f4_proj4", "f4_proj3", "aggr")
 NECK = ("txt_proj", "norm_layer", "coordconv", *_BLOCKS)
-ALIGNMENT = (
-    "txt_proj", "f3_proj", "f4_proj", "f5_proj", "fusion3", "fusion4", "fusion5", "aggr", "coordconv",
-)  # fmt: skip
 
 
 def necks(neck: Any) -> list[Part]:
@@ -47,38 +44,6 @@ def _neck_takes(imgs: Any, state: Tensor | None) -> bool:
         and all(isinstance(image, Tensor) and image.ndim == 4 for image in imgs)
         and (state is None or state.ndim == 2)
     )
-
-
-def alignments(neck: Any) -> list[Part]:
-    """ETRIS's neck, by the published names."""
-    obstacle = _coordconv_obstacle(neck)
-    transposed = (nn.ConvTranspose2d, *BLOCK[1:])
-    projections = [getattr(neck, f"f{name}_proj") for name in "345"]
-    if not all(is_chain(projection, BLOCK) or is_chain(projection, transposed) for projection in projections):
-        obstacle = "its projections are not Conv2d or ConvTranspose2d, BatchNorm2d, ReLU"
-    elif not is_chain(neck.aggr, BLOCK) or neck.aggr[0].kernel_size != (1, 1):
-        obstacle = "its aggr is not a 1x1 Conv2d, BatchNorm2d, ReLU"
-    elif not isinstance(neck.txt_proj, nn.Linear):
-        obstacle = "its txt_proj is not torch.nn.Linear"
-    return [
-        Part("HA", forward, _alignment_inputs, _neck_takes, obstacle, tolerance=FLOAT32_TABLES)
-        for forward in (alignment_forward, residual_alignment_forward)
-    ]
-
-
-def _alignment_inputs(neck: Any) -> tuple:
-    """Maps that the projections bring to 4 x 6 pixels."""
-    maps = []
-    for name in "345":
-        convolution = getattr(neck, f"f{name}_proj")[0]
-        stride = convolution.stride[0]
-        high, wide = 4, 6
-        if isinstance(convolution, nn.ConvTranspose2d):
-            high, wide = high // stride, wide // stride
-        else:
-            high, wide = high * stride, wide * stride
-        maps.append(normal(2, convolution.in_channels, high, wide))
-    return maps, normal(2, neck.txt_proj.in_features)
 
 
 def gates(module: nn.Module) -> list[Part]:

@@ -86,10 +86,7 @@ class Alignment(nn.Module):
         ):
             x = project(image)
             maps.append(fuse(x.flatten(2).permute(2, 0, 1), memory).permute(1, 2, 0).reshape(x.shape))
-        return self.finish(self.aggr(torch.cat(self.ordered(maps), 1)))
-
-    def ordered(self, maps):
-        return maps
+        return self.finish(self.aggr(torch.cat(maps, 1)))
 
     def finish(self, joined):
         return self.coordconv(joined)
@@ -107,11 +104,6 @@ class EvenAlignment(Alignment):
         super().__init__(inputs, width, **options)
         self.f3_proj = block(inputs[0], width)
         self.f5_proj[0] = nn.ConvTranspose2d(inputs[2], width, 1, bias=False)
-
-
-class SwappedAlignment(Alignment):
-    def ordered(self, maps):
-        return [maps[1], maps[0], maps[2]]
 
 
 class TaskHead(nn.Module):

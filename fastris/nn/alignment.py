@@ -6,14 +6,11 @@ sentence's gate. Queries, keys and scores are never computed, and their weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fastris.nn.blocks import coord_block
-from fastris.ops.neck import pointwise_conv_cat
 
 
 def one_key_attention(attention: nn.MultiheadAttention, memory: Tensor) -> Tensor:
@@ -41,29 +38,3 @@ def gate_forward(find: Callable[[Any], nn.MultiheadAttention], join: Callable, b
         return join(tgt, one_key_attention(attention, memory))
 
     return forward
-
-
-def alignment_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
-    """The forward of ETRIS's ``HA``: three maps brought to one size, each gated by the sentence, then joined.
-
-    ``imgs`` are (B, C_i, H_i, W_i), ``state`` (B, D); the result is (B, C, H, W). The gates are called as modules, so
-    they may be anything. The concatenation and the coordinate channels never exist: see :mod:`fastris.ops.neck`.
-    """
-    return neck.coordconv[1:](coord_block(neck.coordconv[0].conv1, _aligned(neck, imgs, state)))
-
-
-def residual_alignment_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
-    """As :func:`alignment_forward`, with a way around the last convolutions."""
-    joined = _aligned(neck, imgs, state)
-    return neck.coordconv[1:](coord_block(neck.coordconv[0].conv1, joined)) + joined
-
-
-def _aligned(neck: Any, imgs: Sequence[Tensor], state: Tensor) -> Tensor:
-    memory = neck.txt_proj(state)[None]
-    maps = []
-    for name, image in zip("345", imgs, strict=True):
-        projected = getattr(neck, f"f{name}_proj")(image)
-        gated = getattr(neck, f"fusion{name}")(projected.flatten(2).permute(2, 0, 1), memory)
-        maps.append(gated.permute(1, 2, 0).reshape(projected.shape))
-    convolution, norm, activation = neck.aggr
-    return activation(norm(pointwise_conv_cat(maps, (), convolution.weight, convolution.bias)))
