@@ -126,11 +126,12 @@ def _try_parts(
             _check_forward(module)
             _swap(module, prove(module, part, known), path)
         except Unproved as why:
-            reasons.append((path, f"{part.name}-like, but {why}"))
+            reasons.append(f"{part.name}-like, but {why}")
         else:
             report.replaced.append((path, part.name))
             return
-    report.left_alone.extend(reasons[:1])
+    lacking = near_miss(module)
+    report.left_alone.append((path, f"{lacking} (tried without: {reasons[0]})" if lacking else reasons[0]))
 
 
 def unpatch(model: nn.Module) -> int:

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.dropin_observe import observed
-from fastris.dropin_parts import FLOAT32_TABLES, Part, arguments, at, is_chain, is_wrapper, leaves, normal, owns_parameters
+from fastris.dropin_parts import (
+    FLOAT32_TABLES,
+    Part,
+    arguments,
+    at,
+    is_chain,
+    is_wrapper,
+    leaves,
+    normal,
+    owns_parameters,
+)
 from fastris.nn.decoder import (
     decoder_forward,
     decoder_layer_forward,
@@ -30,7 +40,7 @@ _View = Callable[[Any], Any]
 
 def layers(layer: Any) -> list[Part]:
     """By the published names."""
-    return _layer_parts(layer, lambda module: module, _ffn_obstacle(layer) or _layer_obstacle(layer))
+    return _layer_parts(layer, _as_it_is, _ffn_obstacle(layer) or _layer_obstacle(layer))
 
 
 def renamed_layers(module: nn.Module) -> list[Part]:
@@ -111,7 +121,15 @@ def _layer_parts(layer: nn.Module, view: _View, obstacle: str | None) -> list[Pa
     return parts
 
 
+def _as_it_is(layer: Any) -> Any:
+    return layer
+
+
 def _seen_by(view: _View, forward: Callable) -> Callable:
+    """``forward`` on what ``view`` shows; the forward itself where it has the names, so that layers share a proof."""
+    if view is _as_it_is:
+        return forward
+
     def through_view(
         layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None
     ) -> Any:

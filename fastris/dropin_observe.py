@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastris.dropin_proof import _bare_copy, _random_state_kept
+from fastris.dropin_copies import Noise, random_copy, unnoticed
 
 Watch = Callable[[nn.Module], None]
 
@@ -20,10 +20,11 @@ def observed(module: nn.Module, inputs: Callable[[Any], tuple], watch: Watch | N
     ``watch`` may hook the copy before it runs. None when it cannot be copied or does not run, whatever the reason: the
     proof will find the same and say it.
     """
-    with _random_state_kept(), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    with unnoticed(cpu), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
         try:
-            copy = _bare_copy(module).eval()
+            copy = random_copy(module, Noise(torch.float64, cpu)).eval()
             given = inputs(copy)
             if watch:
                 watch(copy)
