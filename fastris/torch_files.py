@@ -112,7 +112,8 @@ class _Archive:
         total = sum(max(entry.file_size, entry.compress_size) for entry in read.values())
         if total > self.length:
             raise Refused(
-                f"claims to hold {total} bytes, but is {self.length} bytes long, so it is not read; {_STORE_PLAIN}"
+                f"is damaged, or packed: it claims to hold {total} bytes, but is {self.length} bytes long, so it is not "
+                f"read; {_STORE_PLAIN}"
             )
 
     def read(self) -> Any:
