@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -103,9 +104,9 @@ def read_torch(path: Path) -> Any:
         return read_pytorch(path)
     except Refused as error:
         raise ValueError(f"{path} {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can fail anywhere, with any type
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it names places before its beginning
+            raise
         raise damaged(path, "PyTorch checkpoint", error) from error
 
 

@@ -108,18 +108,22 @@ class _Archive:
         for name, entry in read.items():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 how = "encrypted" if entry.flag_bits & 1 else "compressed"
-                raise Refused(f"holds {how} entries ({name[:99]}), which are not unpacked; {_STORE_PLAIN}")
+                raise Refused(
+                    f"is damaged, or holds {how} entries ({name[:99]}), which are not unpacked; {_STORE_PLAIN}"
+                )
         total = sum(max(entry.file_size, entry.compress_size) for entry in read.values())
         if total > self.length:
             raise Refused(
-                f"is damaged, or packed: it claims to hold {total} bytes, but is {self.length} bytes long, so it is not "
-                f"read; {_STORE_PLAIN}"
+                f"is damaged, or packed: it claims to hold {total} bytes, but is {self.length} bytes long, so it is "
+                f"not read; {_STORE_PLAIN}"
             )
 
     def read(self) -> Any:
         order = self.root + "byteorder"
         if order in self.entries and self._bytes(order) != sys.byteorder.encode():
-            raise Refused(f"was written on a machine of another byte order than this one; {_STORE_PLAIN}")
+            raise Refused(
+                f"is damaged, or was written on a machine of another byte order than this one; {_STORE_PLAIN}"
+            )
         pickle = self._bytes(self.root + "data.pkl")
         return Machine(self._storage).run(io.BytesIO(pickle))
 
@@ -137,7 +141,9 @@ class _Archive:
 
     def _bytes(self, name: str) -> bytes:
         if self.entries[name].file_size > MAX_BYTES:
-            raise Refused(f"holds more than {MAX_BYTES >> 20} MB beside its tensors, and is not read; {_STORE_PLAIN}")
+            raise Refused(
+                f"is damaged, or holds over {MAX_BYTES >> 20} MB beside its tensors: not read; {_STORE_PLAIN}"
+            )
         return self._tensor(self.entries[name]).numpy().tobytes()
 
     def _tensor(self, entry: zipfile.ZipInfo) -> Tensor:
@@ -164,7 +170,7 @@ class _Listing:
     def read(self, count: int = -1) -> bytes:
         data = self.file.read(_MAX_DIRECTORY + 1 if count < 0 else min(count, _MAX_DIRECTORY + 1))
         if len(data) > _MAX_DIRECTORY:
-            raise Refused(f"holds a directory of more than {_MAX_DIRECTORY >> 20} MB; {_STORE_PLAIN}")
+            raise Refused(f"is damaged, or holds a directory of more than {_MAX_DIRECTORY >> 20} MB; {_STORE_PLAIN}")
         return data
 
     def seekable(self) -> bool:
@@ -197,7 +203,9 @@ class _Legacy:
             raise Malformed("no PyTorch file")
         system = machine.run(self.file)
         if not isinstance(system, dict) or system.get("little_endian", True) != (sys.byteorder == "little"):
-            raise Refused(f"was written on a machine of another byte order than this one; {_STORE_PLAIN}")
+            raise Refused(
+                f"is damaged, or was written on a machine of another byte order than this one; {_STORE_PLAIN}"
+            )
         content, keys = machine.run(self.file), machine.run(self.file)
         if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self.storages):
             raise Malformed("tensors without bytes")
