@@ -2,7 +2,7 @@
 
 Every operator has three paths: ``reference`` (the published formula), ``torch`` (the same function after exact algebra)
 and ``triton`` (that algebra with its heavy steps in fused kernels). The choice is, in this order: the operator's own
-``impl=`` argument, the innermost :func:`use_impl` block of the running thread, the environment variable
+``impl=`` argument, the innermost :func:`use_impl` block of the running thread or asyncio task, the environment variable
 ``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where it runs and ``torch`` elsewhere, and never fails.
 Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -38,14 +38,22 @@ def _find_triton() -> str | None:
     return None
 
 
-class _Blocks(threading.local):
-    impl = "auto"
+class _Block:
+    """One :func:`use_impl` block while it is open."""
+
+    __slots__ = ("impl",)
+
+    def __init__(self, impl: str):
+        self.impl = impl
 
 
-_blocks = _Blocks()
-# torch.compile watches module globals but not thread-locals: this one changes with every block, so that a compiled
-# function that is called inside a block is compiled for it.
-_last_block: str | None = None
+# The open blocks, innermost last, and the last one's choice: a plain text, which torch.compile can watch.
+_open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("fastris_open_blocks", default=())
+_block_impl: ContextVar[str] = ContextVar("fastris_block_impl", default="auto")
+# The block that a function under compilation has entered itself: while tracing, a context variable cannot be set.
+_traced_block: str | None = None
+# torch.compile before 2.15 cannot read context variables either: for it, the block last entered or left anywhere.
+_last_block = "auto"
 # Under torch.compile, PyTorch 2.11 gives wrong gradients for the torch path's autograd functions; 2.15 is right.
 _compiles_functions = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 _process_impl = os.environ.get("FASTRIS_IMPL") or "auto"
@@ -62,28 +70,60 @@ def _check_impl(impl: str, where: str) -> str:
 
 @contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Run the operators called in this block, in this thread, by one path: auto, reference, torch or triton.
+    """Run the operators called in this block by one path: auto, reference, torch or triton.
 
-    Blocks nest, and the choice before is restored when the block is left, by an exception too. An operator's own
-    ``impl=`` argument still wins. Raises ValueError for an unknown name.
+    The choice holds for the running thread and asyncio task. Other tasks and threads do not see it, except for what is
+    started inside the block with a copy of its context: a new task, or ``asyncio.to_thread``. Blocks nest; leaving one,
+    by an exception too, takes back its choice and no other's, in whatever order they are left. A generator that yields
+    inside a block leaves it open for its caller, until it goes on. The backward pass follows the forward's choice,
+    wherever it runs. An operator's own ``impl=`` argument still wins.
+
+    A function under ``torch.compile`` runs by the block that it is called in, compiled once for each, in every thread
+    and task alike, and blocks inside it count too. With PyTorch before 2.15, which cannot watch the choice of a task or
+    thread, it follows the block last entered or left in the process: call it by one path at a time there.
+
+    Raises ValueError for an unknown name.
     """
-    global _last_block
-    previous, _blocks.impl = _blocks.impl, _check_impl(impl, "impl")
-    _last_block = impl
+    global _traced_block
+    _check_impl(impl, "impl")
+    if torch.compiler.is_dynamo_compiling():
+        outer, _traced_block = _traced_block, impl
+        try:
+            yield
+        finally:
+            _traced_block = outer
+        return
+    block = _Block(impl)
+    _set_blocks((*_open_blocks.get(), block))
     try:
         yield
-    finally:
-        _blocks.impl = _last_block = previous
+    finally:  # maybe in another context, as a forgotten generator is closed: then the block is none of its own
+        _set_blocks(tuple(each for each in _open_blocks.get() if each is not block))
+
+
+def _set_blocks(blocks: tuple[_Block, ...]) -> None:
+    global _last_block
+    impl = blocks[-1].impl if blocks else "auto"
+    _open_blocks.set(blocks)
+    _block_impl.set(impl)
+    _last_block = impl
 
 
 def requested_impl(impl: str = "auto") -> str:
     """The path asked for: ``impl`` if it names one, else the block's, else the process's, else auto."""
     if impl != "auto":
         return _check_impl(impl, "impl")
-    block = (_last_block if torch.compiler.is_compiling() else _blocks.impl) or "auto"
+    block = _compiled_block() if torch.compiler.is_dynamo_compiling() else _block_impl.get()
     if block != "auto":
         return block
     return _check_impl(_process_impl, "the environment variable FASTRIS_IMPL")
+
+
+def _compiled_block() -> str:
+    """The block's choice as torch.compile can read it, and compile again when it changes."""
+    if _traced_block is not None:
+        return _traced_block
+    return _block_impl.get() if _compiles_functions else _last_block
 
 
 def resolve(operator: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:
