@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastris.plain import printable
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ((230, 0, 126), (0, 158, 255), (255, 176, 0), (0, 200, 120), (155, 89, 255), (240, 95, 30), (0, 215, 215))
 SMALLEST_VIEW, LARGEST_VIEW = 320, 1600
 """A captioned view has a longer side of so many pixels."""
+LONGEST_CAPTION = 1000  # characters; what follows would not fit in its three lines
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
@@ -32,8 +35,10 @@ def paint(rgb: np.ndarray, masks: Sequence[tuple[int, np.ndarray]], alpha: float
     width = max(1, round(max(rgb.shape[:2]) / 300))
     for number, mask in masks:
         colour = np.array(colour_of(number), np.float32)
-        painted[mask] = np.rint((1 - alpha) * painted[mask] + alpha * colour).astype(np.uint8)
-        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        tinted = np.rint((1 - alpha) * np.arange(256)[:, None] + alpha * colour).astype(np.uint8)  # of each level
+        if mask.any():
+            painted[mask] = cv2.LUT(painted[mask][None], tinted[None])[0]
+        contours, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(painted, contours, -1, (255, 255, 255), 3 * width)
         cv2.drawContours(painted, contours, -1, colour_of(number), width)
     return painted
@@ -53,7 +58,7 @@ def resize_for_view(rgb: np.ndarray, masks: Sequence[np.ndarray]) -> tuple[np.nd
         mode = cv2.INTER_AREA
     else:
         return rgb, list(masks)
-    shrunk = [cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=mode) >= 128 for mask in masks]
+    shrunk = [cv2.resize(mask.view(np.uint8) * np.uint8(255), size, interpolation=mode) >= 128 for mask in masks]
     return cv2.resize(rgb, size, interpolation=mode), shrunk
 
 
@@ -93,7 +98,7 @@ def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Im
 def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[tuple[bool, str]]:
     """(is the first, line) for each line of ``text`` that is at most ``width`` pixels long."""
     lines = [""]
-    for word in text.split():
+    for word in printable(" ".join(text.split()))[:LONGEST_CAPTION].split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)

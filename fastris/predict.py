@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +19,11 @@ import torch
 from fastris.config import REQUIRED, option
 from fastris.data.letterbox import Letterbox, letterbox
 from fastris.data.tokens import tokenize
-from fastris.images import read_image
+from fastris.images import FORMATS, read_image
 from fastris.optim import choose_device
+from fastris.plain import json_text, printable
 from fastris.rules import RULES, probability_on_image
+from fastris.storage import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,13 +161,16 @@ class Segmenter:
         Raises ValueError for an unreadable image, no phrases, or a phrase without words; TypeError for other types.
         """
         checked = check_phrases(phrases)
+        return self._predict(read_image(image), checked)
+
+    def _predict(self, rgb: np.ndarray, checked: tuple[str, ...]) -> Prediction:
+        """:meth:`predict` for what :func:`read_image` and :func:`check_phrases` return; keeps ``rgb``."""
         config = self.model.config
         tokens, truncated = tokenize(checked, config.word_len)
         for phrase, cut in zip(checked, truncated, strict=True):
             if cut:
                 read = config.word_len - 2
-                warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=2)
-        rgb = read_image(image)
+                warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=3)
         height, width = rgb.shape[:2]
         warp = letterbox(height, width, config.input_size)
         return Prediction(rgb, checked, self._logits(warp.warp_image(rgb), tokens), warp, self.threshold)
@@ -194,6 +201,8 @@ def check_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:
             raise TypeError(f"phrases[{i}] must be text, got {type(phrase).__name__}")
         if not phrase.strip():
             raise ValueError(f"phrases[{i}] is {phrase!r}, which names nothing; write what to look for")
+        if any("\ud800" <= character <= "\udfff" for character in phrase):
+            raise ValueError(f"phrases[{i}] is {phrase!r}, which is no text in UTF-8; write it again")
     return checked
 
 
@@ -208,7 +217,7 @@ class PredictConfig:
     everything that follows it:  fastris predict photo.jpg model=demo/model -- "out=3 on the board" "--"
     """
 
-    image: str = option(REQUIRED, "the picture, in any format that Pillow reads", positional=True)
+    image: str = option(REQUIRED, f"the picture: {', '.join(FORMATS)}", positional=True)
     phrases: tuple[str, ...] = option(REQUIRED, "what to look for; quote each phrase", positional=True)
     model: str = option(
         REQUIRED,
@@ -226,41 +235,55 @@ def run(config: PredictConfig) -> int:
     out = Path(config.out).expanduser()
     known = _read_records(out)  # before the model: it takes long to load
     segmenter = Segmenter.from_pretrained(config.model, device=config.device, threshold=config.threshold)
-    prediction = segmenter.predict(rgb, phrases)
-    out.mkdir(parents=True, exist_ok=True)
-    records = [_write(prediction, i, config, out) for i in range(len(prediction))]
-    _write_records(out, known, records)
+    prediction = segmenter._predict(rgb, phrases)
+    records: list[dict[str, Any]] = []
+    try:
+        for i in range(len(prediction)):
+            records.append(_write(prediction, i, config, out))
+    finally:  # what is written is noted, should a later phrase find the disk full
+        if records:
+            _write_records(out, known, records)
     _print_table(records, rgb, out)
     return 0
 
 
 def _write(prediction: Prediction, i: int, config: PredictConfig, out: Path) -> dict[str, Any]:
-    """Write the pictures of phrase ``i`` and return its entry for predictions.json."""
+    """Write the pictures of phrase ``i``, all three or none, and return its entry for predictions.json."""
     import cv2
     from PIL import Image
 
     from fastris.overlay import view
 
-    segment = prediction[i]
-    slug = re.sub(r"[^a-z0-9]+", "-", segment.phrase.lower())[:40].strip("-") or "phrase"
-    name = f"{Path(config.image).stem[:80]}_{i + 1}_{slug}"
+    phrase, mask, probability, score = prediction[i]
+    name = _file_name(config.image, i, phrase)
+    numbers = {"share": float(mask.mean()), "score": score, "highest_probability": float(probability.max())}
+    levels = cv2.convertScaleAbs(probability, alpha=255)
+    del probability  # the largest map
     pictures = {
-        "mask": Image.fromarray(segment.mask.astype(np.uint8) * 255),
-        "probability": Image.fromarray(cv2.convertScaleAbs(segment.probability, alpha=255)),
-        "overlay": view(prediction.image, [(i, segment.phrase, segment.mask)]),
+        "overlay": view(prediction.image, [(i, phrase, mask)]),
+        "probability": Image.fromarray(levels),
+        "mask": Image.fromarray(np.multiply(mask, np.uint8(255), out=mask.view(np.uint8))),
     }
-    for kind, picture in pictures.items():
-        picture.save(out / f"{name}_{kind}.png")
+    with ExitStack() as files:
+        for kind, picture in pictures.items():
+            picture.save(files.enter_context(replacing(out / f"{name}_{kind}.png")), format="PNG")
     return {
         "image": str(config.image),
-        "phrase": segment.phrase,
+        "phrase": phrase,
         "model": config.model,
         "threshold": prediction.threshold,
-        "share": float(segment.mask.mean()),
-        "score": segment.score,
-        "highest_probability": float(segment.probability.max()),
-        **{kind: f"{name}_{kind}.png" for kind in pictures},
+        **numbers,
+        **{kind: f"{name}_{kind}.png" for kind in ("mask", "probability", "overlay")},
     }
+
+
+def _file_name(image: str, i: int, phrase: str) -> str:
+    """How the names of phrase ``i``'s pictures begin: short enough for a file system, whatever the image is called."""
+    stem = Path(image).stem[:80]
+    while len(os.fsencode(stem)) > 120:
+        stem = stem[:-1]
+    slug = re.sub(r"[^a-z0-9]+", "-", phrase.lower())[:40].strip("-") or "phrase"
+    return f"{stem}_{i + 1}_{slug}"
 
 
 def _read_records(out: Path) -> list[dict[str, Any]]:
@@ -286,19 +309,20 @@ def _write_records(out: Path, known: list[dict[str, Any]], records: list[dict[st
     replaced = {record["image"] for record in known if record["image"] != written.get(record["mask"], record["image"])}
     for image in sorted(replaced):
         warnings.warn(f"replaced pictures of {image}, which has the same name; give another out=", stacklevel=2)
-    temporary = out / "predictions.json.tmp"
-    temporary.write_text(json.dumps(kept + records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / "predictions.json")
+    with replacing(out / "predictions.json") as temporary:
+        temporary.write_text(json_text(kept + records) + "\n", encoding="utf-8")
 
 
 def _print_table(records: list[dict[str, Any]], rgb: np.ndarray, out: Path) -> None:
-    width = max(len("phrase"), *(len(record["phrase"]) for record in records))
-    print(f"{records[0]['image']}: {rgb.shape[1]} x {rgb.shape[0]} pixels, written to {out}")
+    phrases = [printable(record["phrase"]) for record in records]
+    width = max(len("phrase"), *map(len, phrases))
+    image = printable(records[0]["image"])
+    print(f"{image}: {rgb.shape[1]} x {rgb.shape[0]} pixels, written to {printable(out)}")
     print(f"{'phrase':<{width}}  {'share':>6}  {'score':>5}  files")
-    for record in records:
-        files = record["mask"].removesuffix("mask.png") + "{mask,probability,overlay}.png"
-        print(f"{record['phrase']:<{width}}  {record['share']:>6.1%}  {record['score']:>5.2f}  {files}")
-    for record in records:
+    for phrase, record in zip(phrases, records, strict=True):
+        files = printable(record["mask"]).removesuffix("mask.png") + "{mask,probability,overlay}.png"
+        print(f"{phrase:<{width}}  {record['share']:>6.1%}  {record['score']:>5.2f}  {files}")
+    for phrase, record in zip(phrases, records, strict=True):
         if not record["share"]:
             highest = f"{record['highest_probability']:.2f}"
-            print(f"nothing found for {record['phrase']!r}: probabilities reach {highest}, not {record['threshold']}")
+            print(f"nothing found for '{phrase}': probabilities reach {highest}, not {record['threshold']}")
