@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import fastris
 from fastris.config import describe, load_options, usage
 from fastris.host_memory import keep_freed_memory
+from fastris.plain import printable
 
 
 class Command(NamedTuple):
@@ -45,15 +47,48 @@ REPEATING = ("demo", "train", "eval", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake told in one line, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for a mistake told in one line, 130 after Ctrl-C.
+
+    141 where the reader of its output has gone (``| head``), as shells have it. Output that was closed before the start
+    (``>&-``) goes nowhere, and what the output's encoding does not hold comes escaped.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     try:
         code = _main(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader (`| head`) has gone: let the interpreter's last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _discard(sys.stdout, sys.stderr)
         return 141
+    except OSError as error:  # of the output itself: _run tells all others
+        _discard(sys.stdout)
+        print(f"fastris: cannot write the output: {error.strerror or error}; send it elsewhere", file=sys.stderr)
+        return 2
+
+
+def _open_streams() -> None:
+    """Give the process the streams that it was started without, before a file takes their place; errors never stop it.
+
+    A file opened while descriptor 1 is free would get that number, and with it all that is printed below Python.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is from the start
+
+
+def _discard(*streams: TextIO) -> None:
+    """Let what is still to be written there go nowhere: the interpreter flushes once more as it ends."""
+    for stream in streams:
+        try:
+            descriptor = stream.fileno()
+        except (OSError, ValueError):  # no file behind it
+            continue
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _main(args: list[str]) -> int:
@@ -70,7 +105,7 @@ def _main(args: list[str]) -> int:
         return 2
     else:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"fastris {name}: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: _warn(name, message)
             return _run(name, rest)
     return 0
 
@@ -101,10 +136,18 @@ def _run(name: str, args: list[str]) -> int:
         return 2
 
 
+def _warn(name: str, message: Any) -> None:
+    print(f"fastris {name}: warning: {printable(message)}", file=sys.stderr)
+
+
 def _message(error: Any) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return printable(error.strerror if error.filename is None else f"{error.filename}: {error.strerror}")
+    text = str(error)
+    if isinstance(error, RuntimeError):  # PyTorch's own have several lines
+        text = " ".join(text.split("\n"))
+    return printable(text) or type(error).__name__
 
 
 def _overview() -> str:

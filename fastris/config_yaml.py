@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastris.config_values import shown
+from fastris.plain import check_file
 
 SECTIONS = frozenset({"data", "train", "distributed", "test"})
 """Sections of the published files (in lower case); what stands in them is read as if it stood at the top level."""
@@ -21,9 +22,7 @@ def read_options(file: str, fields: Collection[str] = ()) -> dict[str, Any]:
     import yaml
 
     path = Path(file)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{file}: the options file {what}; give the path of a YAML file of `name: value` lines")
+    check_file(f"{file}: the options file", path, "give the path of a YAML file of `name: value` lines")
     try:
         text = path.read_text(encoding="utf-8-sig")
         _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), file)

@@ -241,7 +241,8 @@ def write_results(
     examples = []
     for scene in range(min(3, held_out.scenes)):
         examples.append(out / f"scene_{scene}.png")
-        Image.fromarray(held_out.image(REFERENCES * scene)).save(examples[-1])
+        with replacing(examples[-1]) as path:
+            Image.fromarray(held_out.image(REFERENCES * scene)).save(path, format="PNG")
     phrase = held_out.reference(0).sentences[0]
     print(f"the right phrase:          {right.scores}")
     print(f"another object's phrase:   {wrong.scores}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import platform
 import time
 from collections.abc import Collection, Iterator
@@ -23,6 +22,7 @@ from fastris.data.samples import EvalSamples, worker_init
 from fastris.data.tokens import tokenize
 from fastris.metrics import Scores, per_sample_iou, score
 from fastris.optim import Amp, Precision, choose_device, choose_workers
+from fastris.plain import json_text, printable
 from fastris.rules import RULES, Rule, find_rule
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class EvalResult:
         if self.truncated:
             word_len = self.settings.get("word_len")
             lines.append(f"{self.truncated} expressions are longer than word_len={word_len} tokens and were cut")
-        lines += [f"{len(refs)} references left out: {problem}" for problem, refs in self.skipped.items() if refs]
+        lines += [
+            f"{len(refs)} references left out: {printable(problem)}" for problem, refs in self.skipped.items() if refs
+        ]
         return "\n".join(lines)
 
     def save(self, folder: str | Path, **facts: Any) -> Path:
@@ -98,7 +100,10 @@ class EvalResult:
         from fastris.checkpoint import replacing
 
         folder = Path(folder)
-        with replacing(folder / "per_sample.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(folder / "per_sample.csv") as path,
+            path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(CSV_COLUMNS)
             writer.writerows(
@@ -106,7 +111,7 @@ class EvalResult:
                 for s in self.samples
             )
         with replacing(folder / "metrics.json") as path:
-            path.write_text(json.dumps(self.as_dict() | facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json_text(self.as_dict() | facts) + "\n", encoding="utf-8")
         return folder
 
     def as_dict(self) -> dict[str, Any]:
@@ -395,6 +400,5 @@ def run(config: EvalConfig) -> None:
     name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())
-    print(
-        f"saved {folder / 'metrics.json'} and {folder / 'per_sample.csv'} (intersection and union of every expression)"
-    )
+    saved = printable(f"saved {folder / 'metrics.json'} and {folder / 'per_sample.csv'}")
+    print(f"{saved} (intersection and union of every expression)")

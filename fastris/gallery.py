@@ -9,6 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fastris.overlay import LONGEST_CAPTION
+from fastris.plain import printable
+from fastris.storage import replacing
+
 CELL = 208  # pixels of a picture's side
 GAP, MARGIN, HEADER, CAPTION = 10, 24, 122, 46
 BACKGROUND, INK, FAINT = (250, 250, 248), (30, 32, 36), (110, 114, 120)
@@ -52,8 +56,8 @@ def save_gallery(path: str | Path, rows: Sequence[GalleryRow], title: str, subti
             page.paste(picture, (left + column * (CELL + GAP), top))
         _write_caption(draw, row, left, top + CELL + 7, width)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, optimize=True)
+    with replacing(path) as temporary:
+        page.save(temporary, format="PNG", optimize=True)
     return path
 
 
@@ -77,7 +81,7 @@ def _write_column_names(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
 def _write_caption(draw: ImageDraw.ImageDraw, row: GalleryRow, left: int, top: int, width: int) -> None:
     score = f"IoU {100 * row.iou:.0f} %"
     room = width - draw.textlength(score, _font(17)) - 16
-    phrase = row.phrase
+    phrase = printable(row.phrase)[:LONGEST_CAPTION]
     while draw.textlength(phrase, _font(17)) > room:
         phrase = phrase[:-2].rstrip() + "\u2026"
     draw.text((left, top), phrase, INK, _font(17))
