@@ -191,6 +191,56 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert process.wait(timeout=60) == 141
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_output_closed_before_the_start_is_no_error_and_no_file_takes_its_place(closed: str) -> None:
+    look = "import os, sys; from fastris import cli; code = cli.main(['--help'])"
+    program = f"{look}; sys.exit(code or os.readlink('/proc/self/fd/1') != os.devnull)"
+    found = subprocess_run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program])
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_is_full_is_one_line() -> None:
+    found = subprocess_run(["sh", "-c", 'exec "$0" -m fastris --help > /dev/full', sys.executable])
+    assert found.returncode == 2
+    assert found.stderr == "fastris: cannot write the output: No space left on device; send it elsewhere\n"
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_whose_reader_leaves_ends_with_141(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*args: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=gone, flush=gone, fileno=lambda: os.open(os.devnull, 1)))
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    assert cli.main([name, "--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_what_an_error_quotes_cannot_steer_the_terminal(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Any) -> None:
+        warnings.warn("no \x1b[31mred", stacklevel=1)
+        raise ValueError("no file a\x1b[2J\nfastris: all is well\udcff.png")
+
+    command.function = fail
+    assert run(["bake"], capsys) == (
+        2,
+        "",
+        "fastris bake: warning: no \\x1b[31mred\nfastris bake: no file a\\x1b[2J\\nfastris: all is well\\udcff.png\n",
+    )
+
+
+def test_output_of_a_narrow_encoding_comes_escaped() -> None:
+    program = "from fastris import cli; cli._overview = lambda: 'caf\u00e9 \\udcff'; cli.main([])"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=60)
+    assert (found.stdout, found.stderr) == ("caf\\xe9 \\udcff\n", "")
+
+
 def test_doctor_reports_versions_devices_and_the_path_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(["doctor", "--json"], capsys)
     found = json.loads(printed)

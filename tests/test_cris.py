@@ -136,6 +136,21 @@ def bad_calls():
     yield "index must name images 0 to 0", lambda m: m.segment(m.encode_image(image), tokens, torch.tensor([1]))
     yield "index must be int64", lambda m: m.segment(m.encode_image(image), tokens, torch.tensor([0.0]))
 
+    yield "img holds no images", lambda m: m(image[:0], tokens[:0])
+    yield "img holds no images", lambda m: m.encode_image(image[:0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        yield "convert it with img.to", lambda m, dtype=dtype: m(image.to(dtype), tokens)
+    yield "img must be a tensor, got ndarray", lambda m: m(image.numpy(), tokens)
+    yield "word must be a tensor, got NoneType", lambda m: m(image, None)
+    for dtype in (torch.uint8, torch.int16, torch.bool):
+        yield r"use word\.long\(\)", lambda m, dtype=dtype: m(image, tokens.to(dtype))
+    yield "word must hold token ids 0 to 95, got 0 to 96", lambda m: m(image, torch.tensor([[94, 96, 0]]))
+    yield "word must hold token ids 0 to 95, got -1", lambda m: m(image, torch.tensor([[94, -1, 95]]))
+    yield "features must be what encode_image returns", lambda m: m.segment(tuple(m.encode_image(image)), tokens)
+    yield r"mask \(B, 1, H, W\) is needed", lambda m: m.loss(m.encode_image(image), tokens, None)
+    yield "mask must be floating point", lambda m: m.loss(m.encode_image(image), tokens, torch.ones(1, 1, 8, 8) > 0)
+    yield "mask must have pixels", lambda m: m.loss(m.encode_image(image), tokens, torch.ones(1, 1, 8, 0))
+
 
 @pytest.mark.parametrize(("message", "call"), list(bad_calls()))
 def test_bad_input_gets_one_error_that_names_the_argument(model, message, call):
@@ -155,6 +170,29 @@ def test_bad_mask_in_training_is_named(mask, message):
     model = CRIS(small_config()).train()
     with pytest.raises((ValueError, TypeError), match=message):
         model(torch.randn(1, 3, 64, 64), make_tokens(4), mask)
+
+
+@pytest.mark.parametrize(
+    ("expressions", "message"), [(0, "word holds no expressions"), (1, "word holds one expression, but BatchNorm")]
+)
+def test_batch_too_small_for_batchnorm_is_told_in_training(expressions, message):
+    model = CRIS(small_config()).train()
+    images, tokens, masks = torch.randn(2, 3, 64, 64), make_tokens(4, 5), torch.ones(2, 1, 64, 64)
+    with pytest.raises(ValueError, match=message):
+        model(images[:expressions], tokens[:expressions], masks[:expressions])
+
+
+def test_no_expressions_about_images_give_no_logits(model):
+    none = torch.zeros(0, dtype=torch.int64)
+    features = model.encode_image(torch.randn(2, 3, 64, 64))
+    assert model.segment(features, make_tokens(4)[:0], none).shape == (0, 1, 16, 16)
+
+
+def test_int32_tokens_and_bfloat16_images_under_autocast_are_taken(model):
+    images, tokens = torch.randn(1, 3, 64, 64), make_tokens(4)
+    assert torch.equal(model(images, tokens), model(images, tokens.int()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images.bfloat16(), tokens).isfinite().all()
 
 
 def test_published_yaml_is_read_without_a_warning(tmp_path):

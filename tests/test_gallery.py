@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +40,25 @@ def test_overlay_tells_agreement_from_misses_and_extras(tmp_path):
     for colour in (AGREE, MISSED, EXTRA):
         toned = 0.75 * np.array(colour) + 0.25 * 192
         assert (np.abs(overlay - toned).max(axis=-1) < 12).sum() > 300, colour
+
+
+@pytest.mark.parametrize("phrase", ["two\nlines\x1b[2J", "odd \udcff bytes", "long " * 50_000])
+def test_any_phrase_can_be_drawn(tmp_path, phrase):
+    assert save_gallery(tmp_path / "gallery.png", [make_row()._replace(phrase=phrase)], "title").stat().st_size
+
+
+def test_full_disk_leaves_the_old_gallery_and_no_half_one(tmp_path, monkeypatch):
+    path = save_gallery(tmp_path / "gallery.png", [make_row()], "title")
+    before = path.read_bytes()
+
+    def fill_the_disk(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    with pytest.raises(OSError, match=r"could not write .*gallery\.png: No space left on device"):
+        save_gallery(path, [make_row()], "title")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_gallery_without_rows_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastris import images
 from fastris.images import read_image
 
 WIDTH, HEIGHT = 12, 8
@@ -158,6 +160,39 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path: Path) -> None:
         read_image(str(tmp_path / "missing.png"))
     with pytest.raises(FileNotFoundError, match="is a folder"):
         read_image(tmp_path)
+
+
+def test_a_file_that_another_program_would_draw_is_refused_unopened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("Ghostscript was called"))
+    picture().save(tmp_path / "drawing.eps")
+    for name in ("drawing.eps", "renamed.jpg"):
+        (tmp_path / name).write_bytes((tmp_path / "drawing.eps").read_bytes())
+        with pytest.raises(ValueError, match=rf"{name} is in none of the formats .*JPEG.*; save the picture as PNG"):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="image is EPS"):
+        read_image(Image.open(tmp_path / "drawing.eps"))
+
+
+def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(FileNotFoundError, match="is a pipe and no file; give the path of a picture"):
+        read_image(tmp_path / "pipe.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "I;16", "F"])
+def test_strips_give_what_the_whole_picture_gives(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.linspace(0, 65535, 96).reshape(HEIGHT, WIDTH).astype(np.uint16))
+    if mode != "I;16":
+        image = picture().convert("L").convert("F") if mode == "F" else picture().convert(mode)
+    image.getexif()[0x0112] = orientation
+    whole = read_image(image)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 3 * WIDTH)
+    np.testing.assert_array_equal(read_image(image), whole)
 
 
 def test_large_photos_pass_in_silence_and_decompression_bombs_are_refused(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,3 +337,72 @@ def test_a_foreign_predictions_json_is_not_overwritten(
         code, _, errors = run([picture, RED, f"model={folder}", f"out={tmp_path}"], capsys)
         assert code == 2 and "was not written by `fastris predict`" in errors
         assert (tmp_path / "predictions.json").read_text() == content
+
+
+def test_full_disk_leaves_all_pictures_of_a_phrase_or_none(
+    folder: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = Image.Image.save, []
+
+    def fill_the_disk(self: Image.Image, file: Any, **options: Any) -> None:
+        saved.append(file)
+        save(self, file, **options)
+        if len(saved) == 5:  # the second phrase's second
+            Path(file).write_bytes(b"")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    out = tmp_path / "out"
+    code, printed, errors = run([picture, RED, BLUE, f"model={folder}", f"out={out}"], capsys)
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("fastris predict: could not write ") and "No space left on device" in errors
+    first = [f"photo_1_the-red-circle_{kind}.png" for kind in ("mask", "overlay", "probability")]
+    assert sorted(path.name for path in out.iterdir()) == [*first, "predictions.json"]
+    assert [record["phrase"] for record in json.loads((out / "predictions.json").read_text())] == [RED]
+
+
+def test_odd_names_and_phrases_are_printed_escaped_and_kept_as_they_are(
+    folder: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / os.fsdecode(b"odd\xff\x1b[31m.png")
+    odd.write_bytes(Path(picture).read_bytes())
+    code, printed, errors = run([str(odd), "red\x1b]0;x\x07", f"model={folder}", f"out={tmp_path / 'o'}"], capsys)
+    assert (code, errors) == (0, "")
+    assert "\x1b" not in printed and r"odd\udcff\x1b[31m.png: 40 x 30" in printed and r"red\x1b]0;x\x07" in printed
+    (record,) = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    assert record["image"] == str(odd) and record["phrase"] == "red\x1b]0;x\x07"
+    code, _, errors = run([picture, "red\udcff", f"model={folder}"], capsys)
+    assert code == 2 and r"phrases[0] is 'red\udcff', which is no text in UTF-8" in errors
+
+
+def test_a_long_name_in_any_script_gives_names_that_a_file_system_takes(
+    folder: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / ("\u65e5" * 80 + ".png")
+    image.write_bytes(Path(picture).read_bytes())
+    assert run([str(image), "red " * 20, f"model={folder}", f"out={tmp_path / 'o'}"], capsys)[0] == 0
+
+
+MEASURE = """
+import resource, sys
+from fastris.predict import PredictConfig, Segmenter, run
+from PIL import Image
+Image.init()
+model, picture, small, out = sys.argv[1:]
+run(PredictConfig(image=small, phrases=("red",), model=model, out=out))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+run(PredictConfig(image=picture, phrases=("red", "blue"), model=model, out=out))
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the resident set in KiB, as Linux does")
+def test_a_large_picture_takes_a_dozen_bytes_a_pixel(folder: str, picture: str, tmp_path: Path) -> None:
+    side = 5000
+    Image.linear_gradient("L").resize((side, side)).convert("RGB").save(tmp_path / "large.png", compress_level=1)
+    command = [sys.executable, "-c", MEASURE, folder, str(tmp_path / "large.png"), picture, str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout.splitlines()[-1]) / side**2 < 12

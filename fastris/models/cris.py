@@ -124,7 +124,7 @@ class CRIS(
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """Everything that depends on the images (B, 3, H, W) alone. H and W must be multiples of 32 pixels."""
-        _check_images(images)
+        _check_images(images, next(self.backbone.visual.parameters()).dtype)
         maps = self.backbone.encode_image(images)
         return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
 
@@ -144,10 +144,13 @@ class CRIS(
         As :meth:`segment`, with the expressions' masks (E, 1, H, W), soft or hard. The loss is the mean over all pixels
         and expressions; both results can be differentiated.
         """
+        _check_features(features)
+        _check_mask(mask, len(features.f3), len(tokens))
         return self.proj(*self._decode(features, tokens, index), mask)
 
     def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
+        _check_features(features)
         _check_tokens(tokens, self.config)
         _check_index(index, len(features.f3), len(tokens))
         tokens = _without_shared_padding(tokens)
@@ -170,10 +173,13 @@ class CRIS(
         With K expressions about each image, ``word`` (B, K, L) and ``mask`` (B, K, 1, H, W), images are encoded once;
         the results are those of B*K expressions, image by image.
         """
+        _check_is_tensor("word", word)
         index, word, mask = _by_expression(word, mask)
         if not self.training:
             return self.segment(self.encode_image(img), word, index).detach()
-        _check_mask(mask, img, len(word))
+        _check_is_tensor("img", img)
+        _check_mask(mask, len(img), len(word))
+        _check_norms(self, len(word))
         assert mask is not None
         loss, logits = self.loss(self.encode_image(img), word, mask, index)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
@@ -186,8 +192,7 @@ def _without_shared_padding(tokens: Tensor) -> Tensor:
     where looking at the ids costs no wait for the device, and not where there are no values to look at: while compiling
     or under PyTorch's fake tensors.
     """
-    has_values = type(tokens) is Tensor and not torch.compiler.is_compiling()
-    if tokens.device.type != "cpu" or not has_values or requested_impl() == "reference":
+    if tokens.device.type != "cpu" or not _has_values(tokens) or requested_impl() == "reference":
         return tokens
     used = tokens.ne(0).any(dim=0).nonzero()
     return tokens[:, : int(used.max()) + 1 if len(used) else 1]
@@ -204,7 +209,29 @@ def _by_expression(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Te
     return index, word.flatten(0, 1), mask
 
 
-def _check_images(images: Tensor) -> None:
+def _check_is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+
+
+def _check_features(features: Any) -> None:
+    if not isinstance(features, ImageFeatures):
+        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
+
+
+def _check_norms(model: CRIS, expressions: int) -> None:
+    """Training needs expressions, and for BatchNorm over the sentences of this process alone two of them."""
+    if expressions == 0:
+        raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
+    if expressions == 1 and any(type(each) is nn.BatchNorm1d and each.training for each in model.neck.modules()):
+        raise ValueError(
+            "word holds one expression, but BatchNorm needs two in training mode; give a larger batch, or call "
+            "model.eval() to segment"
+        )
+
+
+def _check_images(images: Tensor, weights: torch.dtype) -> None:
+    _check_is_tensor("img", images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"img must be (B, 3, H, W), got {tuple(images.shape)}")
     height, width = images.shape[-2:]
@@ -215,18 +242,35 @@ def _check_images(images: Tensor) -> None:
         )
     if not images.is_floating_point():
         raise TypeError(f"img must be floating point and normalised with CLIP's mean and std, got {images.dtype}")
+    if not len(images):
+        raise ValueError(f"img holds no images, got {tuple(images.shape)}; give at least one")
+    casts = torch.is_autocast_enabled(images.device.type) and torch.float64 not in (images.dtype, weights)
+    if images.dtype != weights and not casts:
+        raise TypeError(
+            f"img is {images.dtype} but the model's weights are {weights}; convert it with img.to({weights}), or run "
+            "float32 weights under torch.autocast"
+        )
 
 
 def _check_tokens(tokens: Tensor, config: CRISConfig) -> None:
+    _check_is_tensor("word", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"word must be token ids (B, L), got {tuple(tokens.shape)}")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise TypeError(f"word must hold integer token ids, got {tokens.dtype}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"word must hold integer token ids, int64 or int32, got {tokens.dtype}; use word.long()")
     if not 1 <= tokens.shape[1] <= config.clip.context_length:
         raise ValueError(
             f"word has {tokens.shape[1]} tokens a sentence, but CLIP knows positions for 1 to "
             f"{config.clip.context_length}; cut it with fastris.data.tokens.tokenize(sentences, word_len)"
         )
+    if tokens.numel() and tokens.device.type == "cpu" and _has_values(tokens):
+        low, high, last = int(tokens.min()), int(tokens.max()), config.clip.vocab_size - 1
+        if low < 0 or high > last:
+            raise ValueError(f"word must hold token ids 0 to {last}, got {low} to {high}; tokenize for this model")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
@@ -245,11 +289,14 @@ def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
         raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
 
 
-def _check_mask(mask: Tensor | None, images: Tensor, expressions: int) -> None:
+def _check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
     if mask is None:
         raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
+    _check_is_tensor("mask", mask)
     if mask.ndim != 4 or mask.shape[:2] != (expressions, 1):
-        each = "" if expressions == len(images) else f" ({expressions // max(1, len(images))} expressions per image)"
+        each = "" if expressions == images else f" ({expressions // max(1, images)} expressions per image)"
         raise ValueError(f"mask must be ({expressions}, 1, H, W){each}, got {tuple(mask.shape)}")
     if not mask.is_floating_point():
         raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")
+    if not mask.shape[2] * mask.shape[3]:
+        raise ValueError(f"mask must have pixels, got {tuple(mask.shape)}")

@@ -17,6 +17,8 @@ def compute_dtype(first: Tensor) -> torch.dtype:
 def check_tensors(operator: str, **tensors: Tensor | None) -> None:
     """All on one device, all floating point, and of one dtype unless autocast will make them so."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_is_tensor(operator, name, tensor)
     first_name, first = next(iter(given.items()))
     autocast = torch.is_autocast_enabled(first.device.type)
     for name, tensor in given.items():
@@ -34,8 +36,14 @@ def check_tensors(operator: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_is_tensor(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def check_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """``expected`` holds a size, or a letter where any size goes."""
+    check_is_tensor(operator, name, tensor)
     fits = tensor.ndim == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )

@@ -8,6 +8,7 @@ scoring, loss and slope come from one pass over the features, and the backward i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.common import check_shape, compute_dtype
+from fastris.ops.common import check_is_tensor, check_shape, compute_dtype
 from fastris.ops.similarity import check_arguments, fold, reference_similarity, shifted_tap_sum, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -119,11 +120,13 @@ def _counted_pixels(
     wide: torch.dtype,
 ) -> _CountedPixels:
     """Check the data that the logits are compared with and bring it to their ``shape``, in dtype ``wide``."""
+    check_is_tensor(operator, "target", target)
     if not target.is_floating_point():
         raise TypeError(f"{operator}: target must be floating point, got {target.dtype}; convert it with .float()")
     _check_map(operator, "target", target, features, shape)
     target = reference.resize_target(target.detach(), shape[-2:]).to(wide)
     if ignore_mask is not None:
+        check_is_tensor(operator, "ignore_mask", ignore_mask)
         if ignore_mask.dtype is not torch.bool:
             raise TypeError(f"{operator}: ignore_mask must be bool, True where not counted, got {ignore_mask.dtype}")
         _check_map(operator, "ignore_mask", ignore_mask, features, shape)
@@ -137,6 +140,8 @@ def _checked_pos_weight(
     operator: str, pos_weight: Tensor | float, device: torch.device, shape: tuple[int, int, int, int], wide: torch.dtype
 ) -> Tensor:
     if not isinstance(pos_weight, Tensor):
+        if not isinstance(pos_weight, int | float) or not math.isfinite(pos_weight):
+            raise TypeError(f"{operator}: pos_weight must be a finite number or a tensor, got {pos_weight!r}")
         return torch.full((), pos_weight, dtype=wide, device=device)
     if pos_weight.device != device:
         raise ValueError(f"{operator}: pos_weight is on {pos_weight.device} but features is on {device}")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.common import check_shape, check_tensors, compute_dtype
+from fastris.ops.common import check_is_tensor, check_shape, check_tensors, compute_dtype
 from fastris.ops.streamed_taps import streamed_tap_sum, streams
 
 KERNEL_SIZES = (1, 3, 5)
@@ -110,6 +110,9 @@ def check_arguments(
     if 0 in features.shape[1:]:
         raise ValueError(f"{operator}: features must have channels and pixels, got {tuple(features.shape)}")
     batch, channels = features.shape[:2]
+    for name, tensor in {"kernel": kernel, "bias": bias, "pointwise_weight": pointwise_weight}.items():
+        if name == "kernel" or tensor is not None:
+            check_is_tensor(operator, name, tensor)
     if kernel.ndim not in (4, 5):
         raise ValueError(f"{operator}: kernel must be (B, Q, C, k, k) or (B, C, k, k), got {tuple(kernel.shape)}")
     queries, width, size = (kernel.shape[1] if kernel.ndim == 5 else 1), kernel.shape[-3], kernel.shape[-1]

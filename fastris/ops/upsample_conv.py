@@ -101,6 +101,8 @@ def upsample2x_conv3x3_stats(
 def _check(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensors(operator, x=x, weight=weight, bias=bias)
     check_shape(operator, "x", x, ("B", "C", "H", "W"))
+    if not x.shape[1]:
+        raise ValueError(f"{operator}: x must have channels, got {tuple(x.shape)}")
     check_shape(operator, "weight", weight, ("C'", x.shape[1], 3, 3))
     if bias is not None:
         check_shape(operator, "bias", bias, (weight.shape[0],))
