@@ -12,6 +12,7 @@ from typing import Any
 TRUE = frozenset({"true", "yes", "on", "1"})
 FALSE = frozenset({"false", "no", "off", "0"})
 _NOTHING = frozenset({"null", "none", "~", ""})
+LARGEST_INT = 2**63 - 1  # what tensors, files and generators of random numbers can hold
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -82,13 +83,15 @@ def _from_yaml(text: str) -> Any:
 def _to_int(value: Any) -> int:
     if isinstance(value, str):
         try:
-            return int(value)
+            value = int(value)
         except ValueError:
             value = float(value)  # "1e5"
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise Mismatch
+    if abs(value) > LARGEST_INT:
+        raise Mismatch(f"the largest that fits is {LARGEST_INT}")
     return value
 
 

@@ -104,6 +104,10 @@ def run(config: DemoConfig) -> int:
     """
     if config.steps < 1 or config.images < 2 or config.scenes < config.images or config.held_out < 1:
         raise ValueError("steps and held_out must be at least 1, images at least 2, scenes at least images")
+    if not 1 <= config.threads <= 1024:
+        raise ValueError(f"threads={config.threads} must lie in 1..1024")
+    if not 0 < config.lr < math.inf:
+        raise ValueError(f"lr={config.lr} must be a finite number above 0")
     with locked(Path(config.out), ("out",)):
         return _run(config)
 

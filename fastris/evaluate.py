@@ -90,9 +90,7 @@ class EvalResult:
         if self.truncated:
             word_len = self.settings.get("word_len")
             lines.append(f"{self.truncated} expressions are longer than word_len={word_len} tokens and were cut")
-        lines += [
-            f"{len(refs)} references left out: {printable(problem)}" for problem, refs in self.skipped.items() if refs
-        ]
+        lines += [f"{len(refs)} references left out: {printable(why)}" for why, refs in self.skipped.items() if refs]
         return "\n".join(lines)
 
     def save(self, folder: str | Path, **facts: Any) -> Path:
@@ -169,6 +167,11 @@ def evaluate(
     method = find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")
+    if workers < 0:
+        raise ValueError(f"workers={workers} must be at least 0")
+    for name, count in {"batch_size": batch_size, "images_per_batch": images_per_batch}.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
     if not len(dataset):
         raise ValueError(f"dataset {dataset.name} {dataset.split} is empty: there is no expression to score")
     started = time.perf_counter()
@@ -304,16 +307,10 @@ def _loader(samples: _WithTruth, images_per_batch: int, workers: int, rank: int,
 def _progress(loader: DataLoader, show: bool, title: str) -> Iterator[Any]:
     """The loader's batches, with a bar that counts images where `show` is set and there is a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
         total = sum(len(batch) for batch in cast(list[list[int]], loader.batch_sampler))
         task = bar.add_task(f"evaluate {title}", total=total)

@@ -241,6 +241,38 @@ def test_output_of_a_narrow_encoding_comes_escaped() -> None:
     assert (found.stdout, found.stderr) == ("caf\\xe9 \\udcff\n", "")
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["demo", "steps=1e99"], "steps must be int (steps), got '1e99'; the largest that fits is 9223372036854775807"),
+        (["demo", f"seed={10**30}"], "seed must be int, got"),
+        (["demo", "seed=-1e99"], "seed must be int, got"),
+        (["demo", "steps=inf"], "steps must be int (steps), got 'inf'"),
+        (["demo", "lr=nan"], "lr must be float, got 'nan'"),
+        (["demo", "lr=inf"], "lr=inf must be a finite number above 0"),
+        (["demo", "threads=0"], "threads=0 must lie in 1..1024"),
+        (["demo", f"threads={10**12}"], "must lie in 1..1024"),
+        (["train", "epochs=1e99"], "epochs must be int (epochs)"),
+    ],
+)
+def test_numbers_out_of_all_range_are_one_line(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, printed, errors = run(args, capsys)
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert message in errors and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"images_per_batch": 0}, {"workers": -1}])
+def test_evaluation_in_batches_of_nothing_is_refused(setting: dict[str, int]) -> None:
+    from fastris.evaluate import evaluate
+
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"^{name}=.* must be at least"):
+        evaluate(None, SimpleNamespace(name="synthetic", split="val"), **setting)  # before it touches either
+
+
 def test_doctor_reports_versions_devices_and_the_path_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(["doctor", "--json"], capsys)
     found = json.loads(printed)
