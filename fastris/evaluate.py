@@ -167,11 +167,10 @@ def evaluate(
     method = find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")
-    if workers < 0:
-        raise ValueError(f"workers={workers} must be at least 0")
-    for name, count in {"batch_size": batch_size, "images_per_batch": images_per_batch}.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
+    counts = {"workers": (workers, 0), "batch_size": (batch_size, 1), "images_per_batch": (images_per_batch, 1)}
+    for name, (count, least) in counts.items():
+        if count < least:
+            raise ValueError(f"{name}={count} must be at least {least}")
     if not len(dataset):
         raise ValueError(f"dataset {dataset.name} {dataset.split} is empty: there is no expression to score")
     started = time.perf_counter()
@@ -397,5 +396,5 @@ def run(config: EvalConfig) -> None:
     name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())
-    saved = printable(f"saved {folder / 'metrics.json'} and {folder / 'per_sample.csv'}")
-    print(f"{saved} (intersection and union of every expression)")
+    files = printable(f"{folder / 'metrics.json'} and {folder / 'per_sample.csv'}")
+    print(f"saved {files} (intersection and union of every expression)")
