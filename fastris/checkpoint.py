@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastris.config import REQUIRED, option
 from fastris.modelcard import CARD, card_path, unknown_card, write_card
 from fastris.models.config import MAX_TEXT, CRISConfig
+from fastris.plain import printable
 from fastris.safetensors_files import read_safetensors, write_safetensors
 from fastris.storage import first_line, load_torch, read_torch, replacing, save_atomic
 from fastris.torch_files import script_weights
@@ -346,7 +347,8 @@ def run_convert(options: ConvertConfig) -> int:
     model = load_model(weights, config)
     card = weights.card or unknown_card(model.config, options.source)
     _write_model(model, target, kind, card)
-    print(f"wrote {target} ({kind}): {_in_words(model)}\nmodel card {write_card(card_path(target, kind), card)}")
+    print(printable(f"wrote {target} ({kind}): {_in_words(model)}"))
+    print(printable(f"model card {write_card(card_path(target, kind), card)}"))
     if config is None:
         given = model.config
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -121,6 +122,9 @@ class TrainConfig:
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
+        for name in ("base_lr", "lr_multi", "weight_decay", "max_norm", "lr_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
         several = self.expressions_per_image
         if self.batch_size % (self.accumulate * several) or self.micro_batch < 2:
             of = f" of {several} references for each image" if several > 1 else ""

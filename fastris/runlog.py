@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 import torch
 
 from fastris.metrics import GENERALISED, PRECISION_LEVELS, Scores
+from fastris.plain import printable
 from fastris.trackers import open_trackers, picture_path
 
 
@@ -249,7 +250,7 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
-        self.console.print(f"{time.strftime('%H:%M:%S')}  {text}")
+        self.console.print(f"{time.strftime('%H:%M:%S')}  {printable(text)}")
 
     def sync(self) -> None:
         """Make all rows so far durable."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastris.plain import check_file
 from fastris.torch_files import read_pytorch
 from fastris.torch_values import Record, Refused
 
@@ -111,10 +112,9 @@ def read_torch(path: Path) -> Any:
 
 
 def existing_file(path: str | Path) -> Path:
-    """``path`` with ``~`` expanded. Raises FileNotFoundError if there is no such file."""
+    """``path`` with ``~`` expanded. Raises FileNotFoundError, or PermissionError, where it is no file to be read."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give the path of a checkpoint")
+    check_file(str(path), path, "give the path of a checkpoint")
     return path
 
 

@@ -141,3 +141,9 @@ def test_unknown_devices_are_refused():
         choose_device("gpu")
     with pytest.raises(ValueError, match="PyTorch sees"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("name", ["base_lr", "lr_multi", "weight_decay", "max_norm", "lr_decay"])
+def test_rates_beyond_all_bounds_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"{name}=inf must be a finite number"):
+        TrainConfig(**{name: float("inf")})

@@ -137,7 +137,7 @@ def test_compressed_checkpoint_is_refused_before_a_byte_is_unpacked(tmp_path):
     path = rewritten(tmp_path / "plain.pth", tmp_path / "bomb.pth", zipfile.ZIP_DEFLATED)
 
     def read():
-        with pytest.raises(ValueError, match=r"bomb\.pth is damaged, or holds compressed entries .*not unpacked; torch\.save stores"):
+        with pytest.raises(ValueError, match=r"bomb\.pth is damaged, or holds compressed entries .*torch\.save stores"):
             load_torch(path)
 
     assert peak_of(read) < 50 << 20
@@ -152,7 +152,7 @@ def test_archive_whose_directory_claims_more_than_the_file_holds_is_refused(tmp_
         if content[at : at + 4] == b"PK\1\2" and content[at + 46 :].startswith(b"plain/data/0"):
             content[at + 20 : at + 28] = (2_000_000_000).to_bytes(4, "little") * 2
     (tmp_path / "claims.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"claims\.pth is damaged, or packed: it claims to hold 2\d+ bytes, but is \d+ bytes long"):
+    with pytest.raises(ValueError, match=r"claims\.pth is damaged, .* claims to hold 2\d+ bytes, but is \d+ bytes"):
         load_torch(tmp_path / "claims.pth")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastris import plain
+
 SHOWN = 200  # characters of one value in a message
 LONGEST = 4000  # characters of a message
 
@@ -27,15 +29,9 @@ class DataError(ValueError):
 
 
 def printable(text: object) -> str:
-    """A text for people to read: control characters, line ends, and halves of characters as Python spells them.
-
-    Only of `LONGEST` characters: what is cut off ends in "...".
-    """
+    """`fastris.plain.printable` of at most `LONGEST` characters: what is cut off ends in "..."."""
     text = str(text)
-    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return plain.printable(text if len(text) <= LONGEST else text[:LONGEST] + "...")
 
 
 def shown(value: object) -> str:
