@@ -1,7 +1,7 @@
 """Benchmarks of fastris: speed and memory of operators and model, every arm checked before it is timed.
 
 ``fastris bench --help``, or ``python -m bench --help`` in a checkout; the folder is imported as ``fastris.bench``.
-``python -m bench.report FILE`` prints a result file as Markdown, ``python -m bench.compare OLD NEW`` what moved, and
+``python -m bench.report.tables FILE`` prints a result file as Markdown, ``python -m bench.report.compare OLD NEW`` what moved, and
 ``python -m pytest bench --benchmark-only`` runs the same cases through pytest-benchmark.
 
     cases.py       what is measured: one table of cases; builders.py and stages.py make them
@@ -12,7 +12,7 @@
     roofline.py    operations, compulsory bytes, and the two ceilings measured in the same run
     memory.py      bytes that the forward pass keeps for the backward pass, by stages of the model
     live.py        what is alive between forward and backward; whole.py counts the whole model with it, recompute.py
-                   is ``python -m bench.memory``, accumulation.py float16 sums
+                   is ``python -m bench.memory.kept``, accumulation.py float16 sums
     machine.py     what the numbers were measured on
     command.py     the command; report.py and details.py print its tables
     compare.py     what moved beyond noise since an older result file
@@ -23,6 +23,6 @@
     look_once.py   several expressions about one image, against asking one by one
     cards.py       a model of the training step on cards that were not measured: traffic.py counts operations,
                    step_traffic.py the stages of a step, kernel_traffic.py what the Triton kernels move
-    loader.py      what the data loader delivers, beside what a step needs: ``python -m bench.loader``
+    loader.py      what the data loader delivers, beside what a step needs: ``python -m bench.studies.loader``
     results/       result files, one per device
 """

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastris.cli import main
+from fastris.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", *sys.argv[1:]]))

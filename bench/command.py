@@ -14,15 +14,18 @@ from typing import Any, Literal
 import torch
 
 from fastris import CRISConfig
-from fastris.config import option
-from fastris.host_memory import keep_freed_memory
-from fastris.optim import choose_device
+from fastris.options.declare import option
+from fastris.runtime.host_memory import keep_freed_memory
+from fastris.training.optim import choose_device
 
-from . import compare, details, machine, memory, report
-from .arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
-from .cases import PASSES, Case, choose_cases
-from .harness import Cell, Effort, Progress, Setting, measure_case
-from .roofline import Ceilings, count_work, measure_ceilings
+from .cases.arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
+from .cases.table import PASSES, Case, choose_cases
+from .memory import kept as memory
+from .report import compare, details
+from .report import tables as report
+from .timing import machine
+from .timing.harness import Cell, Effort, Progress, Setting, measure_case
+from .timing.roofline import Ceilings, count_work, measure_ceilings
 
 QUICK = Effort(rounds=5, min_rounds=2, seconds=5.0)
 

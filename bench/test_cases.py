@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastris.optim import choose_device
+from fastris.training.optim import choose_device
 
-from .arms import Arm, choose_arms, compiled_or_failed
-from .cases import CASES, Case
-from .check import Checker
-from .harness import Step, forget_compiled, release, synchronize
+from .cases.arms import Arm, choose_arms, compiled_or_failed
+from .cases.table import CASES, Case
+from .timing.check import Checker
+from .timing.harness import Step, forget_compiled, release, synchronize
 
 pytest.importorskip("pytest_benchmark")
 

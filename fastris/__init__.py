@@ -9,16 +9,16 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it. Imported on first use, so that `import fastris` costs next to nothing.
 _LAZY = {
-    "CRIS": "fastris.models.cris",
-    "CRISConfig": "fastris.models.config",
-    "CLIPConfig": "fastris.models.config",
-    "ImageFeatures": "fastris.models.cris",
-    "Segmenter": "fastris.predict",
-    "allow_fp16_accumulation": "fastris.accumulation",
-    "for_inference": "fastris.nn.folding",
-    "keep_freed_memory": "fastris.host_memory",
-    "patch": "fastris.dropin",
-    "unpatch": "fastris.dropin",
+    "CRIS": "fastris.models.cris.model",
+    "CRISConfig": "fastris.models.cris.config",
+    "CLIPConfig": "fastris.models.cris.config",
+    "ImageFeatures": "fastris.models.cris.model",
+    "Segmenter": "fastris.inference.segmenter",
+    "allow_fp16_accumulation": "fastris.runtime.float16_sums",
+    "for_inference": "fastris.inference.folding",
+    "keep_freed_memory": "fastris.runtime.host_memory",
+    "patch": "fastris.dropin.patch",
+    "unpatch": "fastris.dropin.patch",
     "use_impl": "fastris.dispatch",
 }
 
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastris.accumulation import allow_fp16_accumulation
     from fastris.dispatch import use_impl
-    from fastris.dropin import patch, unpatch
-    from fastris.host_memory import keep_freed_memory
-    from fastris.models.config import CLIPConfig, CRISConfig
-    from fastris.models.cris import CRIS, ImageFeatures
-    from fastris.nn.folding import for_inference
-    from fastris.predict import Segmenter
+    from fastris.dropin.patch import patch, unpatch
+    from fastris.inference.folding import for_inference
+    from fastris.inference.segmenter import Segmenter
+    from fastris.models.cris.config import CLIPConfig, CRISConfig
+    from fastris.models.cris.model import CRIS, ImageFeatures
+    from fastris.runtime.float16_sums import allow_fp16_accumulation
+    from fastris.runtime.host_memory import keep_freed_memory
 
 
 def __getattr__(name: str) -> Any:

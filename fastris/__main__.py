@@ -3,7 +3,7 @@
 import os
 import sys
 
-from fastris.cli import main
+from fastris.commands.cli import main
 
 if __name__ == "__main__":
     code = main()

@@ -15,10 +15,10 @@ import torch
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "fastris.train",
-        "fastris.models.cris",
-        "fastris.checkpoint",
-        "fastris.data.synthetic",
+        "fastris.training.loop",
+        "fastris.models.cris.model",
+        "fastris.weights.load",
+        "fastris.data.scenes.dataset",
         "cv2",
         "rich.console",
         "pytest",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fastris
-from fastris.accumulation import fp16_accumulation_obstacle
+from fastris.runtime.float16_sums import fp16_accumulation_obstacle
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
 
-from bench import accumulation
+from bench.studies import float16_sums as accumulation
 
 ON_GPU = fp16_accumulation_obstacle() is None
 SETTING = torch.backends.cuda.matmul
@@ -48,7 +48,7 @@ def test_anything_but_true_and_false_is_refused():
 
 
 def test_block_restores_what_was_set_before_after_an_exception_too(monkeypatch):
-    monkeypatch.setattr("fastris.accumulation.fp16_accumulation_obstacle", lambda device: None)
+    monkeypatch.setattr("fastris.runtime.float16_sums.fp16_accumulation_obstacle", lambda device: None)
     with pytest.raises(KeyError), fastris.allow_fp16_accumulation(True):
         assert SETTING.allow_fp16_accumulation
         with fastris.allow_fp16_accumulation(False):

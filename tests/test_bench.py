@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastris import cli
-from fastris.bench import command, report
-from fastris.bench.arms import ARMS, choose_arms
-from fastris.bench.builders import small_config
-from fastris.bench.cases import CASES, Case, choose_cases
-from fastris.bench.check import Checker, WrongNumbersError
-from fastris.bench.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
-from fastris.bench.memory import KeptStorages, kept_by_own_parts
-from fastris.bench.problem import Problem
+from fastris.bench import command
+from fastris.bench.cases.arms import ARMS, choose_arms
+from fastris.bench.cases.builders import small_config
+from fastris.bench.cases.problem import Problem
+from fastris.bench.cases.table import CASES, Case, choose_cases
+from fastris.bench.memory.kept import KeptStorages, kept_by_own_parts
+from fastris.bench.report import tables as report
+from fastris.bench.timing.check import Checker, WrongNumbersError
+from fastris.bench.timing.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
+from fastris.commands import cli
 from fastris.dispatch import requested_impl
 
 ROOT = Path(__file__).parents[1]
@@ -246,9 +247,9 @@ def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path():
 
 def without_compiler(monkeypatch):
     """No compiled arms, and ceilings measured on small tensors: both take seconds."""
-    monkeypatch.setattr("fastris.bench.arms.shutil.which", lambda name: None)
-    monkeypatch.setattr("fastris.bench.roofline.COPY_BYTES", {"cpu": 2**20})
-    monkeypatch.setattr("fastris.bench.roofline.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr("fastris.bench.cases.arms.shutil.which", lambda name: None)
+    monkeypatch.setattr("fastris.bench.timing.roofline.COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr("fastris.bench.timing.roofline.MATRIX_SIDE", {"cpu": 64})
 
 
 @pytest.fixture

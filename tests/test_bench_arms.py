@@ -16,16 +16,18 @@ import torch
 from test_bench import CPU, FEW_ROUNDS, Scaled, make_case, without_compiler
 from torch import nn
 
-from fastris import cli
-from fastris.bench import bounds, command, roofline
-from fastris.bench.arms import ARMS, choose_arms, compiled_or_failed
-from fastris.bench.cases import CASES
-from fastris.bench.check import Checker
-from fastris.bench.details import headline, target_lines
-from fastris.bench.harness import Cell, Setting, Step, kept_bytes, measure_case, timed
-from fastris.bench.problem import Problem
-from fastris.bench.repaired import repair
-from fastris.bench.tracing import write_trace
+from fastris import testing as bounds
+from fastris.bench import command
+from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed
+from fastris.bench.cases.problem import Problem
+from fastris.bench.cases.repaired import repair
+from fastris.bench.cases.table import CASES
+from fastris.bench.report.details import headline, target_lines
+from fastris.bench.timing import roofline
+from fastris.bench.timing.check import Checker
+from fastris.bench.timing.harness import Cell, Setting, Step, kept_bytes, measure_case, timed
+from fastris.bench.timing.tracing import write_trace
+from fastris.commands import cli
 from fastris.dispatch import use_impl
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +67,7 @@ def test_repaired_dropout_drops_as_often_as_published():
 
 
 def test_without_a_compiler_compiled_arms_say_so_and_are_left_out(monkeypatch):
-    monkeypatch.setattr("fastris.bench.arms.shutil.which", lambda name: None)
+    monkeypatch.setattr("fastris.bench.cases.arms.shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert [arm.name for arm in choose_arms((), CPU, torch.float32)] == ["reference", "repaired", "torch"]
     with pytest.raises(ValueError, match=r"arm compiled cannot run: .*install g\+\+.*Here these can: reference, rep"):
@@ -73,7 +75,7 @@ def test_without_a_compiler_compiled_arms_say_so_and_are_left_out(monkeypatch):
 
 
 def test_max_autotune_runs_on_a_cpu_only_when_asked_for(monkeypatch):
-    monkeypatch.setattr("fastris.bench.arms.shutil.which", lambda name: name)
+    monkeypatch.setattr("fastris.bench.cases.arms.shutil.which", lambda name: name)
     assert "max_autotune" not in [arm.name for arm in choose_arms((), CPU, torch.float32)]
     assert [arm.name for arm in choose_arms(("max_autotune",), CPU, torch.float32)] == ["reference", "max_autotune"]
 
@@ -133,7 +135,7 @@ def test_forward_and_backward_are_timed_apart_and_leave_no_gradients():
 
 def test_what_is_set_up_before_a_step_is_not_timed(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("fastris.bench.harness.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("fastris.bench.timing.harness.time.perf_counter", lambda: clock[0])
 
     class Slow:
         def set_up(self):

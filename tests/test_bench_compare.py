@@ -10,8 +10,9 @@ from itertools import combinations
 import pytest
 from test_bench import make_case, without_compiler
 
-from fastris import cli
-from fastris.bench import command, compare
+from fastris.bench import command
+from fastris.bench.report import compare
+from fastris.commands import cli
 
 STEADY = [100.0, 101.0, 99.0, 102.0, 98.0, 100.5, 99.5]
 

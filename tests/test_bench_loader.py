@@ -8,7 +8,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
 
-from bench import loader
+from bench.studies import loader
 from fastris.data import load_dataset
 
 
@@ -36,4 +36,4 @@ def test_the_rate_is_compared_with_what_a_step_needs(
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert loader.main(["images=0"]) == 2
-    assert capsys.readouterr().err == "bench.loader: images must be at least 1, got 0\n"
+    assert capsys.readouterr().err == "bench.studies.loader: images must be at least 1, got 0\n"

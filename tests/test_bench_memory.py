@@ -13,12 +13,12 @@ from training_helpers import model_config
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
 
-from bench import recompute
-from bench.arms import ARMS
-from bench.builders import small_config
-from bench.live import LiveStorages
-from bench.memory import KeptStorages
-from bench.whole import (
+from bench.cases.arms import ARMS
+from bench.cases.builders import small_config
+from bench.memory import command as recompute
+from bench.memory.kept import KeptStorages
+from bench.memory.live import LiveStorages
+from bench.memory.whole import (
     CONTEXT,
     GIB,
     GOALS,
@@ -126,7 +126,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
             raise MemoryError("no room")
         return StepCount(batch, 0, {}, {"a": batch})
 
-    monkeypatch.setattr("bench.whole.count_step", failing)
+    monkeypatch.setattr("bench.memory.whole.count_step", failing)
     cells: list[WholeCell] = []
     count_whole([ARMS["reference"], ARMS["torch"]], CPU, lambda text: None, cells, model_config())
     assert [(c.arm, c.recompute, c.status) for c in cells] == [

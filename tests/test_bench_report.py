@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from fastris.bench import charts, report
+from fastris.bench.report import charts
+from fastris.bench.report import tables as report
 
 SVG = "{http://www.w3.org/2000/svg}"
 

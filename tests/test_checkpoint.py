@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from weight_samples import CONFIG, published_checkpoint, randomised, same_state, save_archive, small_clip
 
 from fastris import CRIS
-from fastris.checkpoint import ConvertConfig, load_clip, load_model, load_weights, read_weights, run_convert
-from fastris.config import load_options
-from fastris.storage import save_atomic
-from fastris.weights import CONNECT
+from fastris.options.declare import load_options
+from fastris.runtime.storage import save_atomic
+from fastris.weights.load import ConvertConfig, load_clip, load_model, load_weights, read_weights, run_convert
+from fastris.weights.state_dicts import CONNECT
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import fastris
-from fastris import cli, doctor
-from fastris.config import option
+from fastris.commands import cli, doctor
+from fastris.options.declare import option
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,8 +164,8 @@ def test_warnings_are_one_line_each_and_the_users_settings_return(
 
 def test_only_the_chosen_commands_module_is_imported() -> None:
     program = (
-        "import sys; from fastris.cli import main; main(['--help'])\n"
-        "assert not {'torch', 'cv2', 'open_clip', 'fastris.train', 'fastris.predict'} & set(sys.modules)"
+        "import sys; from fastris.commands.cli import main; main(['--help'])\n"
+        "assert not {'torch', 'cv2', 'open_clip', 'fastris.training.loop', 'fastris.inference.segmenter'} & set(sys.modules)"
     )
     assert subprocess_run([sys.executable, "-c", program]).stderr == ""
 
@@ -266,7 +266,7 @@ def test_numbers_out_of_all_range_are_one_line(
 
 @pytest.mark.parametrize("setting", [{"batch_size": 0}, {"images_per_batch": 0}, {"workers": -1}])
 def test_evaluation_in_batches_of_nothing_is_refused(setting: dict[str, int]) -> None:
-    from fastris.evaluate import evaluate
+    from fastris.evaluation.evaluate import evaluate
 
     (name,) = setting
     with pytest.raises(ValueError, match=f"^{name}=.* must be at least"):

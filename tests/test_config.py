@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fastris.config import REQUIRED, describe, extra_option, load_options, option, usage
+from fastris.options.declare import REQUIRED, describe, extra_option, load_options, option, usage
 
 
 @dataclass

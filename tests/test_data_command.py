@@ -15,10 +15,11 @@ from format_trees import LIBRARIES, MAKERS, SPLITS, make_folder_tree, make_grefs
 from PIL import Image
 from refer_tree import IMAGE_FOLDER, make_refer_tree
 
-from fastris import cli
-from fastris.data import ReferringDataset, load_dataset, published
-from fastris.data.annotated import AnnotatedDataset
-from fastris.data.convert import convert
+from fastris.commands import cli
+from fastris.data import ReferringDataset, load_dataset
+from fastris.data.formats import published
+from fastris.data.formats.annotated import AnnotatedDataset
+from fastris.data.formats.convert import convert
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
@@ -320,7 +321,7 @@ def test_whatever_interrupts_a_conversion_leaves_nothing_behind(
             raise KeyboardInterrupt
         return original(*args)
 
-    from fastris.data import convert as module
+    from fastris.data.formats import convert as module
 
     original = module._place_image
     monkeypatch.setattr(module, "_place_image", interrupt)
@@ -333,8 +334,8 @@ def test_whatever_interrupts_a_conversion_leaves_nothing_behind(
 CHECK_THAT_WAITS = """
 import signal, sys, time
 from pathlib import Path
-from fastris import cli
-from fastris.data import check
+from fastris.commands import cli
+from fastris.data.formats import check
 
 def look(*_):
     Path(sys.argv[2]).touch()

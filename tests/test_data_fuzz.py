@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from fastris.data import DataError, annotation, jsonl, lmdb_files, load_dataset, parquet, paths, refer_files
-from fastris.data.annotated import Annotated, UnusableReference
-from fastris.data.budget import Budget
-from fastris.data.unpickle import loads_plain
+from fastris.data import DataError, load_dataset, paths
+from fastris.data.formats import annotation, jsonl, lmdb_files, parquet, refer_files
+from fastris.data.formats.annotated import Annotated, UnusableReference
+from fastris.data.formats.budget import Budget
+from fastris.data.formats.unpickle import loads_plain
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 FUZZ_FILES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -275,7 +276,7 @@ def test_arbitrary_grefcoco_files(root: Path, refs: list[Any], annotations: Any,
     except DataError:
         return
     assert all(isinstance(record, Annotated | UnusableReference) for record in records)
-    from fastris.data.refer import ReferDataset
+    from fastris.data.formats.refer import ReferDataset
 
     read_all(ReferDataset("grefcoco", "train", root, images=root / "images", on_error="defer"))
 

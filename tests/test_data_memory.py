@@ -15,8 +15,8 @@ from format_trees import make_folder_tree, make_grefs_tree, make_lmdb_tree, make
 from refer_tree import make_refer_tree
 
 from fastris.data import DataError, load_dataset
-from fastris.data.budget import FREE, LARGEST, Budget, of_json
-from fastris.data.records import IDS, MAX_ID
+from fastris.data.formats.budget import FREE, LARGEST, Budget, of_json
+from fastris.data.formats.records import IDS, MAX_ID
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 
@@ -168,7 +168,7 @@ def test_annotations_that_unfold_are_refused_in_little_memory(
 def test_many_bad_lines_are_one_error_and_not_one_kept_for_each(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastris.data.budget.FREE", 1 << 20)
+    monkeypatch.setattr("fastris.data.formats.budget.FREE", 1 << 20)
     make_folder_tree(tmp_path)
     (tmp_path / "train.jsonl").write_text(text * 20_000)
     with pytest.raises(DataError, match=r"^\S* has \d+ bytes, which unfold to more than"):

@@ -18,11 +18,11 @@ from format_trees import make_folder_tree, make_grefs_tree, make_parquet_tree, s
 from PIL import Image
 from refer_tree import make_refer_tree
 
-from fastris import cli
+from fastris.commands import cli
 from fastris.data import DataError, load_dataset, paths
-from fastris.data.annotated import UnusableReference
 from fastris.data.base import printable, shown
-from fastris.data.jsonl import FolderDataset
+from fastris.data.formats.annotated import UnusableReference
+from fastris.data.formats.jsonl import FolderDataset
 from fastris.data.paths import GONE, IRREGULAR, OUT, Look, stays
 
 
@@ -340,7 +340,7 @@ def test_conversion_keeps_ids_and_sentences_exactly_and_escapes_them(tmp_path: P
 @pytest.mark.parametrize("split", ["../x", "a/b", "x\x1b[2J", "\ud800", "x" * 300, "", ".x", "a\nb", "a\0b"])
 def test_a_split_that_can_name_no_file_is_one_line(tmp_path: Path, split: str) -> None:
     root = folder(tmp_path, split=split)
-    from fastris.data.convert import convert
+    from fastris.data.formats.convert import convert
 
     with pytest.raises(DataError, match="cannot be the name of a file") as error:
         convert("folder", root, tmp_path / "out", format="jsonl", splits=[split])

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from fastris import Segmenter
-from fastris.cli import main
-from fastris.data.synthetic import SyntheticExpressions
-from fastris.demo import DemoConfig, OtherPhrases, run
+from fastris.commands.cli import main
+from fastris.commands.demo import DemoConfig, OtherPhrases, run
+from fastris.data.scenes.dataset import SyntheticExpressions
 
 SHORT = {"steps": 3, "images": 2, "scenes": 4, "held_out": 2, "threads": 1, "progress": False}
 

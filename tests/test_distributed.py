@@ -18,14 +18,14 @@ from process_helpers import run_processes
 from torch import nn
 from training_helpers import rows, train_config, train_set, val_set
 
-from fastris import distributed
-from fastris import train as training
-from fastris.checkpoint import load_torch
 from fastris.data.samples import EpochSampler, TrainSamples
-from fastris.data.synthetic import SyntheticExpressions
+from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.nn.sync_batchnorm import CPUSyncBatchNorm, synchronise_batchnorm
 from fastris.ops import contrastive
-from fastris.train import train
+from fastris.runtime import distributed
+from fastris.training import loop as training
+from fastris.training.loop import train
+from fastris.weights.load import load_torch
 
 OPTIONS = {"batch_size": 4, "epochs": 1, "evaluate": False, "print_freq": 1}
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastris
-from fastris.dropin import patch, unpatch
+from fastris.dropin.patch import patch, unpatch
 
 
 def make_inputs(batch: int = 3, height: int = 4, width: int = 6, words: int = 9, seed: int = 2):

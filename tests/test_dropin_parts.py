@@ -10,7 +10,7 @@ import strangers_more as more
 import torch
 from torch import nn
 
-from fastris.dropin import patch, unpatch
+from fastris.dropin.patch import patch, unpatch
 
 DIFFER = "values or gradients differ"
 

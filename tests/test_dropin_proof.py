@@ -37,8 +37,8 @@ from strangers import (
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastris import dropin_proof
-from fastris.dropin import patch, unpatch
+from fastris.dropin import proof as dropin_proof
+from fastris.dropin.patch import patch, unpatch
 
 DIFFER = "values or gradients differ"
 

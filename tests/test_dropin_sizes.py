@@ -28,8 +28,8 @@ from strangers import (
 )
 from torch import nn
 
-from fastris import dropin_sizes
-from fastris.dropin import patch, unpatch
+from fastris.dropin import sizes as dropin_sizes
+from fastris.dropin.patch import patch, unpatch
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
 from fastris import CRIS
-from fastris import train as training
 from fastris.data.samples import TrainSamples, worker_init
 from fastris.data.tokens import tokenize
-from fastris.expressions import ImageSamples, references_of
-from fastris.train import train
+from fastris.training import loop as training
+from fastris.training.expressions import ImageSamples, references_of
+from fastris.training.loop import train
 
 L = 12
 

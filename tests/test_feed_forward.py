@@ -7,8 +7,8 @@ import torch
 from bounds import assert_path_same
 
 from fastris import reference
+from fastris.ops.cpu.dropout_bits import dropout as drop
 from fastris.ops.feed_forward import feed_forward
-from fastris.ops.random import dropout as drop
 from fastris.reference import FeedForwardWeights
 
 

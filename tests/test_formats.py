@@ -20,10 +20,11 @@ from format_trees import (
 from PIL import Image
 from refer_tree import blocks, make_refer_tree
 
-from fastris.data import DataError, extras, load_dataset, load_split
-from fastris.data import annotation as annotations
-from fastris.data.formats import discover
-from fastris.recipe import TrainConfig
+from fastris.data import DataError, load_dataset, load_split
+from fastris.data.formats import annotation as annotations
+from fastris.data.formats import extras
+from fastris.data.formats.table import discover
+from fastris.training.recipe import TrainConfig
 
 FORMATS = [*MAKERS]
 
@@ -184,7 +185,7 @@ def test_parquet_that_would_take_the_memory_is_refused(tmp_path: Path, monkeypat
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    from fastris.data import parquet as reader
+    from fastris.data.formats import parquet as reader
 
     file = make_parquet_tree(tmp_path) / "data" / "train-00000-of-00001.parquet"
     table, many = parquet.read_table(file), 100_000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastris.gallery import AGREE, EXTRA, MISSED, GalleryRow, save_gallery
+from fastris.pictures.gallery import AGREE, EXTRA, MISSED, GalleryRow, save_gallery
 
 
 def make_row(height: int = 32, width: int = 48) -> GalleryRow:

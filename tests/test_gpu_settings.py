@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from training_helpers import train_config, train_set
 
-from fastris import CRIS, CRISConfig, find_batch, gpu_settings
-from fastris import train as training
-from fastris.config import load_options
-from fastris.find_batch import StepProbe, largest_that_fits
-from fastris.gpu_settings import (
+from fastris import CRIS, CRISConfig
+from fastris.options.declare import load_options
+from fastris.training import find_batch, gpu_settings
+from fastris.training import loop as training
+from fastris.training.find_batch import StepProbe, largest_that_fits
+from fastris.training.gpu_settings import (
     SETTINGS,
     GpuSetting,
     estimate_gib,
@@ -23,8 +24,8 @@ from fastris.gpu_settings import (
     parts_for,
     set_recompute,
 )
-from fastris.recipe import TrainConfig
-from fastris.train import train
+from fastris.training.loop import train
+from fastris.training.recipe import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +147,7 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(training, "train_step", full)
     config = train_config(tmp_path, batch_size=12, gpu="16gb", recompute="none")
-    monkeypatch.setattr("fastris.gpu_settings.next_smaller", lambda config: "8gb")
+    monkeypatch.setattr("fastris.training.gpu_settings.next_smaller", lambda config: "8gb")
     with pytest.raises(RuntimeError) as caught:
         train(config, train_set())
     text = str(caught.value)

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from fastris.host_memory import keep_freed_memory
+from fastris.runtime.host_memory import keep_freed_memory
 
 COUNT_FAULTS = """
 import resource, sys, torch
-from fastris.host_memory import keep_freed_memory
+from fastris.runtime.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

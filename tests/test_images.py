@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastris import images
-from fastris.images import read_image
+from fastris.inference import images
+from fastris.inference.images import read_image
 
 WIDTH, HEIGHT = 12, 8
 

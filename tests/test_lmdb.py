@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastris.data import DataError, ReferringDataset, load_dataset
-from fastris.data import annotation as annotations
+from fastris.data.formats import annotation as annotations
 
 pytest.importorskip("lmdb")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastris.bench import look_once, report
-from fastris.bench.check import Checker, WrongNumbersError
-from fastris.bench.harness import Effort, Setting, measure_case
+from fastris.bench.report import tables as report
+from fastris.bench.studies import look_once
+from fastris.bench.timing.check import Checker, WrongNumbersError
+from fastris.bench.timing.harness import Effort, Setting, measure_case
 
 CPU = torch.device("cpu")
 

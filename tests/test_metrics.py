@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastris.metrics import batch_iou, per_sample_iou, read_per_sample, score
+from fastris.evaluation.metrics import batch_iou, per_sample_iou, read_per_sample, score
 
 NAMES = {"rule": "cris", "dataset": "refcoco", "split": "val", "sentences": "all"}
 

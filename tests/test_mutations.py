@@ -28,10 +28,10 @@ from torch import Tensor
 
 import fastris.ops
 from fastris import dispatch, reference
-from fastris.ops import streamed_taps
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
-from fastris.ops.dropout_attention import attention_with_dropout, dropout_mask
-from fastris.ops.neck import coord_conv
+from fastris.ops.cpu import streamed_taps
+from fastris.ops.cpu.dropout_attention import attention_with_dropout, dropout_mask
+from fastris.ops.pointwise_conv import coord_conv
 from fastris.ops.upsample_conv import upsample2x_conv3x3_stats
 
 OFF = 1 + 1e-6
@@ -390,8 +390,8 @@ def test_a_new_operator_or_function_must_be_attacked(monkeypatch):
         return x, 1.0
 
     for function in (new_operator, _new_table):
-        function.__module__ = "fastris.ops.neck"
-        monkeypatch.setattr(fastris.ops.neck, function.__name__, function, raising=False)
+        function.__module__ = "fastris.ops.pointwise_conv"
+        monkeypatch.setattr(fastris.ops.pointwise_conv, function.__name__, function, raising=False)
     with pytest.raises(AssertionError, match="new_operator"):
         test_every_operator_is_attacked()
     with pytest.raises(AssertionError, match="_new_table"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastris import reference, use_impl
-from fastris.ops.neck import coord_conv, pointwise_conv_cat
+from fastris.ops.pointwise_conv import coord_conv, pointwise_conv_cat
 
 # widths of the full maps, widths of the half maps: the neck's three uses, then others
 WIDTHS = [((4,), (6,)), ((5, 4), ()), ((4, 4), (4,)), ((), (3, 5)), ((1, 2, 3), (4, 5))]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastris import CRIS, use_impl
-from fastris.nn import decoder
+from fastris.models.cris import decoder
 
 OFF = 1 + 1e-6
 

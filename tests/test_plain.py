@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastris.plain import check_file, json_text, printable
+from fastris.runtime.plain import check_file, json_text, printable
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 
 import fastris
-from fastris.cli import main
+from fastris.commands.cli import main
 from fastris.data.letterbox import letterbox
-from fastris.overlay import colour_of
-from fastris.predict import PHRASES_AT_ONCE, Prediction, Segmenter
-from fastris.rules import probability_on_image
+from fastris.evaluation.rules import probability_on_image
+from fastris.inference.segmenter import PHRASES_AT_ONCE, Prediction, Segmenter
+from fastris.pictures.overlay import colour_of
 
 RED, BLUE = "the red circle", "the blue square"
 
@@ -385,7 +385,7 @@ def test_a_long_name_in_any_script_gives_names_that_a_file_system_takes(
 
 MEASURE = """
 import resource, sys
-from fastris.predict import PredictConfig, Segmenter, run
+from fastris.inference.segmenter import PredictConfig, Segmenter, run
 from PIL import Image
 Image.init()
 model, picture, small, out = sys.argv[1:]

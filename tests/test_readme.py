@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastris.bench import readme
+from fastris.bench.report import docs as readme
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def test_a_changed_result_is_noticed_and_one_command_mends_it(checkout, capsys):
     assert readme.main(["--check"], checkout) == 1
     printed = capsys.readouterr().out
     assert "README.md, block cpu: not what bench/results/cpu_float32.json says" in printed
-    assert "cpu_float32.svg" in printed and "mend it with: python -m bench.readme" in printed
+    assert "cpu_float32.svg" in printed and "mend it with: python -m bench.report.docs" in printed
     assert "block demo" not in printed and "look_once" not in printed
     assert readme.main([], checkout) == 0
     assert "slower" in (checkout / "README.md").read_text()
@@ -95,4 +95,4 @@ def test_a_result_file_of_another_device_gets_a_block_and_a_chart(checkout):
 
 def test_wrong_calls_are_told_the_right_one(capsys):
     assert readme.main(["--chekc"]) == 2
-    assert "usage: python -m bench.readme [--check]" in capsys.readouterr().err
+    assert "usage: python -m bench.report.docs [--check]" in capsys.readouterr().err

@@ -6,9 +6,9 @@ from training_helpers import model_config as tiny_config
 from training_helpers import train_config
 
 from fastris import CRIS, CRISConfig
-from fastris.config import load_options
-from fastris.optim import Precision, build_optimizer, build_scheduler, choose_device
-from fastris.recipe import TrainConfig, model_config, passed_over
+from fastris.options.declare import load_options
+from fastris.training.optim import Precision, build_optimizer, build_scheduler, choose_device
+from fastris.training.recipe import TrainConfig, model_config, passed_over
 
 PUBLISHED_YAML = """
 DATA:

@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 from refer_tree import COLOURS, IMAGE_FOLDER, REFS_FILES, blocks, make_refer_tree
 
 from fastris.data import DATASETS, DataError, ReferringDataset, load_dataset
-from fastris.data import annotation as annotations
+from fastris.data.formats import annotation as annotations
 
 FIRST_IMAGE = "COCO_train2014_000000581000.jpg"  # ref_id 0, 1, 2 = ann_id 1, 2, 3, in split train
 

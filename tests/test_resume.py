@@ -12,16 +12,16 @@ import yaml
 from training_helpers import MODEL, rows, train_config, train_set, val_set
 
 from fastris import CRIS
-from fastris import train as training
-from fastris.checkpoint import load_torch, save_atomic
-from fastris.config import load_options
 from fastris.data.samples import TrainSamples
-from fastris.data.synthetic import SyntheticExpressions
-from fastris.interrupt import StopSignal
-from fastris.optim import layout_for
-from fastris.runlog import CsvLog, RunLog, StepRecord
-from fastris.runstate import restore_rng, rng_state
-from fastris.train import TrainConfig, train
+from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.options.declare import load_options
+from fastris.runtime.interrupt import StopSignal
+from fastris.training import loop as training
+from fastris.training.log import CsvLog, RunLog, StepRecord
+from fastris.training.loop import TrainConfig, train
+from fastris.training.optim import layout_for
+from fastris.training.run import restore_rng, rng_state
+from fastris.weights.load import load_torch, save_atomic
 
 
 def run_to_the_end(folder, **changes):
@@ -222,7 +222,7 @@ def test_what_a_data_set_draws_at_random_resumes_exactly_for_any_number_of_worke
 
 
 def test_data_set_draws_other_numbers_in_each_epoch_and_for_each_sample(tmp_path):
-    from fastris.feed import _Reported
+    from fastris.training.feed import _Reported
 
     class Drawing(SyntheticExpressions):
         def image(self, index):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastris.data.letterbox import letterbox
-from fastris.metrics import score
-from fastris.rules import RULES, find_rule, overlap, probability_on_image
+from fastris.evaluation.metrics import score
+from fastris.evaluation.rules import RULES, find_rule, overlap, probability_on_image
 
 NAMES = {"dataset": "grefcoco", "split": "val", "sentences": "all"}
 

@@ -18,11 +18,11 @@ import pytest
 from process_helpers import run_processes
 from training_helpers import rows, train_config, train_set
 
-from fastris import train as training
-from fastris.checkpoint import load_torch
-from fastris.cli import main
-from fastris.runlock import LOCK, locked
-from fastris.train import train
+from fastris.commands.cli import main
+from fastris.runtime.runlock import LOCK, locked
+from fastris.training import loop as training
+from fastris.training.loop import train
+from fastris.weights.load import load_torch
 
 OPTIONS = ("output_folder", "exp_name")
 
@@ -89,7 +89,7 @@ def test_runs_one_after_the_other_in_one_process_and_after_an_error_have_the_fol
     run(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="already holds a run"):
         run(tmp_path)
-    monkeypatch.setattr("fastris.train.train_step", lambda *args: 1 / 0)
+    monkeypatch.setattr("fastris.training.loop.train_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, resume=True)
     monkeypatch.undo()
@@ -107,7 +107,7 @@ def test_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastris.runlock import locked
+from fastris.runtime.runlock import locked
 with locked(Path(sys.argv[1]), ("out",)):
     if child := os.fork():
         print(child, flush=True)

@@ -7,7 +7,7 @@ import torch
 from bounds import assert_path_same
 
 from fastris import reference
-from fastris.ops.dropout_attention import attention_with_dropout, dropout_mask
+from fastris.ops.cpu.dropout_attention import attention_with_dropout, dropout_mask
 from fastris.ops.self_attention import self_attention
 from fastris.reference import AttentionWeights
 

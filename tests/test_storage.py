@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastris.storage import load_torch, replacing, save_atomic
+from fastris.runtime.storage import load_torch, replacing, save_atomic
 
 PUBLISHED = {"epoch": 7, "best_iou": np.float64(0.625), "prec": {"Pr@50": np.float32(0.5)}, "count": np.int64(3)}
 
@@ -78,7 +78,7 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_killed_process_never_leaves_half_a_checkpoint(tmp_path):
     program = (
         "import itertools, sys, torch\n"
-        "from fastris.storage import save_atomic\n"
+        "from fastris.runtime.storage import save_atomic\n"
         "for step in itertools.count():\n"
         "    save_atomic({'step': step, 'weights': torch.full((300_000,), float(step))}, sys.argv[1])\n"
     )

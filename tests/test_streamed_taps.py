@@ -8,7 +8,7 @@ from bounds import assert_path_same, run_with_gradients
 from similarity_cases import Case, layouts, similarity
 
 from fastris.ops import similarity as operator
-from fastris.ops import streamed_taps
+from fastris.ops.cpu import streamed_taps
 from fastris.ops.similarity import text_to_pixel_similarity
 
 CASES = [

@@ -16,14 +16,15 @@ import pytest
 import torch
 from training_helpers import rows, train_config, train_set
 
-from fastris import cli, runstate
-from fastris import train as training
-from fastris.checkpoint import load_torch, save_atomic
+from fastris.commands import cli
 from fastris.data import DataError
 from fastris.data.samples import EpochSampler, TrainSamples
-from fastris.data.synthetic import SyntheticExpressions
-from fastris.runlog import RunLog
-from fastris.train import train
+from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.training import loop as training
+from fastris.training import run as runstate
+from fastris.training.log import RunLog
+from fastris.training.loop import train
+from fastris.weights.load import load_torch, save_atomic
 
 
 def run(folder: Path, data: SyntheticExpressions | None = None, **changes):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fastris.data import DataError, load_dataset
-from fastris.data.drawing import NO_SHAPE
-from fastris.data.scenes import Description, Phrase, Scene, Shape, matches, singles_out
-from fastris.data.synthetic import REFERENCES, SENTENCES, SyntheticExpressions
+from fastris.data.scenes.dataset import REFERENCES, SENTENCES, SyntheticExpressions
+from fastris.data.scenes.drawing import NO_SHAPE
+from fastris.data.scenes.scenes import Description, Phrase, Scene, Shape, matches, singles_out
 
 
 def make_shape(size: str, colour: str, kind: str, x: float, y: float) -> Shape:

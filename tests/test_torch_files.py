@@ -12,8 +12,8 @@ import torch
 from weight_samples import randomised, save_archive, small_clip
 
 from fastris.__main__ import main
-from fastris.checkpoint import read_weights
-from fastris.storage import load_torch, save_atomic
+from fastris.runtime.storage import load_torch, save_atomic
+from fastris.weights.load import read_weights
 
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
 

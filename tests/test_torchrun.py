@@ -15,7 +15,7 @@ import pytest
 import torch
 from training_helpers import rows
 
-from fastris.checkpoint import load_torch
+from fastris.weights.load import load_torch
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from fastris import CRIS, CRISConfig, use_impl
-from fastris.bench import cards, kernel_traffic, step_traffic
-from fastris.bench.cases import CASES
-from fastris.bench.traffic import Traffic
+from fastris.bench.cases.table import CASES
+from fastris.bench.modelled import cards, kernel_traffic, step_traffic
+from fastris.bench.modelled.traffic import Traffic
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
-from fastris import train as training
-from fastris.checkpoint import load_model, load_torch
-from fastris.config import load_options
 from fastris.data.tokens import tokenize
-from fastris.feed import count_cut
-from fastris.recipe import model_config as configured_model
-from fastris.train import TrainConfig, train
+from fastris.options.declare import load_options
+from fastris.training import loop as training
+from fastris.training.feed import count_cut
+from fastris.training.loop import TrainConfig, train
+from fastris.training.recipe import model_config as configured_model
+from fastris.weights.load import load_model, load_torch
 
 
 def run_to_the_end(folder, **changes):
@@ -110,7 +110,7 @@ def test_cut_expressions_are_counted_and_reported(tmp_path, capsys):
 
 def test_large_model_without_clip_weights_warns(tmp_path, monkeypatch):
     holder = type("Model", (), {})
-    monkeypatch.setattr("fastris.models.cris.CRIS", lambda config: setattr(holder, "config", config) or holder)
+    monkeypatch.setattr("fastris.models.cris.model.CRIS", lambda config: setattr(holder, "config", config) or holder)
     with pytest.warns(UserWarning, match="random weights.*clip_pretrain=RN50:openai"):
         training.build_model(TrainConfig(model="cris_r50", output_folder=tmp_path))
 

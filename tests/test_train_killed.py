@@ -15,8 +15,8 @@ import pytest
 import torch
 from training_helpers import rows
 
-from fastris.checkpoint import load_torch
-from fastris.runlock import locked
+from fastris.runtime.runlock import locked
+from fastris.weights.load import load_torch
 
 pytestmark = pytest.mark.slow
 

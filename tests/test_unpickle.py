@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastris.data import DataError
-from fastris.data.unpickle import load_plain, loads_plain
+from fastris.data.formats.unpickle import load_plain, loads_plain
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=20)
 KEYS = st.text(max_size=8) | st.integers(-5, 5)
@@ -281,7 +281,7 @@ def test_dicts_of_texts_have_as_many_keys_as_they_like() -> None:
     ],
 )
 def test_containers_that_take_64_times_the_file_are_refused(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastris.data.budget.FREE", 1 << 20)
+    monkeypatch.setattr("fastris.data.formats.budget.FREE", 1 << 20)
     with pytest.raises(DataError, match=rf"^x has {len(data)} bytes, which unfold to more than \d+ bytes of memory"):
         loads_plain(data, "x")
 

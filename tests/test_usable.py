@@ -22,17 +22,17 @@ from refer_tree import IMAGE_FOLDER, make_refer_tree
 from training_helpers import rows as log_rows
 from training_helpers import train_config
 
-from fastris import cli
+from fastris.commands import cli
 from fastris.data import DataError, load_dataset
-from fastris.data.annotated import AnnotatedDataset
-from fastris.data.check import MENDS_OF_CHECK, check_split
-from fastris.data.formats import open_split
+from fastris.data.formats.annotated import AnnotatedDataset
+from fastris.data.formats.check import MENDS_OF_CHECK, check_split
+from fastris.data.formats.table import open_split
+from fastris.data.formats.usable import MENDS, PLAIN
 from fastris.data.letterbox import letterbox
 from fastris.data.samples import EvalSamples, TrainSamples
-from fastris.data.usable import MENDS, PLAIN
-from fastris.expressions import ImageSamples
-from fastris.rules import RULES
-from fastris.train import train
+from fastris.evaluation.rules import RULES
+from fastris.training.expressions import ImageSamples
+from fastris.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 

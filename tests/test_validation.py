@@ -15,17 +15,17 @@ from PIL import Image
 from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
 from fastris import CRIS
-from fastris import train as training
-from fastris.checkpoint import ConvertConfig, load_model, load_torch, run_convert, save_atomic
-from fastris.evaluate import evaluate
-from fastris.gallery import AGREE
-from fastris.metrics import score
-from fastris.modelcard import training_card
-from fastris.recipe import identity
-from fastris.runstate import Position
-from fastris.trackers import open_trackers, picture_path
-from fastris.train import TrainResult, train
-from fastris.validation import draw_predictions, pictured
+from fastris.evaluation.evaluate import evaluate
+from fastris.evaluation.metrics import score
+from fastris.pictures.gallery import AGREE
+from fastris.training import loop as training
+from fastris.training.loop import TrainResult, train
+from fastris.training.recipe import identity
+from fastris.training.run import Position
+from fastris.training.trackers import open_trackers, picture_path
+from fastris.training.validation import draw_predictions, pictured
+from fastris.weights.card import training_card
+from fastris.weights.load import ConvertConfig, load_model, load_torch, run_convert, save_atomic
 
 
 class FakeWandb(SimpleNamespace):

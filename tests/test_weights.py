@@ -11,8 +11,8 @@ import torch
 from weight_samples import CONFIG, randomised, same_state, small_clip
 
 from fastris import CRIS, CRISConfig
-from fastris.checkpoint import load_clip, load_model, load_weights
-from fastris.weights import CONNECT, WeightsError, architecture, compare, infer_config
+from fastris.weights.load import load_clip, load_model, load_weights
+from fastris.weights.state_dicts import CONNECT, WeightsError, architecture, compare, infer_config
 
 SHAPES = json.loads((Path(__file__).parent / "data" / "state_dict_shapes.json").read_text())
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fastris.data import Reference, ReferringDataset
-from fastris.data.synthetic import SyntheticExpressions
-from fastris.models.config import CRISConfig
-from fastris.train import TrainConfig
+from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.models.cris.config import CRISConfig
+from fastris.training.loop import TrainConfig
 
 MODEL = {
     "clip": {

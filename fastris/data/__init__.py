@@ -26,7 +26,7 @@ def load_dataset(
         name: "synthetic" (made on the fly, no files); "refcoco", "refcoco+", "refcocog_u" (the UMD split,
             `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`) or "grefcoco"; "folder" for your own.
         split: the split's name in that data set, for instance "train", "val", "testA", "testB", "test".
-        root: the folder that holds the files, in any of the formats of `fastris.data.formats`; not used by "synthetic".
+        root: the folder that holds the files, in any of the formats of `fastris.data.formats.table`; not used by "synthetic".
         on_error: "raise" for an error that names the first reference that is unusable, "skip" to look at every file
             at once, leave such references out and list them in `.skipped`; see `AnnotatedDataset`.
         options: passed on to `SyntheticExpressions`, or to the reader of the format; those share `images=`, the folder
@@ -40,12 +40,12 @@ def load_dataset(
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error={on_error!r} is unknown; choose 'raise' or 'skip'")
     if name == "synthetic":
-        from fastris.data.synthetic import SyntheticExpressions
+        from fastris.data.scenes.dataset import SyntheticExpressions
 
         return SyntheticExpressions(split, **options)
     if root is None:
         raise DataError(f"dataset={name!r} needs root= (data_root), the folder that holds its files")
-    from fastris.data.formats import open_split
+    from fastris.data.formats.table import open_split
 
     return open_split(name, split, root, on_error=on_error, **options)
 

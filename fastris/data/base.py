@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastris import plain
+from fastris.runtime import plain
 
 SHOWN = 200  # characters of one value in a message
 LONGEST = 4000  # characters of a message
@@ -29,7 +29,7 @@ class DataError(ValueError):
 
 
 def printable(text: object) -> str:
-    """`fastris.plain.printable` of at most `LONGEST` characters: what is cut off ends in "..."."""
+    """`fastris.runtime.plain.printable` of at most `LONGEST` characters: what is cut off ends in "..."."""
     text = str(text)
     return plain.printable(text if len(text) <= LONGEST else text[:LONGEST] + "...")
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fastris.data.usable import MAX_SIDE
+from fastris.data.formats.usable import MAX_SIDE
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

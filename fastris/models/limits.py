@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastris.config_values import shown
+from fastris.options.values import shown
 
 MAX_PARAMETERS = 2_000_000_000
 """CRIS on RN50x64, the largest of OpenAI's ResNets, has about 0.7 billion."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.common import check_is_tensor, check_shape, compute_dtype
+from fastris.ops.checks import check_is_tensor, check_shape, compute_dtype
 from fastris.ops.similarity import check_arguments, fold, reference_similarity, shifted_tap_sum, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.absorbed_attention import absorbed_attention, kept_scale
-from fastris.ops.common import check_shape, check_tensors, compute_dtype
+from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 from fastris.reference import AttentionWeights
 
 # The kernels' softmax holds one head's words in a tile of at most this many columns.

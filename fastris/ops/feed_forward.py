@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fastris import reference
 from fastris.dispatch import requested_impl
-from fastris.ops.common import compute_dtype
-from fastris.ops.random import dropout as drop
+from fastris.ops.checks import compute_dtype
+from fastris.ops.cpu.dropout_bits import dropout as drop
 from fastris.reference import FeedForwardWeights
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import requested_impl
-from fastris.ops.common import compute_dtype
-from fastris.ops.dropout_attention import attention_with_dropout
-from fastris.ops.random import dropout as drop
+from fastris.ops.checks import compute_dtype
+from fastris.ops.cpu.dropout_attention import attention_with_dropout
+from fastris.ops.cpu.dropout_bits import dropout as drop
 from fastris.reference import AttentionWeights
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.common import check_is_tensor, check_shape, check_tensors, compute_dtype
-from fastris.ops.streamed_taps import streamed_tap_sum, streams
+from fastris.ops.checks import check_is_tensor, check_shape, check_tensors, compute_dtype
+from fastris.ops.cpu.streamed_taps import streamed_tap_sum, streams
 
 KERNEL_SIZES = (1, 3, 5)
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.common import check_shape, check_tensors, compute_dtype
+from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 
 # The samples of a batch are taken in parts whose nine tap images stay below these bytes. On a CPU a larger block is
 # mapped afresh by the allocator on every call, and touching its pages costs a good part of the matrix product.

@@ -1,0 +1,309 @@
+"""What is measured: one table, whose rows say how to build a case, at which sizes, and how fast it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import builders, stages
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: as on the command line; ``op`` names the group that it belongs to there.
+        title: as in the tables, with whatever a reader has to know to compare.
+        build: makes the :class:`Problem`, in float32 on the CPU, from ``sizes``.
+        sizes: keyword arguments of ``build`` that are timed.
+        small: what replaces some of them where a small copy will do: in quick checks.
+        check: what replaces some of them when arms are checked, such as dropout, which no two arms draw alike.
+        composed: whether it has ReLUs between its operators, which changes how arms are checked: see bench/timing/check.py.
+        check_small: whether arms are always checked on the small copy, because float64 would take too long.
+        passes: what is timed of it, as in the tables; ``timed`` is its name in :data:`PASSES`.
+        check_batch: on how many samples arms are checked at full size, if not on the batch of ``sizes``.
+        compiles_long: whether quick runs leave compiled arms out unless they are asked for by name.
+        least_batch: fewer samples than these cannot be trained, as one sample through a BatchNorm over the batch.
+        targets: on a data-centre GPU in bfloat16, how many times faster than other arms the best of fastris has to be,
+            by arm, and under ``share`` which part of its roofline it has to reach.
+        goals: "device type/dtype" -> how many times faster than the baseline an arm has to be there.
+    """
+
+    name: str
+    op: str
+    title: str
+    build: Callable[..., Problem]
+    sizes: Mapping[str, Any]
+    small: Mapping[str, Any]
+    check: Mapping[str, Any] = field(default_factory=dict)
+    composed: bool = False
+    check_small: bool = False
+    passes: str = "forward + backward"
+    timed: str = "both"
+    check_batch: int | None = None
+    compiles_long: bool = False
+    least_batch: int = 1
+    goals: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+    def at_batch(self, batch: int) -> Case:
+        """The case for another batch, without its goals; arms are checked on as many samples as before, or fewer.
+
+        Raises ValueError when the case cannot be trained on so few.
+        """
+        if batch < self.least_batch:
+            raise ValueError(f"{self.name} needs a batch of at least {self.least_batch}, got {batch}")
+        own = self.sizes["batch"]
+        if batch == own:
+            return self
+        title = self.title.replace(f"B={own}", f"B={batch}")
+        return replace(self, sizes={**self.sizes, "batch": batch}, check_batch=min(batch, own), title=title, goals={})
+
+    def of_pass(self, name: str) -> Case | None:
+        """The case for one of :data:`PASSES` alone, without its goals unless it is whole; None where there is none."""
+        if name == "both":
+            return self
+        if self.passes == "forward":
+            return self if name == "forward" else None
+        return replace(self, passes=f"{name} alone", timed=name, goals={}, targets={})
+
+    @contextmanager
+    def shapes_only(self) -> Iterator[Problem]:
+        """The case without numbers and without dropout, for counting within this block."""
+        with FakeTensorMode():
+            yield self.build(**{**self.sizes, **self.check})
+
+    def problem(self, seed: int = 0, **changes: Any) -> Problem:
+        """The case at its sizes; the same numbers on every device and for every arm."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build(**{**self.sizes, **changes})
+
+    def check_problem(self, quick: bool) -> Problem:
+        """What arms are checked on."""
+        small = self.small if quick or self.check_small else {}
+        batch = {} if self.check_batch is None else {"batch": self.check_batch}
+        return self.problem(**{**batch, **small, **self.check})
+
+
+PASSES = ("forward", "backward", "both")
+"""What may be timed: the forward pass of a training step, its backward pass, or the whole step."""
+
+# Tokens per sentence, start and end included, as RefCOCO's: 3.6 words on average.
+REAL_LENGTHS = (4, 5, 6, 8)
+
+_PIXELS = {"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8, "words": 17}
+_FEW_PIXELS = {"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4, "words": 11}
+_CRIS_R50 = {"preset": "cris_r50", "side": 416, "words": 17, "lengths": REAL_LENGTHS}
+_SMALL_MODEL = {"preset": None, "side": 96, "batch": 6}
+
+CASES: tuple[Case, ...] = (
+    Case(
+        name="similarity_loss",
+        op="similarity",
+        title="1x1 + text kernel + loss: 256 channels, 104x104, B=4",
+        build=builders.similarity_loss,
+        sizes={"batch": 4, "channels": 256, "side": 104},
+        small={"batch": 3, "channels": 24, "side": 13},
+        goals={"cpu/float32": 25.0},
+        targets={"repaired": 12.0, "max_autotune": 6.0, "share": 0.8},
+    ),
+    Case(
+        name="upsample_conv_26",
+        op="upsample_conv",
+        title="up2 + 3x3: 512->512 from 26x26, B=4",
+        build=builders.upsample_conv,
+        sizes={"batch": 4, "channels": 512, "outputs": 512, "side": 26},
+        small={"batch": 2, "channels": 24, "outputs": 24, "side": 7},
+        goals={"cpu/float32": 2.3},
+        targets={"repaired": 2.5, "max_autotune": 2.0, "share": 0.7},
+    ),
+    Case(
+        name="upsample_conv_52",
+        op="upsample_conv",
+        title="up2 + 3x3: 512->256 from 52x52, B=4",
+        build=builders.upsample_conv,
+        sizes={"batch": 4, "channels": 512, "outputs": 256, "side": 52},
+        small={"batch": 2, "channels": 24, "outputs": 16, "side": 13},
+        goals={"cpu/float32": 1.9},
+        targets={"repaired": 2.5, "max_autotune": 2.0, "share": 0.7},
+        compiles_long=True,
+    ),
+    Case(
+        name="cross_attention",
+        op="cross_attention",
+        title="cross-attention block: 676 pixels, 17 words, none of them padding, B=4, dropout 0",
+        build=builders.cross_attention,
+        sizes=_PIXELS,
+        small=_FEW_PIXELS,
+        goals={"cpu/float32": 1.8},
+        targets={"repaired": 4.0, "max_autotune": 2.0, "share": 0.6},
+    ),
+    Case(
+        name="cross_attention_padded",
+        op="cross_attention",
+        title="cross-attention block: 676 pixels, 17 words, of which 4 to 8 real, B=4, dropout 0",
+        build=builders.cross_attention,
+        sizes={**_PIXELS, "lengths": REAL_LENGTHS},
+        small=_FEW_PIXELS,
+        goals={"cpu/float32": 1.8},
+        targets={"repaired": 4.0, "max_autotune": 2.0, "share": 0.6},
+        compiles_long=True,
+    ),
+    Case(
+        name="projector_loss",
+        op="projector",
+        title="projector + loss: 512 channels from 26x26, B=4",
+        build=builders.projector_loss,
+        composed=True,
+        sizes={"batch": 4, "side": 26, "word_dim": 1024, "in_dim": 256},
+        small={"batch": 3, "side": 7, "word_dim": 24, "in_dim": 16},
+        goals={"cpu/float32": 2.5},
+        targets={"repaired": 3.0, "max_autotune": 2.2, "share": 0.65},
+        compiles_long=True,
+    ),
+    Case(
+        name="decoder",
+        op="decoder",
+        title="decoder: 3 layers, 676 pixels, 17 words, of which 4 to 8 real, B=4, dropout 0",
+        build=builders.decoder,
+        composed=True,
+        sizes={**_PIXELS, "layers": 3, "dim_ffn": 2048, "dropout": 0.0, "lengths": REAL_LENGTHS},
+        small={**_FEW_PIXELS, "layers": 2, "dim_ffn": 96},
+        goals={"cpu/float32": 1.3},
+        targets={"repaired": 2.0, "max_autotune": 1.3},
+        compiles_long=True,
+    ),
+    Case(
+        name="decoder_dropout",
+        op="decoder",
+        title="decoder: the same with dropout 0.1 (checked at 0)",
+        build=builders.decoder,
+        composed=True,
+        sizes={**_PIXELS, "layers": 3, "dim_ffn": 2048, "dropout": 0.1, "lengths": REAL_LENGTHS},
+        small={**_FEW_PIXELS, "layers": 2, "dim_ffn": 96},
+        check={"dropout": 0.0},
+        compiles_long=True,
+    ),
+    Case(
+        name="image_encoder",
+        op="encoders",
+        title="image encoder: CLIP RN50, 416x416, B=2 (checked smaller)",
+        build=stages.image_encoder,
+        composed=True,
+        sizes={"preset": "cris_r50", "side": 416, "batch": 2},
+        small={"preset": None, "side": 96, "batch": 6},
+        check_small=True,
+        compiles_long=True,
+    ),
+    Case(
+        name="text_encoder",
+        op="encoders",
+        title="text encoder: 12 layers, 17 words, B=4 (checked smaller)",
+        build=stages.text_encoder,
+        composed=True,
+        sizes={"preset": "cris_r50", "words": 17, "lengths": REAL_LENGTHS, "batch": 4},
+        small={"preset": None, "batch": 3},
+        check_small=True,
+        compiles_long=True,
+    ),
+    Case(
+        name="neck",
+        op="neck",
+        title="neck: 52x52, 26x26, 13x13, B=4 (checked smaller)",
+        build=stages.neck,
+        composed=True,
+        sizes={"preset": "cris_r50", "side": 416, "batch": 4},
+        small={"preset": None, "side": 96, "batch": 6},
+        check_small=True,
+        compiles_long=True,
+        least_batch=2,
+    ),
+    Case(
+        name="self_attention",
+        op="self_attention",
+        title="self-attention block: 676 pixels, 8 heads, B=4, dropout 0",
+        build=stages.self_attention,
+        sizes={"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8},
+        small={"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4},
+    ),
+    Case(
+        name="feed_forward",
+        op="feed_forward",
+        title="FFN block: 676 pixels, 512->2048->512, B=4, dropout 0",
+        build=stages.feed_forward,
+        composed=True,
+        sizes={"batch": 4, "height": 26, "width": 26, "dim": 512, "dim_ffn": 2048},
+        small={"batch": 2, "height": 5, "width": 7, "dim": 64, "dim_ffn": 96},
+    ),
+    Case(
+        name="projector",
+        op="projector",
+        title="projector: 512 channels from 26x26, B=4",
+        build=stages.projector,
+        composed=True,
+        sizes={"batch": 4, "side": 26, "word_dim": 1024, "in_dim": 256},
+        small={"batch": 3, "side": 7, "word_dim": 24, "in_dim": 16},
+        compiles_long=True,
+    ),
+    Case(
+        name="loss",
+        op="loss",
+        title="loss alone: logits 104x104, mask 416x416, B=4",
+        build=stages.loss,
+        sizes={"batch": 4, "side": 104, "mask_side": 416},
+        small={"batch": 2, "side": 13, "mask_side": 52},
+    ),
+    Case(
+        name="train_step",
+        op="model",
+        title="CRIS-RN50, training step: 416x416, B=2, dropout 0.1 (checked at 0, smaller)",
+        build=builders.training_step,
+        composed=True,
+        sizes={**_CRIS_R50, "batch": 2, "dropout": 0.1},
+        small=_SMALL_MODEL,
+        check={"dropout": 0.0},
+        check_small=True,
+        passes="forward + backward + Adam",
+        goals={"cpu/float32": 1.3},
+        targets={"reference": 3.0, "repaired": 1.5, "max_autotune": 1.25},
+        compiles_long=True,
+        least_batch=2,
+    ),
+    Case(
+        name="inference",
+        op="model",
+        title="CRIS-RN50, inference: 416x416, B=1 (ours: for_inference; checked smaller)",
+        build=builders.inference,
+        composed=True,
+        sizes={**_CRIS_R50, "batch": 1},
+        small=_SMALL_MODEL,
+        check_small=True,
+        passes="forward",
+        goals={"cpu/float32": 1.4},
+        compiles_long=True,
+    ),
+)
+
+MEMORY = "memory"
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see bench/memory/kept.py."""
+
+
+def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:
+    """The cases that ``names`` mean, each a case or an operator, and whether memory is among them; all for no names.
+
+    Raises ValueError for an unknown name, with the ones that exist.
+    """
+    known = list(dict.fromkeys(name for case in CASES for name in (case.op, case.name)))
+    for name in names:
+        if name not in (*known, MEMORY):
+            raise ValueError(f"there is no operator or case {name!r}; choose from {', '.join([*known, MEMORY])}")
+    chosen = [case for case in CASES if not names or case.name in names or case.op in names]
+    return chosen, not names or MEMORY in names

@@ -1,0 +1,180 @@
+"""What a training step of the whole of CRIS keeps and needs, by path and recompute setting.
+
+Kept is what stays allocated between forward and backward. What a card needs beside that is counted, too: weights,
+gradients and Adam's state in float32, the batch, and the largest number of bytes alive in any part of forward and
+backward. Each part's bytes are a line through two counted batches, and the step's are the largest line. Counted on a
+CPU, it is a forecast for a GPU; ``tests/test_recompute.py`` tries its largest claim on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastris import CRIS, CRISConfig
+from fastris.nn.recompute import SETTINGS
+from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
+
+from ..cases.arms import BASELINE, Arm
+from ..cases.builders import enliven, make_tokens
+from ..cases.table import REAL_LENGTHS
+from ..timing.harness import Progress, failures_into, release
+from .kept import BATCH, DTYPE, Kept, MemoryCell
+from .live import LiveStorages
+
+GOALS = {"pointwise": 240, "stages": 135}
+"""Recompute setting -> MiB kept per image, at most, with the weights' copies, by every arm but the baseline."""
+
+CARDS = (8, 12, 16, 24)
+"""Memory of the cards in GiB."""
+
+CONTEXT = 512 * 2**20
+"""Bytes of a card that PyTorch's allocator does not get: CUDA's context, kernels, a desktop. Estimated."""
+
+WORKSPACE = GPU_PART_BYTES - CPU_PART_BYTES + 256 * 2**20
+"""Bytes that come and go within an operation: on a GPU the projector's larger tap images, and cuDNN's and cuBLAS's
+workspaces, estimated."""
+
+PUBLISHED_BATCH = 64
+STAGES = {
+    "image encoder": ("backbone.encode_image",),
+    "text encoder": ("backbone.encode_text",),
+    "neck": ("neck.project", "neck.fuse"),
+    "decoder": ("decoder.forward",),
+    "projector + loss": ("proj.forward",),
+}
+"""Stage -> the methods of :class:`fastris.CRIS` that run in it."""
+
+PARTS = STAGES | {
+    "stem": ("backbone.visual.stem",),
+    **{f"layer{number}": (f"backbone.visual.layer{number}.forward",) for number in range(1, 5)},
+}
+"""The stages and what they are made of, for the peaks."""
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass
+class WholeCell(MemoryCell):
+    """One arm with one recompute setting: ``stages`` as in :class:`MemoryCell`; ``fixed`` bytes for weights and
+    optimizer state; ``lines`` part -> (bytes, bytes per image) at that part's peak."""
+
+    recompute: str = "none"
+    fixed: int = 0
+    lines: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def step_bytes(self, batch: int) -> float:
+        """Forecast of a training step's bytes on a card, without what the allocator does not get."""
+        return self.fixed + WORKSPACE + max(start + batch * slope for start, slope in self.lines.values())
+
+    def largest_batch(self, gib: float) -> int:
+        """The largest batch whose step fits on a card of ``gib``; 0 where one image does not."""
+        room = gib * GIB - CONTEXT - WORKSPACE - self.fixed
+        batch = min(((room - start) / slope for start, slope in self.lines.values() if slope > 0), default=0)
+        return max(0, int(batch)) if all(start <= room for start, _ in self.lines.values()) else 0
+
+
+def count_whole(
+    arms: Sequence[Arm], device: torch.device, progress: Progress, cells: list[WholeCell], config: CRISConfig
+) -> None:
+    """Count every arm with every recompute setting, the baseline as published. Fills ``cells``."""
+    for arm in arms:
+        for setting in SETTINGS if arm.name != BASELINE else SETTINGS[:1]:
+            progress(f"counting {arm.name}, recompute {setting}")
+            cells.append(cell := WholeCell(arm.name, recompute=setting))
+            with failures_into(cell), arm.active():
+                small, large = (count_step(config, setting, device, batch) for batch in (BATCH, 2 * BATCH))
+                cell.stages = {name: vars(stage) for name, stage in small.kept.items()}
+                cell.fixed, cell.lines = small.fixed, lines_through(small, large)
+                cell.status = "measured"
+            release(device)
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """One training step's bytes: ``kept`` per stage; ``fixed`` for weights, buffers and Adam's state; ``peaks``, the
+    most alive beside those in each part: one of :data:`PARTS`, or "backward of" one, from its output's gradient on."""
+
+    batch: int
+    fixed: int
+    kept: dict[str, Kept]
+    peaks: dict[str, int]
+
+
+def count_step(config: CRISConfig, recompute: str, device: torch.device, batch: int = BATCH) -> StepCount:
+    """Count a training step under autocast by the path that is in use. The outputs do not count as kept."""
+    model, data = model_and_batch(config, recompute, device, batch)
+    counter = LiveStorages([*model.parameters(), *model.buffers()], data)
+    with counter, told_of_parts(model, counter):
+        with torch.autocast(device.type, dtype=DTYPE):
+            loss = model(*data)[2]
+        kept = counter.kept()
+        loss.backward()
+    trained, given = sum(p.nbytes for p in model.parameters()), sum(tensor.nbytes for tensor in data)
+    peaks = {part: peak + given for part, peak in counter.peaks.items()}
+    peaks["optimizer"] = 3 * trained  # the gradients, and two intermediate results of their size
+    stages = {name: Kept() for name in STAGES}
+    for part, bytes_ in kept.items():
+        stage = stages[_stage_of(part)]
+        stage.activations += bytes_.activations
+        stage.weight_copies += bytes_.weight_copies
+    return StepCount(batch, 3 * trained + sum(buffer.nbytes for buffer in model.buffers()), stages, peaks)
+
+
+def _stage_of(part: str) -> str:
+    return part if part in STAGES else "image encoder" if part in PARTS else "projector + loss"
+
+
+def lines_through(small: StepCount, large: StepCount) -> dict[str, tuple[float, float]]:
+    """Part -> (bytes, bytes per image)."""
+    lines = {}
+    for part in small.peaks.keys() & large.peaks.keys():
+        slope = max(0.0, (large.peaks[part] - small.peaks[part]) / (large.batch - small.batch))
+        lines[part] = (small.peaks[part] - small.batch * slope, slope)
+    return lines
+
+
+def model_and_batch(
+    config: CRISConfig, recompute: str, device: torch.device, batch: int
+) -> tuple[CRIS, tuple[Tensor, Tensor, Tensor]]:
+    """The model in training mode and (images, tokens, masks)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = enliven(CRIS(config)).train().set_recompute(recompute).to(device)
+        images = torch.randn(batch, 3, config.input_size, config.input_size)
+        tokens = make_tokens(batch, config.word_len, REAL_LENGTHS, config.clip.vocab_size)
+        mask = torch.rand(batch, 1, config.input_size, config.input_size)
+    return model, (images.to(device), tokens.to(device), mask.to(device))
+
+
+@contextmanager
+def told_of_parts(model: CRIS, counter: LiveStorages) -> Iterator[None]:
+    """Tell ``counter`` which part runs, in the forward and in the backward pass."""
+    with ExitStack() as undo:
+        for part, methods in PARTS.items():
+            for path in methods:
+                owner, _, method = path.rpartition(".")
+                module = model.get_submodule(owner)
+                setattr(module, method, _within(getattr(module, method), counter, part))
+                undo.callback(delattr, module, method)
+        yield
+
+
+def _within(method: Any, counter: LiveStorages, part: str) -> Any:
+    def enter_backward(gradient: Tensor) -> None:
+        counter.enter(f"backward of {part}")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with counter.stage(part):
+            output = method(*args, **kwargs)
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if tensor.requires_grad:
+                tensor.register_hook(enter_backward)
+        return output
+
+    return run

@@ -1,0 +1,278 @@
+"""``python -m bench.modelled.cards``: a model of CRIS's training step on cards that nobody here has measured.
+
+Every number is *modelled*: each operation of the step (see bench/modelled/traffic.py) takes the longer of its arithmetic at an
+assumed share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch.
+The same model is held against every device that was measured, so that a reader sees how far off it is.
+
+Operations are counted on shapes, without numbers, on the plain PyTorch paths. The Triton kernels cannot be counted that
+way: for them the paths' operators are replaced by the reads, writes and products that the kernels' docstrings name, see
+bench/modelled/kernel_traffic.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report import charts
+from ..report import tables as report
+from ..timing import machine
+
+FORMAT = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+RESULT = RESULTS / "modelled_cards.json"
+BATCH = 16
+
+MATRIX_SHARE = 0.7
+BANDWIDTH_SHARE = 0.85
+LAUNCH_SECONDS = 5e-6
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as its vendor describes it.
+
+    ``products`` is the number of bf16 operations that a multiprocessor does per clock in dense matrix products with
+    float32 accumulation; at float32 it does 256. GeForce tensor cores accumulate in float32 at half of their fp16 rate.
+    """
+
+    name: str
+    multiprocessors: int
+    boost_ghz: float
+    products: int
+    bandwidth: float  # GB/s
+    memory: int  # GB
+    source: str
+
+    @property
+    def matrix_rate(self) -> float:
+        """Dense bf16 products with float32 accumulation, operations per second."""
+        return self.multiprocessors * self.products * self.boost_ghz * 1e9
+
+    @property
+    def wide_rate(self) -> float:
+        """float32 products outside the tensor cores, operations per second."""
+        return self.multiprocessors * 256 * self.boost_ghz * 1e9
+
+    def rates(self) -> Rates:
+        return Rates(
+            MATRIX_SHARE * self.matrix_rate,
+            MATRIX_SHARE * self.wide_rate,
+            BANDWIDTH_SHARE * self.bandwidth * 1e9,
+            LAUNCH_SECONDS,
+        )
+
+
+CARDS = (
+    Card("RTX 3060 12GB", 28, 1.777, 512, 360, 12, "NVIDIA GA102 whitepaper's table for GA10x, product page"),
+    Card("RTX 4070", 46, 2.475, 512, 504, 12, "NVIDIA Ada whitepaper's table for AD10x, product page"),
+    Card("RTX 4090", 128, 2.52, 512, 1008, 24, "NVIDIA Ada whitepaper, appendix A: 165.2 TFLOP/s"),
+    Card("RTX 5090", 170, 2.407, 512, 1792, 32, "NVIDIA RTX Blackwell whitepaper, appendix A: 209.5 TFLOP/s"),
+    Card("H200", 132, 1.83, 4096, 4800, 141, "NVIDIA H200 data sheet: 989 TFLOP/s dense, 4.8 TB/s"),
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device is taken to reach: operations per second, bytes per second, and the least seconds of a kernel."""
+
+    low: float
+    wide: float
+    bytes: float
+    launch: float
+
+    def milliseconds(self, operations: Sequence[Mapping[str, Any]]) -> float:
+        """Time of these operations, one after the other."""
+        total = 0.0
+        for operation in operations:
+            arithmetic = operation["flops"] / (self.wide if operation["wide"] else self.low)
+            total += max(arithmetic, operation["bytes"] / self.bytes, self.launch) * operation["count"]
+        return 1000 * total
+
+
+def model(results: Path = RESULTS) -> dict[str, Any]:
+    """Count, model every card, and hold the model against every result file in ``results``."""
+    from . import (
+        kernel_traffic,  # PyTorch's and fastris's imports are not needed to print a file
+        step_traffic,
+    )
+
+    paths = step_traffic.count_stages(BATCH)
+    paths["triton"] = kernel_traffic.with_kernels(paths["torch"], BATCH)
+    stages = {
+        path: {
+            stage: {
+                "flops": sum(o["flops"] * o["count"] for o in operations),
+                "bytes": sum(o["bytes"] * o["count"] for o in operations),
+                "kernels": sum(o["count"] for o in operations),
+                "ms": {card.name: card.rates().milliseconds(operations) for card in CARDS},
+            }
+            for stage, operations in counted.items()
+        }
+        for path, counted in paths.items()
+    }
+    return {
+        "format": FORMAT,
+        "command": ["python", "-m", "bench.modelled.cards"],
+        "modelled": f"training step of CRIS-RN50, 416x416, 17 words, batch {BATCH}, bf16 autocast, fused Adam",
+        "git": machine.git_state(),
+        "assumptions": {
+            "matrix_share": MATRIX_SHARE,
+            "bandwidth_share": BANDWIDTH_SHARE,
+            "launch_seconds": LAUNCH_SECONDS,
+            "cards": [{**asdict(card), "matrix_rate": card.matrix_rate, "wide_rate": card.wide_rate} for card in CARDS],
+        },
+        "batch": BATCH,
+        "paths": stages,
+        "checks": step_traffic.checks(results),
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of this command. Raises ValueError when it is of another format."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "paths" not in content:
+        raise ValueError(f"{path} is not of this version's python -m bench.modelled.cards; write it again")
+    return content
+
+
+def page(content: Mapping[str, Any], source: str) -> str:
+    """All tables: the step, its stages, the assumptions, and how far off the model is where something was measured."""
+    return "\n\n".join(
+        [
+            f"**Modelled, not measured:** {content['modelled']}, ms per step (images per second).",
+            _steps(content),
+            "<details><summary>Assumptions, stages, and how far off the model is on a measured device</summary>",
+            _assumptions(content),
+            _stages(content),
+            _checks(content),
+            f"Raw numbers: `{source}`.",
+            "</details>",
+        ]
+    )
+
+
+def step_ms(content: Mapping[str, Any], path: str, card: str) -> float:
+    """Modelled milliseconds of the whole step."""
+    return sum(stage["ms"][card] for stage in content["paths"][path].values())
+
+
+def _cards(content: Mapping[str, Any]) -> list[str]:
+    return [card["name"] for card in content["assumptions"]["cards"]]
+
+
+def _steps(content: Mapping[str, Any]) -> str:
+    paths, batch = list(content["paths"]), content["batch"]
+    rows = []
+    for card in _cards(content):
+        times = [step_ms(content, path, card) for path in paths]
+        cells = [f"{report.number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
+        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(report.OTHERS))
+        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(report.OTHERS))
+        rows.append((card, *cells, f"{times[0] / best_own:.2f}x, {best_other / best_own:.2f}x"))
+    gain = f"gain over {paths[0]}, over the best other path"
+    return report.table(("*modelled*", *paths, gain), rows, aligned=False)
+
+
+def _assumptions(content: Mapping[str, Any]) -> str:
+    made = content["assumptions"]
+    rows = [
+        (
+            card["name"],
+            f"{card['matrix_rate'] / 1e12:.1f}",
+            f"{card['wide_rate'] / 1e12:.1f}",
+            f"{card['bandwidth']:g}",
+            f"{card['memory']}",
+            card["source"],
+        )
+        for card in made["cards"]
+    ]
+    head = ("card", "bf16 TFLOP/s, dense, float32 sums", "float32 TFLOP/s", "GB/s", "GB", "source")
+    text = (
+        f"Every operation takes the longest of: its products at {made['matrix_share']:.0%} of the matrix rate, its "
+        f"bytes at {made['bandwidth_share']:.0%} of the bandwidth, {1e6 * made['launch_seconds']:.0f} us for a launch. "
+        "Nothing is fused but what the path fuses itself, each input is read and each output written once, caches keep "
+        "nothing, the grouped convolution reaches the same share as any other, dropout is left out, and the processor "
+        "keeps up with launches. The triton column takes the kernels' traffic from their documentation."
+    )
+    return f"{text}\n\n{report.table(head, rows, aligned=False)}"
+
+
+def _stages(content: Mapping[str, Any]) -> str:
+    paths = content["paths"]
+    card = _cards(content)[0]
+    rows = []
+    for name in next(iter(paths.values())):
+        counted = [stages[name] for stages in paths.values()]
+        cells = [(f"{s['flops'] / 1e9:.0f}", f"{s['bytes'] / 1e9:.2f}", report.number(s["ms"][card])) for s in counted]
+        rows.append((name, *map(", ".join, cells)))
+    return (
+        f"Stage by stage, forward and backward: GFLOP, GB through memory, and *modelled* ms on the {card}.\n\n"
+        + report.table(("stage", *paths), rows, aligned=False)
+    )
+
+
+def _checks(content: Mapping[str, Any]) -> str:
+    if not content["checks"]:
+        return "No device has been measured to check the model against."
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for check in content["checks"]:
+        cases.setdefault((check["device"], check["case"]), {})[check["arm"]] = check
+    arms = list(dict.fromkeys(check["arm"] for check in content["checks"]))
+    rows = []
+    for (_, name), found in cases.items():
+        cells = [_off(found[arm]) if arm in found else "" for arm in arms]
+        gains = [_gain(found, arms, kind) for kind in ("modelled_ms", "measured_ms")]
+        rows.append((name, *cells, " / ".join(gains)))
+    devices = "; ".join(dict.fromkeys(f"{check['device']} ({check['rates']})" for check in content["checks"]))
+    text = (
+        f"Modelled / measured ms on {devices}, how many times longer it took than modelled, and the gain of {arms[-1]} "
+        f"over {arms[0]}, modelled / measured."
+    )
+    return f"{text}\n\n{report.table(('case', *arms, 'gain'), rows, aligned=False)}"
+
+
+def _off(check: Mapping[str, Any]) -> str:
+    modelled, measured = check["modelled_ms"], check["measured_ms"]
+    return f"{report.number(modelled)} / {report.number(measured)} ({measured / modelled:.2f}x)"
+
+
+def _gain(found: Mapping[str, Any], arms: Sequence[str], kind: str) -> str:
+    """Of the last arm over the first."""
+    if arms[0] not in found or arms[-1] not in found:
+        return "-"
+    return f"{report.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
+
+
+def chart(content: Mapping[str, Any]) -> str:
+    """Modelled milliseconds of a step on every card by every path."""
+    groups = []
+    for card in _cards(content):
+        times = {path: step_ms(content, path, card) for path in content["paths"]}
+        bars = tuple(charts.Bar(path, ms, f"{report.number(ms)} ms") for path, ms in times.items())
+        groups.append(charts.Group(card, "modelled", bars))
+    axis = charts.linear_axis([bar.value for group in groups for bar in group.bars], "")
+    text = content["modelled"]
+    return charts.draw("Modelled, not measured: ms per training step", text[0].upper() + text[1:], groups, axis)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments:
+        print("usage: python -m bench.modelled.cards", file=sys.stderr)
+        return 2
+    try:
+        content = model()
+        report.save(RESULT, content)
+    except (OSError, ValueError) as error:
+        print(f"bench.modelled.cards: {error}", file=sys.stderr)
+        return 2
+    print(page(content, str(RESULT.relative_to(machine.ROOT))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

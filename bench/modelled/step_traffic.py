@@ -1,0 +1,198 @@
+"""The operations of CRIS's training step, stage by stage, and of measured cases: counted on shapes, without numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastris import CRIS, CRISConfig, use_impl
+
+from ..cases.problem import LOW_PRECISION
+from ..cases.table import CASES, Case
+from ..report import tables as report
+from ..timing.roofline import measure_ceilings, without_numbers
+from . import cards
+from .traffic import Operation, Traffic
+
+PATHS = ("reference", "repaired", "torch")
+"""What is counted; repaired is the reference path without the attention weights that nobody reads."""
+
+Counted = list[dict[str, Any]]
+
+
+def count_stages(batch: int, preset: str = "cris_r50") -> dict[str, dict[str, Counted]]:
+    """Path -> stage -> operations of one training step under bf16 autocast, without dropout, as on a GPU."""
+    return {path: _stages_by(path, batch, preset) for path in PATHS}
+
+
+def _stages_by(path: str, batch: int, preset: str) -> dict[str, Counted]:
+    config = dataclasses.replace(CRISConfig.preset(preset), dropout=0.0)
+    found: dict[str, Counted] = {}
+    with shapes_of(path, gpu=True):
+        model = CRIS(config).train()
+        parameters = sum(p.numel() for p in model.parameters())
+        images = torch.empty(batch, 3, config.input_size, config.input_size)
+        mask = torch.empty(batch, 1, config.input_size, config.input_size)
+        tokens = torch.ones(batch, config.word_len, dtype=torch.int64)
+
+        def stage(name: str, work: Callable[..., Any], *given: Tensor) -> list[Tensor]:
+            inputs = [g.detach().requires_grad_(g.is_floating_point() and name != "image encoder") for g in given]
+            outputs, found[name] = count_training(work, inputs, torch.bfloat16)
+            return outputs
+
+        maps = stage("image encoder", model.backbone.encode_image, images)
+        words, state = stage("text encoder", model.backbone.encode_text, tokens)
+        (fused,) = stage("neck", lambda *given: model.neck(given[:3], given[3]), *maps, state)
+        (decoded,) = stage("decoder", lambda pixels, text: model.decoder(pixels, text, tokens == 0), fused, words)
+        stage("projector + loss", lambda x, text: model.proj(x, text, mask), decoded.view(fused.shape), state)
+    found["Adam"] = [adam(parameters)]
+    return found
+
+
+def count_training(
+    work: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[Tensor], Counted]:
+    """Outputs, and the operations of forward and backward, of shapes alone."""
+    low = dtype in LOW_PRECISION
+    with Traffic() as traffic:
+        with torch.autocast("cpu", dtype=dtype) if low else nullcontext():
+            made = work(*inputs)
+        outputs = list(made) if isinstance(made, (tuple, list)) else [made]
+        ends = [output for output in outputs if output.requires_grad]
+        torch.autograd.backward(ends[:1] if ends[0].ndim == 0 else ends, _upstream(ends))
+    return outputs, merged(traffic.operations)
+
+
+def _upstream(ends: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None] if ends[0].ndim == 0 else [torch.empty_like(end) for end in ends]
+
+
+def merged(operations: Sequence[Operation]) -> Counted:
+    """Equal operations once, with their count."""
+    return [{**dataclasses.asdict(o), "count": count} for o, count in Counter(operations).items()]
+
+
+def adam(parameters: int) -> dict[str, Any]:
+    """A fused Adam step: reads parameter, gradient and both moments, writes all but the gradient, in float32."""
+    return {"name": "fused Adam", "flops": 0, "bytes": 7 * 4 * parameters, "wide": True, "count": 1}
+
+
+@contextmanager
+def shapes_of(path: str, gpu: bool) -> Iterator[None]:
+    """Tensors without numbers, operators by ``path``; with ``gpu``, as they run there although they lie on a CPU."""
+    upsample: Any = importlib.import_module("fastris.ops.upsample_conv")
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(use_impl("torch" if path == "torch" else "reference"))
+        stack.enter_context(without_numbers())
+        if path == "repaired":
+            stack.enter_context(mock.patch.object(F, "multi_head_attention_forward", _without_weights))
+        if gpu:
+            stack.enter_context(mock.patch.object(upsample, "CPU_PART_BYTES", upsample.GPU_PART_BYTES))
+            # On CUDA, autocast runs these two in float32; on a CPU it does not.
+            for name in ("layer_norm", "softmax"):
+                stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
+        yield
+
+
+def _without_weights(*args: Any, **kwargs: Any) -> Any:
+    return _MULTI_HEAD(*args, **{**kwargs, "need_weights": False})
+
+
+_MULTI_HEAD = F.multi_head_attention_forward
+
+
+def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def widened(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+    return widened
+
+
+def count_case(case: Case, path: str, dtype: torch.dtype, gpu: bool) -> Counted:
+    """Operations of one step of a case of bench/cases/table.py, without dropout."""
+    with shapes_of(path, gpu):
+        problem = case.build(**{**case.sizes, **case.check})
+        problem.dtype = dtype
+        problem.inputs = {name: tensor.to(dtype) for name, tensor in problem.inputs.items()}
+        leaves = problem.leaves() if problem.training else {}
+        work = lambda *_: problem.forward()  # noqa: E731
+        if not problem.training:
+            with Traffic() as traffic, torch.no_grad():  # inference mode would hide what composite operations do
+                work()
+            return merged(traffic.operations)
+        _, counted = count_training(work, [], torch.float32)  # the problem turns autocast on by itself
+        if problem.optimizer:
+            counted.append(adam(sum(leaf.numel() for leaf in leaves.values())))
+        return counted
+
+
+def checks(folder: Path) -> list[dict[str, Any]]:
+    """The model of every measured case and arm that it has a path for, beside the median that was measured."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = report.load(path)
+        except ValueError:
+            continue
+        found += _checks_of(result) if result.get("cases") else []
+    return found
+
+
+def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    machine, dtype = result["machine"], getattr(torch, result["settings"]["dtype"])
+    known = {case.name: case for case in CASES}
+    rates, described = _rates(result, dtype)
+    if rates is None:
+        return
+    for entry in result["cases"]:
+        case = known.get(entry["name"])
+        if case is None or set(case.sizes) != set(entry["sizes"]) or case.passes != entry["passes"]:
+            continue  # of another version, or of one pass alone
+        case = dataclasses.replace(case, sizes=_as_sizes(entry["sizes"]))
+        for arm, cell in entry["arms"].items():
+            if arm in PATHS and report.is_measured(cell):
+                operations = count_case(case, arm, dtype, machine["device"]["type"] != "cpu")
+                yield {
+                    "device": ", ".join((machine["device"]["name"], f"{machine['threads']} threads", str(dtype)[6:])),
+                    "rates": described,
+                    "case": report.case_name(entry),
+                    "arm": arm,
+                    "modelled_ms": rates.milliseconds(operations),
+                    "measured_ms": report.Spread.of(cell["ms"]).median,
+                }
+
+
+def _as_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    """As in the table of cases, where JSON has lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+
+
+def _rates(result: dict[str, Any], dtype: torch.dtype) -> tuple[cards.Rates | None, str]:
+    """What the measured device is taken to reach, and in words: its card's, or the ceilings measured with it or now."""
+    name = result["machine"]["device"]["name"]
+    for card in cards.CARDS:
+        if card.name.removesuffix(" 12GB") in name:
+            return card.rates(), f"as assumed for the {card.name}"
+    if result["machine"]["device"]["type"] != "cpu":
+        return None, ""
+    ceilings = result.get("ceilings")
+    origin = "in the same run"
+    if not ceilings:
+        torch.set_num_threads(result["machine"]["threads"])
+        ceilings = dataclasses.asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
+        origin = "when the model was made"
+    matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
+    text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
+    return cards.Rates(matrix, matrix, copy, cards.LAUNCH_SECONDS), text

@@ -1,0 +1,259 @@
+"""``python -m bench.studies.look_once``: several expressions about one image, against the published way of asking one by one.
+
+The published code encodes the image again for every expression. Here it is encoded once: everything up to the neck's
+projections does not depend on the text. Every arm is checked against float64 before it is timed, on a small copy of the
+model, and arms take turns, as everywhere in bench/.
+
+Training asks about one image as the published recipe does: a batch of pairs, in which the image is repeated. Loss,
+predictions and gradients are the same. The image encoder's BatchNorms see each image once instead of once per
+expression: the same mean and variance, but PyTorch's unbiased running variance is corrected for fewer samples, so
+running statistics are left out of the check. One expression alone cannot be trained on: the neck normalises over the
+sentences of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastris import CRIS, CRISConfig
+from fastris.options.declare import describe, load_options, option
+from fastris.runtime.host_memory import keep_freed_memory
+from fastris.training.optim import choose_device
+
+from ..cases.arms import Arm
+from ..cases.builders import enliven, make_tokens, small_config
+from ..cases.problem import Problem
+from ..cases.table import REAL_LENGTHS, Case
+from ..report import tables as report
+from ..timing import machine
+from ..timing.harness import Cell, Effort, Setting, measure_case
+
+RESULT = Path(__file__).resolve().parent / "results" / "look_once.json"
+CHECKED_EXPRESSIONS = 6
+NOTE = (
+    "Logits, and in training loss and gradients, of every arm were held against float64 on a small copy before it was "
+    "timed; arms took turns."
+)
+
+
+@dataclass
+class LookOnceConfig:
+    """Measures expressions per second over the number of expressions per image: one by one, and looking once."""
+
+    expressions: tuple[int, ...] = option((1, 2, 4, 8), "expressions per image in inference, e.g. --expressions 1,8")
+    training: tuple[int, ...] = option((2, 4), "expressions per image in training, at least 2; 8 takes 3 minutes more")
+    model: str = option("cris_r50", "cris_r50, cris_r101 or tiny")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; PyTorch's choice if none")
+    rounds: int = option(5, "rounds per case at most")
+    seconds: float = option(12.0, "no new round after this, but at least 2", "s per case")
+    json: Path = option(RESULT, "file for every single timing")
+
+
+class Asking(nn.Module):
+    """A model that is asked about one image: one by one, or looking once within :meth:`Way.active`.
+
+    One by one is the published way: the image is encoded for every expression; in training, as a batch of pairs.
+    """
+
+    looks_once = False
+
+    def __init__(self, model: CRIS):
+        super().__init__()
+        self.model = model
+
+    def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if Asking.looks_once:
+            return self._look_once(img, word, mask)
+        if mask is None:
+            return torch.cat([self.model(img, tokens) for tokens in word.split(1)])
+        prediction, _, loss = self.model(img.expand(len(word), -1, -1, -1), word, mask)
+        return loss, prediction
+
+    def _look_once(self, img: Tensor, word: Tensor, mask: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.model.encode_image(img)
+        index = torch.zeros(len(word), dtype=torch.int64, device=word.device)
+        if mask is None:
+            return self.model.segment(features, word, index)
+        loss, logits = self.model.loss(features, word, mask, index)
+        return loss, logits.detach()
+
+
+@dataclass(frozen=True)
+class Way(Arm):
+    """One way to ask: an arm that looks once or not."""
+
+    once: bool = False
+
+    @contextmanager
+    def active(self, new_step: bool = True) -> Iterator[None]:
+        before = Asking.looks_once
+        with super().active(new_step):
+            Asking.looks_once = self.once
+            try:
+                yield
+            finally:
+                Asking.looks_once = before
+
+
+PUBLISHED = Way("published", "reference", tuned=False)
+WAYS = {
+    "inference": [PUBLISHED, Way("one by one", "auto"), Way("look once", "auto", once=True)],
+    "training": [PUBLISHED, Way("look once", "auto", once=True)],
+}
+
+
+def asking(preset: str | None, expressions: int, dropout: float, momentum: float | None, training: bool) -> Problem:
+    """One image and ``expressions`` sentences about it; ``preset`` None is a small model, ``momentum`` BatchNorm's."""
+    config = dataclasses.replace(CRISConfig.preset(preset) if preset else small_config(), dropout=dropout)
+    model = enliven(CRIS(config))
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) and momentum is not None:
+            part.momentum = momentum
+    side = config.input_size
+    tokens = make_tokens(expressions, config.word_len, REAL_LENGTHS, config.clip.vocab_size)
+    data = {"img": torch.randn(1, 3, side, side), "word": tokens}
+    if training:
+        data["mask"] = torch.rand(expressions, 1, side, side)
+    return Problem(Asking(model), {}, data, training=training)
+
+
+def make_case(kind: str, expressions: int, preset: str) -> Case:
+    """Inference or training with so many expressions about one image."""
+    training = kind == "training"
+    size = CRISConfig.preset(preset).input_size
+    return Case(
+        name=f"look_once_{kind}_{expressions}",
+        op="look_once",
+        title=f"{kind.capitalize()}: {expressions} expressions per image, one image of {size}x{size}, {preset}",
+        build=asking,
+        sizes={
+            "preset": preset,
+            "expressions": expressions,
+            "dropout": 0.1 if training else 0.0,
+            "momentum": None,
+            "training": training,
+        },
+        small={"preset": None},
+        check={"expressions": CHECKED_EXPRESSIONS, "dropout": 0.0, "momentum": 0.0},
+        composed=True,
+        check_small=True,
+        passes="forward + backward" if training else "forward",
+    )
+
+
+def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure, write the file after each case, and return its content. Ctrl-C keeps what was measured."""
+    for name, counts, least in (("expressions", config.expressions, 1), ("training", config.training, 2)):
+        if any(count < least for count in counts):
+            raise ValueError(f"{name} must be at least {least} each, got {', '.join(map(str, counts))}")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    content: dict[str, Any] = {
+        "format": report.FORMAT,
+        "command": ["python", "-m", "bench.studies.look_once", *arguments],
+        "complete": False,
+        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
+        "settings": {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds},
+        "note": NOTE,
+        "cases": [],
+        "memory": None,
+    }
+    effort = Effort(config.rounds, min(config.rounds, 2), config.seconds)
+    setting = Setting(device, torch.float32, effort, progress=progress)
+    wanted = [("inference", count) for count in config.expressions] + [("training", n) for n in config.training]
+    try:
+        for kind, count in wanted:
+            _measure(make_case(kind, count, config.model), WAYS[kind], setting, content)
+            report.save(config.json, content)
+        content["complete"] = True
+    except KeyboardInterrupt:
+        pass
+    report.save(config.json, content)
+    return content
+
+
+def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[str, Any]) -> None:
+    setting.progress(case.name)
+    cells: dict[str, Cell] = {}
+    try:
+        measure_case(case, list(arms), setting, cells)
+    finally:
+        content["cases"].append(
+            {
+                "name": case.name,
+                "op": case.op,
+                "title": case.title,
+                "sizes": dict(case.sizes),
+                "passes": case.passes,
+                "baseline": PUBLISHED.name,
+                "goal": None,
+                "arms": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
+            }
+        )
+
+
+def page(result: Mapping[str, Any], source: str) -> str:
+    """The table for README: expressions per second, and images per second, of every arm."""
+    arms = list(dict.fromkeys(arm for case in result["cases"] for arm in case["arms"]))
+    rows = []
+    for case in result["cases"]:
+        count, kind = case["sizes"]["expressions"], case["title"].partition(":")[0].lower()
+        gain = report.gains(case).get("look once")
+        cells = [_rates(case["arms"].get(arm), count) for arm in arms]
+        rows.append((f"{kind}, {count} per image", *cells, "-" if gain is None else _gain(gain)))
+    head = ("", *arms, "gain")
+    notes = (
+        "Expressions per second (images per second) with several expressions about each image. Published: one by one, "
+        "by the published formulas. The gain is looking once over that, with the middle 60 % of the rounds."
+    )
+    lines = [
+        notes,
+        report.table(head, rows, aligned=False),
+        f"<sub>{report.caption(result)} Raw data: `{source}`.</sub>",
+    ]
+    return "\n\n".join(lines)
+
+
+def _rates(cell: Mapping[str, Any] | None, count: int) -> str:
+    if cell is None:
+        return ""
+    if not report.is_measured(cell):
+        return f"**{cell['status'].upper()}**"
+    images = 1000 / report.Spread.of(cell["ms"]).median
+    return f"{report.number(count * images)} ({report.number(images)})"
+
+
+def _gain(gain: report.Spread) -> str:
+    return f"**{report.number(gain.median)}x** ({report.number(gain.low)} to {report.number(gain.high)})"
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        usage = "usage: python -m bench.studies.look_once [name=value ...]"
+        print(f"{usage}\n\n{inspect.getdoc(LookOnceConfig)}\n\n{describe(LookOnceConfig)}")
+        return 0
+    try:
+        result = run(load_options(LookOnceConfig, arguments), arguments, lambda text: print(text, file=sys.stderr))
+    except (ValueError, OSError) as error:
+        print(f"bench.studies.look_once: {error}", file=sys.stderr)
+        return 2
+    print(page(result, os.path.relpath(load_options(LookOnceConfig, arguments).json)))
+    trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
+    return int(trouble) if result["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

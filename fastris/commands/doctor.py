@@ -1,0 +1,131 @@
+"""``fastris doctor``: what is installed, on which devices, and which path each operator takes. Never fails."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import fastris
+from fastris.options.declare import option
+
+# Module -> the package to install.
+NEEDED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip_torch",
+    "numpy": "numpy",
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "pycocotools": "pycocotools",
+    "huggingface_hub": "huggingface_hub",
+    "safetensors": "safetensors",
+    "yaml": "pyyaml",
+    "rich": "rich",
+}
+OPTIONAL = {name: name for name in ("triton", "lmdb", "pyarrow", "tensorboard", "wandb")}
+VARIABLES = ("FASTRIS_IMPL", "FASTRIS_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
+
+
+@dataclass
+class DoctorConfig:
+    """Says what fastris runs on: versions, devices, and the path that each operator takes and why."""
+
+    json: bool = option(False, "print one JSON object instead of a page")
+
+
+def run(config: DoctorConfig) -> int:
+    """Print the report. What is broken is a line of the report, not an error."""
+    found = report()
+    print(json.dumps(found, indent=2) if config.json else _page(found))
+    return 0
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """Sections of (name -> text): versions, optional, devices, environment; and operators, (device -> name -> text)."""
+    devices = _guarded(_devices)
+    return {
+        "versions": {
+            "fastris": fastris.__version__,
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "system": platform.platform(),
+            **{module: _version(module, package) for module, package in NEEDED.items()},
+        },
+        "optional": {module: _version(module, package) for module, package in OPTIONAL.items()},
+        "devices": devices,
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "operators": {name: _guarded(partial(_operators, name)) for name in ["cpu", *filter(_is_gpu, devices)]},
+    }
+
+
+def _guarded(probe: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What the probe found, or how it failed: on a broken machine the rest of the report is worth having."""
+    try:
+        return probe()
+    except Exception as error:
+        return {"broken": _in_a_line(error)}
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _version(module: str, package: str) -> str:
+    """The version of a package that really imports, or what is wrong with it."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return f"not installed (pip install {package})"
+        imported = importlib.import_module(module)
+    except Exception as error:  # anything can go wrong in somebody else's import, and that is what is asked
+        return f"broken: {_in_a_line(error)} (pip install --force-reinstall {package})"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # another distribution brings the same module
+        return str(getattr(imported, "__version__", "installed, version unknown"))
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = {
+        "cpu": f"{os.cpu_count()} cores, {usable} of them usable; PyTorch runs {torch.get_num_threads()} threads"
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index}"
+        devices[name] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, compute capability {gpu.major}.{gpu.minor}"
+    if len(devices) == 1:
+        builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+        build = " and ".join(f"{name} {version}" for name, version in builds.items() if version) or "the CPU only"
+        devices["gpu"] = f"none found; PyTorch {torch.__version__} is built for {build}"
+    return devices
+
+
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda:")
+
+
+def _operators(device: str) -> dict[str, str]:
+    from fastris.dispatch import explain
+
+    return {operator: f"{path}: {reason}" for operator, path, reason in explain(device)}
+
+
+def _page(found: dict[str, dict[str, Any]]) -> str:
+    sections = {name: lines for name, lines in found.items() if name != "operators"}
+    sections |= {f"operators on {device}": lines for device, lines in found["operators"].items()}
+    width = max(len(name) for lines in sections.values() for name in lines)
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in lines.items())])
+        for title, lines in sections.items()
+        if lines
+    )

@@ -1,0 +1,185 @@
+"""References whose images and annotations lie in files: what every format on disk has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from fastris.data.base import DataError, Reference, ReferringDataset
+from fastris.data.formats import annotation
+from fastris.data.formats.budget import ERROR, Budget, TooMuch
+from fastris.data.formats.usable import (
+    BAD_ANNOTATION,
+    BAD_RECORD,
+    DUPLICATE_ID,
+    MENDS,
+    Annotated,
+    Rule,
+    Seen,
+    UnusableReference,
+    first_of,
+)
+from fastris.data.paths import Look
+
+__all__ = ["BAD_ANNOTATION", "DUPLICATE_ID", "MENDS", "Annotated", "AnnotatedDataset", "OnError", "Record",
+           "UnusableReference", "collect"]  # fmt: skip
+
+OnError = Literal["raise", "skip", "defer"]
+Row = TypeVar("Row")
+Record = Annotated | UnusableReference
+
+
+def collect(
+    rows: Iterable[Row], build: Callable[[Row], Annotated], ref_id: Callable[[Row], Any], budget: Budget
+) -> Iterator[Record]:
+    """`build` of each row, or, where that raises DataError, the error as one of this reference."""
+    for row in rows:
+        if isinstance(row, UnusableReference):
+            yield row
+            continue
+        try:
+            yield build(row)
+        except UnusableReference as error:
+            budget.spend(ERROR)
+            yield error
+        except TooMuch:  # not of this reference alone
+            raise
+        except (DataError, OSError) as error:  # of the system, where it cannot even look a file's name up
+            budget.spend(ERROR)
+            yield UnusableReference(str(error), BAD_RECORD, ref_id(row))
+
+
+class AnnotatedDataset(ReferringDataset):
+    """One split of a data set on disk.
+
+    Opening a split reads its annotation files and, unless `on_error="skip"`, decodes no image and no mask. Images come
+    as stored: annotations are made for raw pixels, so EXIF orientation is not applied; grey and palette images become
+    RGB, transparency is left away, and of an animation the first picture counts.
+
+    Args:
+        name, split: of the data set.
+        records: its references; those that a reader could not make sense of as errors.
+        on_error: what a reference does that `fastris.data.formats.usable`, the rule that `fastris data check` goes by too,
+            calls unusable. "raise": what the annotation says and whether the image's file is there is looked at at
+            once, and the first trouble is an error; what takes a look into the image or the mask (an unreadable,
+            damaged or unsuitable image, a size that differs from the annotation's, a mask that encloses no pixel) is
+            an error when that reference is read. "skip": everything is looked at at once, every image decoded, which
+            takes some 20 s per 10,000 photos of 640 x 480 pixels; unusable references are left out and listed in
+            `skipped`, and `len` never changes later. A file that is damaged or removed after that is an error when it
+            is read. "defer", for tools that check: every reference is kept, and is an error when it is read.
+
+    Raises:
+        DataError: unusable references, or none that is usable.
+    """
+
+    def __init__(self, name: str, split: str, records: Iterable[Record], on_error: OnError, look: Look | None = None):
+        self.name = name
+        self.split = split
+        self.skipped = {}
+        self._items: list[Record] = self._usable(list(records), on_error, look or Look())
+
+    @cached_property
+    def _rule(self) -> Rule:
+        return Rule(f"{self.name} {self.split}")
+
+    @classmethod
+    def finds(cls, name: str, root: Path) -> bool:
+        """Whether the data set of this name lies under `root` in this reader's format."""
+        raise NotImplementedError
+
+    @classmethod
+    def splits(cls, name: str, root: Path, images: str | Path | None = None) -> list[str]:
+        """The splits that it has there."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def reference(self, index: int) -> Reference:
+        return self._item(index).reference
+
+    def image(self, index: int) -> np.ndarray:
+        """The image of reference `index`: (H, W, 3) uint8, RGB, EXIF orientation not applied.
+
+        Raises:
+            DataError: the file is damaged, or its size is not the annotation's.
+        """
+        return self._rule.image(self._item(index))
+
+    def mask(self, index: int) -> np.ndarray:
+        """The object of reference `index`: (H, W) bool, at its image's size; polygons are merged.
+
+        Raises:
+            DataError: the segmentation encloses no pixel, or the image is unreadable or has another size.
+        """
+        item = self._item(index)
+        height, width = self._rule.size(item)
+        code = self._rule.code(item)
+        return np.zeros((height, width), bool) if code is None else annotation.decode(code)
+
+    def run_lengths(self, index: int) -> dict[str, Any] | None:
+        """`mask` as COCO's compressed run lengths, `{"size": [H, W], "counts": text}`; None if nothing is named."""
+        item = self._item(index)
+        height, width = self._rule.size(item)
+        code = self._rule.code(item)
+        return None if code is None else {"size": [height, width], "counts": code["counts"].decode("ascii")}
+
+    def image_folder(self, index: int) -> Path | None:
+        """The folder in which the image of reference `index` has the reference's `file_name`; None if in none."""
+        root = self._item(index).root
+        return root[0] if root else None
+
+    def encoded_image(self, index: int) -> Path | bytes:
+        """The file that holds the image of reference `index`, or its bytes where the data set has no such file."""
+        item = self._item(index)
+        return item.path if item.pixels is None else item.pixels
+
+    def _item(self, index: int) -> Annotated:
+        item = self._items[index]
+        if isinstance(item, UnusableReference):
+            raise item
+        return item
+
+    def problems(self, index: int, seen: Seen) -> list[UnusableReference]:
+        """Everything that keeps reference `index` from being used, its image decoded; `seen` goes from one to the next.
+
+        Of a split that was opened with `on_error="defer"`.
+        """
+        try:
+            item = self._item(index)
+        except UnusableReference as error:
+            return [error, *error.also]
+        return self._rule.examined(item, seen, lambda: self.image(index))
+
+    def _usable(self, records: list[Record], on_error: OnError, look: Look) -> list[Record]:
+        seen, usable, unusable = Seen(look=look), list[Record](), list[UnusableReference]()
+        for item in records:
+            error = item if isinstance(item, UnusableReference) else self._first_problem(item, seen, on_error)
+            if error is not None:
+                unusable.append(error)
+            if error is None or on_error == "defer":
+                usable.append(item if error is None else error)
+        if on_error != "defer":
+            self._account(unusable, len(records), len(usable), on_error)
+        return usable
+
+    def _first_problem(self, item: Annotated, seen: Seen, on_error: OnError) -> UnusableReference | None:
+        """What keeps the reference from being used; with "skip" all of the rule is asked."""
+        found = self._rule.stated(item, seen)
+        return first_of(found or (self._rule.looked(item, seen) if on_error == "skip" else ()))
+
+    def _account(self, unusable: list[UnusableReference], total: int, usable: int, on_error: str) -> None:
+        """List what is left out, or raise the first of it."""
+        for error in unusable:
+            self.skipped.setdefault(error.problem, []).append(error.ref_id)
+        counts = ", ".join(f"{len(refs)} {problem}" for problem, refs in self.skipped.items())
+        if unusable and on_error == "raise":
+            raise DataError(f"{unusable[0]} (of {total} references in {self.split}: {counts})")
+        if on_error == "skip":
+            self._rule.way_out = "; it was in order when the data set was opened with on_error='skip'"
+        if not usable:
+            raise DataError(f"{self._rule.title}: every one of its {total} references is unusable: {counts}")

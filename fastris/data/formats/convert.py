@@ -1,0 +1,141 @@
+"""Any format to the one of ours: a JSONL file per split with run lengths, and the images by their names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fastris
+from fastris.data.base import DataError, shown
+from fastris.data.formats.annotated import AnnotatedDataset
+from fastris.data.formats.check import SplitReport, Track, silent
+from fastris.data.formats.jsonl import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+from fastris.data.formats.published import REFERENCES
+from fastris.data.formats.table import open_split
+from fastris.data.paths import safe_name, stays
+
+
+def convert(
+    name: str,
+    root: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    splits: list[str],
+    images: str | Path | None = None,
+    on_error: str = "raise",
+    copy_images: bool = False,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Write a data set to a new folder, which appears complete or not at all.
+
+    What is written holds no pickle and nothing else that could run: `SPLIT.jsonl` with a reference a line, its mask
+    as COCO's compressed run lengths; `dataset.json` with the counts; and `images`, a link to the folder of the images,
+    or that folder's files, or the images that an LMDB file holds.
+
+    Args:
+        name, root, format, images: of the data set, as for `formats.open_split`.
+        out: the new folder; it must not exist, or be empty.
+        splits: those to write.
+        on_error: "raise" or "skip" for references that cannot be used.
+        copy_images: copy the images instead of a link to their folder.
+        track: shows how far it is.
+
+    Returns:
+        the content of `dataset.json`.
+
+    Raises:
+        DataError: what reading the data set raises; `out` is not empty.
+        OSError: `out` cannot be written. Either way, as after Ctrl-C, nothing is left behind.
+    """
+    manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "name": name}
+    manifest |= {"converted_from": format, "fastris": fastris.__version__, "splits": {}}
+    with _new_folder(Path(out).expanduser()) as folder:
+        for split in splits:
+            dataset = open_split(name, split, root, format=format, images=images, on_error=on_error)
+            report = _write_split(dataset, folder, copy_images, track)
+            skipped = {problem: len(ids) for problem, ids in dataset.skipped.items()}
+            counts = {key: value for key, value in report.as_dict().items() if key != "problems"}
+            published = REFERENCES.get(name, {}).get(split)
+            manifest["splits"][split] = counts | {"published": published, "left_out": skipped}
+        _write(folder / MANIFEST, [json.dumps(manifest, indent=1)])
+    return manifest
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which becomes `out` at the end; on any error it is removed."""
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise DataError(f"out={str(out)!r} exists and is not empty; choose another folder, or remove it first")
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, out)
+    except OSError as error:
+        why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        message = f"could not write {out}: {why}; nothing is left of it. Free some space or choose another folder"
+        raise OSError(error.errno, message) from error
+    finally:
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_split(dataset: AnnotatedDataset, folder: Path, copy_images: bool, track: Track) -> SplitReport:
+    report, images = SplitReport(len(dataset)), set[Any]()
+
+    def lines() -> Iterator[str]:
+        for index in track(range(len(dataset)), len(dataset), f"convert {dataset.name} {dataset.split}"):
+            reference, mask = dataset.reference(index), dataset.run_lengths(index)
+            line: dict[str, Any] = {"ref_id": reference.ref_id, "image_id": reference.image_id}
+            line |= {"image": reference.file_name, "sentences": reference.sentences}
+            line |= {"no_target": True} if mask is None else {"mask": mask}
+            if reference.image_id not in images:
+                _place_image(dataset, index, reference.file_name, folder / "images", copy_images)
+            report.count(reference, images)
+            yield json.dumps(line, separators=(",", ":"))
+
+    _write(folder / f"{_file_stem(dataset.split)}.jsonl", lines())
+    return report
+
+
+def _file_stem(split: str) -> str:
+    bad = not split.isprintable() or split.startswith(".") or set(split) & set('/\\:*?"<>|')
+    if bad or not stays(f"{split}.jsonl") or not split:
+        raise DataError(f"split={shown(split)} cannot be the name of a file; rename it in the annotations")
+    return split
+
+
+def _place_image(dataset: AnnotatedDataset, index: int, name: str, images: Path, copy: bool) -> None:
+    """Make `images/name` show the image: by a link to the folder, or as a file."""
+    source, folder = dataset.encoded_image(index), dataset.image_folder(index)
+    if isinstance(source, Path) and folder is not None and not copy:
+        target = folder.resolve()
+        if images.is_symlink() and images.resolve() != target:
+            raise DataError(f"the images lie in {images.resolve()} and in {target}; pass copy_images=true")
+        if not images.is_symlink():
+            images.symlink_to(target, target_is_directory=True)
+        return
+    target = images / safe_name(name, f"{dataset.name} {dataset.split}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, Path):
+        shutil.copyfile(source, target)
+    elif target.exists() and target.read_bytes() != source:
+        raise DataError(f"two references have different images of the name {name!r}; they cannot both be {target.name}")
+    else:
+        target.write_bytes(source)
+
+
+def _write(path: Path, lines: Any) -> None:
+    with path.open("w", encoding="ascii") as file:
+        for line in lines:
+            file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,124 @@
+"""The formats on disk, and which of them a folder holds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastris.data.base import DataError
+from fastris.data.formats.annotated import AnnotatedDataset
+from fastris.data.paths import unreadable
+
+NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
+"""Data sets with files; "folder" is people's own."""
+
+
+class Format(NamedTuple):
+    """Where the reader of a format lives. Its module is imported only when it is needed."""
+
+    module: str
+    reader: str
+    layout: str
+
+    def load(self) -> type[AnnotatedDataset]:
+        return getattr(importlib.import_module(self.module), self.reader)
+
+
+FORMATS = {
+    "jsonl": Format("fastris.data.formats.jsonl", "FolderDataset", "*.jsonl with images/ and masks/ (or converted)"),
+    "refer": Format(
+        "fastris.data.formats.refer",
+        "ReferDataset",
+        "refcoco/refs(unc).p or grefcoco/grefs(unc).json, instances.json beside, images/train2014/",
+    ),
+    "lmdb": Format(
+        "fastris.data.formats.lmdb_files", "LmdbDataset", "lmdb/NAME/SPLIT.lmdb and masks/NAME/ of CRIS, ETRIS"
+    ),
+    "parquet": Format(
+        "fastris.data.formats.parquet", "ParquetDataset", "data/*.parquet of jxu124/refcoco, coco/train2014/"
+    ),
+}
+"""Formats by name, in the order in which a folder is looked through for them."""
+
+
+class Found(NamedTuple):
+    """A data set in a folder, and the format in which it lies there."""
+
+    name: str
+    format: str
+
+
+def choose_format(name: str, root: Path, format: str = "auto") -> str | None:
+    """The first format in which `root` holds the data set; None if it holds it in none. `format` is taken if given.
+
+    Raises:
+        DataError: unknown format.
+    """
+    if format != "auto":
+        if format not in FORMATS:
+            raise DataError(f"format={format!r} is unknown; choose auto or one of {', '.join(FORMATS)}")
+        return format
+    return next((key for key, entry in FORMATS.items() if entry.load().finds(name, root)), None)
+
+
+def open_split(
+    name: str, split: str, root: str | Path, *, format: str = "auto", images: str | Path | None = None, **options: Any
+) -> AnnotatedDataset:
+    """One split of a data set on disk, in whatever format it lies there; see `fastris.data.load_dataset`.
+
+    Raises:
+        DataError: unknown format, nothing of that name under `root`, or what the format's reader raises.
+    """
+    root = Path(root).expanduser()
+    chosen = choose_format(name, root, format)
+    if chosen is None:
+        raise DataError(_nothing(name, root))
+    reader: Any = FORMATS[chosen].load()
+    return reader(name, split, root, images=images, **options)
+
+
+def discover(root: str | Path) -> list[Found]:
+    """The data sets in a folder. Files that do not say what they are count as "folder".
+
+    Raises:
+        DataError: there is no such folder, or nothing in it.
+    """
+    root = Path(root).expanduser()
+    nameless = {key: entry for key, entry in FORMATS.items() if entry.load().finds("folder", root)}
+    found = [
+        Found(name, key)
+        for name in NAMES[:-1]
+        for key, entry in FORMATS.items()
+        if entry.load().finds(name, root) and key not in nameless
+    ]
+    for key in nameless:
+        found.append(Found(_stated_name(root) if key == "jsonl" else "folder", key))
+    if not found:
+        raise DataError(_nothing("folder", root))
+    return found
+
+
+def _stated_name(root: Path) -> str:
+    from fastris.data.formats.jsonl import read_manifest
+
+    return read_manifest(root).get("name", "folder")
+
+
+def _nothing(name: str, root: Path) -> str:
+    try:
+        if root.is_dir():
+            os.listdir(root)
+    except OSError as error:  # a search in a folder that may not be read finds nothing, and says nothing
+        return str(unreadable(root, error))
+    layouts = "; ".join(f"{key}: {entry.layout}" for key, entry in FORMATS.items())
+    if name != "folder":
+        from fastris.data.formats.refer_files import locate
+
+        try:
+            locate(name, root, None)
+        except DataError as error:
+            return f"{error}. Other formats are looked for, too: {layouts}"
+    what = "holds no data set" if root.is_dir() else "is no folder" if root.exists() else "does not exist"
+    return f"root={str(root)!r} {what}. Formats that are looked for: {layouts}"

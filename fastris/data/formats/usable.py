@@ -1,0 +1,360 @@
+"""The one rule that says which references can be used: `data check`, `on_error` and every reader go by it.
+
+What it asks, in this order, each with a name and a mend of its own (`MENDS`):
+
+- what the annotation says (`Rule.stated`): an id that is unique, and one image to one `image_id`; an image that is a
+  file and stays in its folder; sentences that hold a word, in at most 1000 characters; a segmentation of COCO's form;
+- what files say (`Rule.looked`): an image whose header can be read, of a colour mode that becomes RGB without clipping,
+  with sides that the letterbox takes and of the size that the annotation was made for; a mask that encloses a pixel;
+  and pixels that can be decoded.
+
+A reference that passes all of it goes through training and evaluation. What no decoder reports it cannot know: flipped
+bits inside of a JPEG that still decode, and files that change later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from dataclasses import field as default
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastris.data.base import DataError, Reference, printable
+from fastris.data.formats import annotation
+from fastris.data.paths import GONE, IRREGULAR, OUT, Look
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for strangers' files
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits
+MAX_SIDE = 32766  # pixels; OpenCV 4 warps no image with a longer side
+MAX_CHARACTERS = 1000  # of a sentence; the time of byte-pair encoding grows with the square of a word's length
+
+MISSING_IMAGE = "missing image"
+UNREADABLE_IMAGE = "unreadable image"
+UNSUITABLE_IMAGE = "unsuitable image"
+SIZE_MISMATCH = "size mismatch"
+EMPTY_MASK = "empty mask"
+BAD_ANNOTATION = "bad annotation"
+EMPTY_SENTENCE = "empty sentence"
+BAD_PHRASE = "phrase without a word"
+ENDLESS_PHRASE = "phrase over 1000 characters"
+BAD_RECORD = "bad record"
+DUPLICATE_ID = "duplicate id"
+TWO_IMAGES = "image id of two images"
+OUTSIDE = "path outside of its folder"
+
+MENDS = {
+    MISSING_IMAGE: "put the file there (COCO's train2014 images), or give images=, the folder that holds them",
+    UNREADABLE_IMAGE: "download the file again",
+    UNSUITABLE_IMAGE: f"shrink, crop or convert it (and its mask) to 8-bit RGB with sides of at most {MAX_SIDE} pixels",
+    SIZE_MISMATCH: "use the original COCO image, not a resized or turned one, or correct the annotation",
+    EMPTY_MASK: "correct its segmentation in the annotation file",
+    BAD_ANNOTATION: "correct its segmentation in the annotation file",
+    EMPTY_SENTENCE: "correct the sentence in the annotation file",
+    BAD_PHRASE: f"write a phrase that names the object, of at most {MAX_CHARACTERS} characters",
+    ENDLESS_PHRASE: f"write a phrase that names the object, of at most {MAX_CHARACTERS} characters",
+    BAD_RECORD: "correct the record, or download the file again",
+    DUPLICATE_ID: "give every reference an id of its own",
+    TWO_IMAGES: "give every image an image_id of its own",
+    OUTSIDE: "put the file itself there instead of a link, or give images=, the folder where the files are",
+}
+"""Problem of a reference, as it appears in `.skipped` -> what to do about it."""
+
+PLAIN = re.compile(r"(?=[^0-9A-Za-z]*[0-9A-Za-z])[ -%'-;=-~]+")  # a word in ASCII; neither "&" (HTML) nor "<" (marks)
+
+
+class UnusableReference(DataError):
+    """One reference cannot be used.
+
+    Attributes:
+        problem: a key of `MENDS`.
+        ref_id: of the reference; "record N" where it has none.
+        detail: what is wrong, in words, with the image's name.
+        reason: the same without.
+        also: what else is wrong with it.
+    """
+
+    reason: str = ""
+    also: tuple[UnusableReference, ...] = ()
+
+    def __init__(self, message: str, problem: str = BAD_RECORD, ref_id: int | str = "", detail: str = ""):
+        super().__init__(message)
+        self.problem, self.detail = problem, printable(detail or message)
+        self.ref_id = _writable(ref_id) if isinstance(ref_id, str) else ref_id
+
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes send it back
+        return type(self), (str(self), self.problem, self.ref_id, self.detail)
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A reference with its annotation, not decoded.
+
+    Attributes:
+        reference: its ids and sentences.
+        where: what messages add to its id, such as its annotation's id.
+        path: of the image; the image's name only, where `pixels` holds it.
+        height, width: of the image in pixels, as the annotation states them; 0 where it does not.
+        segmentation: polygons or run lengths of COCO, or `annotation.Several` or `annotation.MaskPicture`.
+        root: the folder that `path` must not leave, and the rest of the path.
+        pixels: the encoded image, where it is not in a file.
+    """
+
+    reference: Reference
+    where: str
+    path: Path
+    height: int
+    width: int
+    segmentation: Any
+    root: tuple[Path, str] | None = None
+    pixels: bytes | None = None
+
+
+@dataclass
+class Seen:
+    """What is known of the references so far: nothing is looked at twice, and no two share what they must not.
+
+    Attributes:
+        ids: of the references.
+        images: image_id -> its image, the path or a digest of the bytes.
+        look: what stands behind the names of images and masks.
+        damage: image -> why its pixels cannot be decoded; None if they can.
+    """
+
+    ids: set[int | str] = default(default_factory=set)
+    images: dict[int | str, Path | bytes] = default(default_factory=dict)
+    look: Look = default(default_factory=Look)
+    damage: dict[Path | bytes, UnusableReference | None] = default(default_factory=dict)
+
+
+class Rule:
+    """The rule for the references of one split, whose messages begin with `title`.
+
+    Attributes:
+        way_out: how messages end.
+    """
+
+    def __init__(self, title: str):
+        self.title = title
+        self.way_out = "; or pass on_error='skip' to leave such references out"
+        self._sizes: dict[Path, tuple[int, int]] = {}
+
+    def unusable(self, problem: str, item: Annotated, detail: str) -> UnusableReference:
+        """The error that says so."""
+        ref_id = item.reference.ref_id
+        message = (
+            f"{self.title}: {problem} at ref_id {ref_id} ({item.where}image {item.path}): {detail}. "
+            f"Mend: {MENDS[problem]}{self.way_out}"
+        )
+        error = UnusableReference(message, problem, ref_id, f"{item.path.name}: {detail}")
+        error.reason = detail
+        return error
+
+    def stated(self, item: Annotated, seen: Seen) -> list[UnusableReference]:
+        """What is wrong with what the annotation says; opens no image and no mask."""
+        return _failures(
+            lambda: self.alone(item, seen),
+            lambda: self._place(item, seen),
+            lambda: self.sentences(item),
+            lambda: self._segmentation(item),
+        )
+
+    def looked(self, item: Annotated, seen: Seen, decode: Callable[[], Any] | None = None) -> list[UnusableReference]:
+        """What is wrong with the image and the mask, once `stated` has found nothing; decodes every image once.
+
+        Args:
+            item, seen: the reference, and what is known so far.
+            decode: decodes its image; of a JPEG the default does so in less time, and meets the same errors.
+        """
+        return _failures(lambda: self.size(item)) or _failures(
+            lambda: self.code(item), lambda: self._pixels(item, seen, decode or (lambda: self._decode(item)))
+        )
+
+    def examined(self, item: Annotated, seen: Seen, decode: Callable[[], Any]) -> list[UnusableReference]:
+        """All that is wrong with a reference in whose form `stated`, or its reader, has found nothing."""
+        return _failures(lambda: self.alone(item, seen)) + self.looked(item, seen, decode)
+
+    def alone(self, item: Annotated, seen: Seen) -> None:
+        """Whether no other reference has its id, and no other image its image's id."""
+        reference, image = item.reference, _image_key(item)
+        if reference.ref_id in seen.ids:
+            raise self.unusable(DUPLICATE_ID, item, "another reference has this id")
+        seen.ids.add(reference.ref_id)
+        other = seen.images.setdefault(reference.image_id, image)
+        if other is not image and other != image:
+            what = f"{other.name} has its image_id" if isinstance(other, Path) else "another image has its image_id"
+            raise self.unusable(TWO_IMAGES, item, f"{what}, {reference.image_id!r}, too")
+
+    def _place(self, item: Annotated, seen: Seen) -> None:
+        """Whether the image is there, a regular file, and in its folder."""
+        if item.pixels is not None or item.root is None:
+            return
+        found = seen.look(*item.root)
+        if found == GONE:
+            raise self._missing(item)
+        if found == OUT:
+            raise self.unusable(OUTSIDE, item, f"a symbolic link leads out of {item.root[0]}")
+        if found == IRREGULAR:
+            raise self.unusable(MISSING_IMAGE, item, f"{item.path.name} is {IRREGULAR}")
+        if found:
+            raise self.unusable(UNREADABLE_IMAGE, item, found)
+
+    def _missing(self, item: Annotated) -> UnusableReference:
+        return self.unusable(MISSING_IMAGE, item, f"no file {item.path.name} in {item.path.parent}")
+
+    def sentences(self, item: Annotated) -> None:
+        """Whether `tokenize` takes every sentence; the vocabulary is loaded only for those that need it."""
+        for sentence in item.reference.sentences:
+            if len(sentence) <= MAX_CHARACTERS and PLAIN.fullmatch(sentence):
+                continue
+            if not sentence:
+                raise self.unusable(EMPTY_SENTENCE, item, f"sentences are {str(item.reference.sentences)[:300]}")
+            if len(sentence) > MAX_CHARACTERS:
+                detail = f"{sentence[:60]!r}... has {len(sentence)} characters"
+                raise self.unusable(ENDLESS_PHRASE, item, detail)
+            from fastris.data.tokens import check_sentence
+
+            try:
+                check_sentence(sentence)
+            except ValueError as error:
+                raise self.unusable(BAD_PHRASE, item, str(error)[:300]) from error
+
+    def _segmentation(self, item: Annotated) -> None:
+        """What can be said about the mask without making it, and about the size that was stated for it."""
+        if item.height and item.height * item.width <= annotation.MAX_PIXELS:
+            self._check_sides(item, item.height, item.width)
+        if isinstance(item.segmentation, annotation.MaskPicture) or not item.height:
+            return
+        try:
+            empty = not annotation.checked(item.segmentation, item.height, item.width)
+        except annotation.BadAnnotation as error:
+            raise self._bad(item, error) from error
+        if empty and not item.reference.no_target:
+            raise self.unusable(EMPTY_MASK, item, "its segmentation is empty")
+
+    def code(self, item: Annotated) -> Any:
+        """The mask's run-length code; None where nothing is referred to."""
+        height, width = (item.height, item.width) if item.height else self.size(item)
+        try:
+            code = annotation.encode(item.segmentation, height, width)
+        except annotation.BadAnnotation as error:
+            raise self._bad(item, error) from error
+        if item.reference.no_target:
+            if code is not None:
+                raise self.unusable(BAD_ANNOTATION, item, "it is marked no_target, but its mask is not empty")
+        elif code is None:
+            raise self.unusable(EMPTY_MASK, item, "its segmentation encloses no pixel")
+        return code
+
+    def _bad(self, item: Annotated, error: annotation.BadAnnotation) -> UnusableReference:
+        problem = SIZE_MISMATCH if isinstance(error, annotation.WrongSize) else BAD_ANNOTATION
+        return self.unusable(problem, item, str(error))
+
+    def size(self, item: Annotated) -> tuple[int, int]:
+        """Height and width of the image by its header, checked; of each file one header is read."""
+        if item.pixels is not None or item.path not in self._sizes:
+            with self._open(item) as image:
+                size = image.height, image.width
+            if item.pixels is None:
+                self._sizes[item.path] = size
+        else:
+            size = self._sizes[item.path]
+        self._check_size(item, *size)
+        return size
+
+    def image(self, item: Annotated) -> np.ndarray:
+        """The image: (H, W, 3) uint8, RGB; of an animation the first picture, and what is transparent as opaque."""
+        with self._open(item) as image:
+            self._check_size(item, image.height, image.width)
+            try:
+                if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+                    return np.array(image.convert("RGBA").convert("RGB"))  # the same pixels, without Pillow's warning
+                return np.array(image.convert("RGB"))
+            except Exception as error:  # decoders fail in many ways
+                raise self.unusable(UNREADABLE_IMAGE, item, str(error)) from error
+
+    def _decode(self, item: Annotated) -> None:
+        """Decode the pixels for their errors alone: a JPEG in grey at an eighth of its size, but from every byte."""
+        with self._open(item) as image:
+            try:
+                image.draft("L", (1, 1))
+                image.load()
+            except Exception as error:
+                raise self.unusable(UNREADABLE_IMAGE, item, str(error)) from error
+
+    def _pixels(self, item: Annotated, seen: Seen, decode: Callable[[], Any]) -> None:
+        key = _image_key(item)
+        if key not in seen.damage:
+            seen.damage[key] = next(iter(_failures(decode)), None)
+        found = seen.damage[key]
+        if found is not None:
+            raise self.unusable(found.problem, item, found.reason)
+
+    def _check_size(self, item: Annotated, height: int, width: int) -> None:
+        if item.height and (height, width) != (item.height, item.width):
+            real, stated = f"{width} x {height}", f"{item.width} x {item.height}"
+            detail = f"the image is {real} pixels (width x height), its annotation was made for {stated}"
+            raise self.unusable(SIZE_MISMATCH, item, detail)
+        self._check_sides(item, height, width)
+
+    def _check_sides(self, item: Annotated, height: int, width: int) -> None:
+        if max(height, width) > MAX_SIDE:
+            detail = f"the image is {width} x {height} pixels (width x height), and OpenCV warps no longer side"
+            raise self.unusable(UNSUITABLE_IMAGE, item, f"{detail} than {MAX_SIDE}")
+
+    def _open(self, item: Annotated) -> Image.Image:
+        """The image with its header read and checked, and no more."""
+        from PIL import Image
+
+        try:
+            image = Image.open(item.path if item.pixels is None else io.BytesIO(item.pixels), formats=IMAGE_FORMATS)
+        except FileNotFoundError as error:
+            raise self._missing(item) from error
+        except Exception as error:  # headers are broken in many ways
+            raise self.unusable(UNREADABLE_IMAGE, item, str(error)) from error
+        detail = ""
+        if image.width * image.height > annotation.MAX_PIXELS:
+            detail = f"{image.width} x {image.height} pixels, over {annotation.MAX_PIXELS}: a decompression bomb?"
+        elif image.mode not in IMAGE_MODES:
+            detail = f"its colour mode {image.mode} holds more than 8 bits, which RGB would clip"
+        if detail:
+            image.close()
+            raise self.unusable(UNSUITABLE_IMAGE, item, detail)
+        return image
+
+
+def _failures(*steps: Callable[[], Any]) -> list[UnusableReference]:
+    """What the steps raise."""
+    found = []
+    for step in steps:
+        try:
+            step()
+        except UnusableReference as error:
+            found.append(error)
+    return found
+
+
+def first_of(found: Iterable[UnusableReference]) -> UnusableReference | None:
+    """The first of several problems of one reference, which holds the rest in `also`; None if there is none."""
+    found = tuple(found)
+    if found:
+        found[0].also = found[1:]
+    return next(iter(found), None)
+
+
+def _image_key(item: Annotated) -> Path | bytes:
+    """What tells the image from others: its path, or a digest of its bytes."""
+    return item.path if item.pixels is None else hashlib.blake2b(item.pixels, digest_size=16).digest()
+
+
+def _writable(text: str) -> str:
+    """The text with halves of characters, which no file can hold, spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,275 @@
+"""What a CRIS model is made of: dataclasses, the published presets, and the published YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastris.models.limits import (
+    CLIP_LIMITS,
+    CRIS_LIMITS,
+    MAX_BLOCKS,
+    MAX_WIDTH,
+    check_fields,
+    check_parameters,
+    whole_numbers,
+)
+from fastris.options.values import shown
+
+MAX_TEXT = 1 << 20
+"""Bytes of a text beside weights: a configuration's JSON, a model card."""
+
+_MAX_YAML = 100_000  # bytes; the published files have less than 3,000
+_MAX_BRACKETS = 200  # lists and mappings; nesting them costs PyYAML the square of their depth
+_OPENING = ("[", "{", "<block mapping start>", "<block sequence start>")
+
+CLIP_PRESETS: dict[str, dict[str, Any]] = {
+    "RN50": {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3)},
+    "RN101": {"embed_dim": 512, "vision_layers": (3, 4, 23, 3)},
+    "RN50x4": {
+        "embed_dim": 640,
+        "image_resolution": 288,
+        "vision_layers": (4, 6, 10, 6),
+        "vision_width": 80,
+        "transformer_width": 640,
+        "transformer_heads": 10,
+    },
+    "RN50x16": {
+        "embed_dim": 768,
+        "image_resolution": 384,
+        "vision_layers": (6, 8, 18, 8),
+        "vision_width": 96,
+        "transformer_width": 768,
+        "transformer_heads": 12,
+    },
+}
+
+# Keys of the published YAML files that say nothing about the model's shape: training, data and machines.
+# fmt: off
+PUBLISHED_OTHER_KEYS = frozenset({
+    "dataset", "train_lmdb", "train_split", "val_lmdb", "val_split", "mask_root", "test_split", "test_lmdb",
+    "visualize", "sync_bn", "workers", "workers_val", "epochs", "milestones", "start_epoch", "batch_size",
+    "batch_size_val", "base_lr", "lr_decay", "lr_multi", "weight_decay", "max_norm", "manual_seed", "print_freq",
+    "exp_name", "output_folder", "save_freq", "weight", "resume", "evaluate", "dist_url", "dist_backend",
+    "multiprocessing_distributed", "world_size", "rank",
+})
+# fmt: on
+
+
+@dataclass
+class CLIPConfig:
+    """Dimensions of the CLIP model behind the two encoders. The defaults are those that RN50 and RN101 share."""
+
+    embed_dim: int
+    vision_layers: tuple[int, ...]
+    image_resolution: int = 224
+    vision_width: int = 64
+    context_length: int = 77
+    vocab_size: int = 49408
+    transformer_width: int = 512
+    transformer_heads: int = 8
+    transformer_layers: int = 12
+
+    def __post_init__(self) -> None:
+        self.vision_layers = whole_numbers("clip.vision_layers", self.vision_layers, 4, MAX_BLOCKS)
+        check_fields(self, CLIP_LIMITS, "clip.")
+        if self.transformer_width % self.transformer_heads:
+            raise ValueError(
+                f"clip.transformer_width ({self.transformer_width}) must be divisible by "
+                f"clip.transformer_heads ({self.transformer_heads})"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> CLIPConfig:
+        """CLIP's own sizes by name: RN50, RN101, RN50x4, RN50x16."""
+        if name not in CLIP_PRESETS:
+            raise ValueError(f"unknown CLIP model {name!r}; known ResNets are {', '.join(CLIP_PRESETS)}")
+        return cls(**CLIP_PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> CLIPConfig:
+        """Build from a plain mapping; a key that is unknown or missing is named in a ValueError."""
+        names = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+        unknown = sorted(map(str, set(mapping) - set(names)))
+        missing = sorted(name for name, needed in names.items() if needed and name not in mapping)
+        if unknown or missing:
+            shown_keys = [key[:40] for key in unknown[:10]]
+            raise ValueError(f"clip has unknown keys {shown_keys} and lacks {missing}; its keys are {', '.join(names)}")
+        return cls(**mapping)
+
+
+@dataclass
+class CRISConfig:
+    """Dimensions of a CRIS model, under the names of the published YAML files, plus ``clip``.
+
+    ``word_len`` is the number of tokens that a sentence is cut to, ``input_size`` the side in pixels of the letterboxed
+    square that the model was trained on; the model itself takes any H and W divisible by 32 and any L up to
+    ``clip.context_length``. Raises ValueError, naming the fields, when the dimensions do not fit together.
+    """
+
+    clip: CLIPConfig
+    word_len: int = 17
+    word_dim: int = 1024
+    vis_dim: int = 512
+    fpn_in: tuple[int, ...] = (512, 1024, 1024)
+    fpn_out: tuple[int, ...] = (256, 512, 1024)
+    num_layers: int = 3
+    num_head: int = 8
+    dim_ffn: int = 2048
+    dropout: float = 0.1
+    intermediate: bool = False
+    input_size: int = 416
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clip, Mapping):
+            self.clip = CLIPConfig.from_dict(self.clip)
+        if not isinstance(self.clip, CLIPConfig):
+            raise ValueError(f"clip must be a CLIPConfig or a mapping of its fields, got {shown(self.clip)}")
+        self.fpn_in = whole_numbers("fpn_in", self.fpn_in, 3, 32 * MAX_WIDTH)
+        self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, MAX_WIDTH)
+        check_fields(self, CRIS_LIMITS)
+        self._validate()
+        check_parameters(self)
+
+    def _validate(self) -> None:
+        clip = self.clip
+        checks = {
+            "fpn_in": (self.fpn_in, (clip.vision_width * 8, clip.vision_width * 16, clip.embed_dim)),
+            "word_dim": (self.word_dim, clip.embed_dim),
+            "vis_dim": (self.vis_dim, clip.transformer_width),
+            "fpn_out[1]": (self.fpn_out[1], self.vis_dim),
+        }
+        for name, (value, needed) in checks.items():
+            if value != needed:
+                raise ValueError(f"{name} is {value} but must be {needed} to fit the rest of the model ({clip})")
+        if self.vis_dim % self.num_head or self.vis_dim % 4:
+            raise ValueError(f"vis_dim ({self.vis_dim}) must be divisible by 4 and by num_head ({self.num_head})")
+        if not 2 <= self.word_len <= clip.context_length:
+            raise ValueError(f"word_len must be between 2 and {clip.context_length}, got {self.word_len}")
+        if self.input_size <= 0 or self.input_size % 32:
+            raise ValueError(f"input_size must be a positive multiple of 32 pixels, got {self.input_size}")
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {shown(self.dropout)}")
+        if not isinstance(self.intermediate, bool):
+            raise ValueError(f"intermediate must be true or false, got {shown(self.intermediate)}")
+
+    @classmethod
+    def preset(cls, name: str) -> CRISConfig:
+        """``cris_r50`` and ``cris_r101`` as published; ``tiny`` trains on a laptop's CPU in minutes."""
+        if name == "cris_r50":
+            return cls(clip=CLIPConfig.preset("RN50"))
+        if name == "cris_r101":
+            return cls(clip=CLIPConfig.preset("RN101"), word_dim=512, fpn_in=(512, 1024, 512))
+        if name == "tiny":
+            return _tiny()
+        raise ValueError(f"unknown model {name!r}; choose from cris_r50, cris_r101, tiny")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> CRISConfig:
+        """Read one of the published YAML files, or one like them. See :meth:`from_dict`."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: there is no file {path}; give the YAML file of a CRIS configuration")
+        content = _read_yaml(path)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path} must hold a YAML mapping such as the published config/refcoco/cris_r50.yaml")
+        return cls.from_dict(content, source=str(path))
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], source: str = "configuration") -> CRISConfig:
+        """Build from a flat mapping or one with the published sections ``DATA``, ``TRAIN``, ``TEST``.
+
+        Keys of the published files that do not shape the model are passed over; any other key is named in a warning;
+        a missing model key is an error. CLIP's sizes come from ``clip`` (a mapping) or from the name of
+        ``clip_pretrain`` (``pretrain/RN50.pt`` means RN50).
+        """
+        flat = flatten_sections(mapping)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if "clip" not in flat and flat.get("clip_pretrain"):
+            flat["clip"] = dataclasses.asdict(CLIPConfig.preset(_clip_name(str(flat["clip_pretrain"]))))
+        flat.pop("clip_pretrain", None)
+        missing = sorted(names - set(flat) - {"input_size", "intermediate"})
+        if missing:
+            hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
+            raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
+        unknown = sorted(map(str, set(flat) - names - PUBLISHED_OTHER_KEYS))
+        if unknown:
+            warnings.warn(f"{source} has keys that mean nothing here: {_with_hints(unknown, names)}", stacklevel=3)
+        return cls(**{key: value for key, value in flat.items() if key in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, accepted back by :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+
+def _read_yaml(path: Path) -> Any:
+    """Content of a YAML file of a sensible size without references, of which a few lines can unfold to gigabytes."""
+    import yaml
+
+    if path.stat().st_size > _MAX_YAML:
+        raise ValueError(f"{path} is larger than {_MAX_YAML} bytes; give the YAML file of a CRIS configuration")
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for token in yaml.scan(text):
+            depth += getattr(token, "id", None) in _OPENING
+            if isinstance(token, yaml.AliasToken) or depth > _MAX_BRACKETS:
+                raise ValueError(f"{path} repeats values by reference (*name) or has too many lists; write values out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no YAML file ({reason}); give that of a CRIS configuration") from error
+
+
+def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Lift the entries of the published files' sections (DATA, TRAIN, Distributed, TEST) to one flat dict."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and key != "clip":
+            flat.update(value)
+        else:
+            flat[key] = value
+    return flat
+
+
+def _clip_name(source: str) -> str:
+    """``pretrain/RN50.pt`` and ``RN50:openai`` both name RN50."""
+    return Path(source).stem.split(":")[0].removesuffix("-quickgelu")
+
+
+def _with_hints(unknown: list[str], names: set[str]) -> str:
+    hints = []
+    for key in (key[:40] for key in unknown[:10]):
+        close = difflib.get_close_matches(key, names, n=1)
+        hints.append(f"{key} (did you mean {close[0]}?)" if close else key)
+    return ", ".join(hints) + (f", and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+
+
+def _tiny() -> CRISConfig:
+    clip = CLIPConfig(
+        embed_dim=128,
+        vision_layers=(1, 1, 1, 1),
+        image_resolution=96,
+        vision_width=16,
+        transformer_width=64,
+        transformer_heads=1,
+        transformer_layers=1,
+    )
+    return CRISConfig(
+        clip=clip,
+        word_dim=128,
+        vis_dim=64,
+        fpn_in=(128, 256, 128),
+        fpn_out=(64, 64, 128),
+        num_layers=2,
+        num_head=4,
+        dim_ffn=128,
+        dropout=0.0,
+        input_size=96,
+    )

@@ -1,0 +1,302 @@
+"""CRIS (CVPR 2022, arXiv 2111.15174): an image and a phrase in, a mask of the phrase's object out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from fastris.dispatch import requested_impl
+from fastris.models.cris.config import CRISConfig
+from fastris.models.cris.decoder import TransformerDecoder
+from fastris.models.cris.neck import FPN
+from fastris.models.cris.projector import Projector
+from fastris.nn.clip import CLIPBackbone
+from fastris.nn.recompute import check_setting, recomputed
+from fastris.reference import resize_target
+
+
+class ImageFeatures(NamedTuple):
+    """What a batch of images contributes to every expression about them: the neck's projected maps.
+
+    For RN50 at 416x416: ``f3`` (B, 256, 26, 26), ``f4`` (B, 512, 26, 26), ``f5`` (B, 1024, 13, 13).
+    """
+
+    f3: Tensor
+    f4: Tensor
+    f5: Tensor
+
+    def select(self, index: Tensor | None) -> ImageFeatures:
+        """The features of the images that ``index`` (E,) names, in its order; all of them for None."""
+        return self if index is None else ImageFeatures(*(level[index] for level in self))
+
+
+class CRIS(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="fastris",
+    license="mit",
+    tags=["referring-image-segmentation", "cris"],
+    pipeline_tag="image-segmentation",
+):
+    """CRIS with the published state-dict keys, shapes and values.
+
+    ``model(img, word, mask)`` follows the published contract: in training mode ``(pred.detach(), target, loss)``, where
+    ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, H/4, W/4), detached.
+
+    Several expressions about one image share its encoding::
+
+        features = model.encode_image(images)               # (B, 3, H, W)
+        logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
+
+    ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors, with checksums, and config.json), and
+    ``from_pretrained`` reads what they write.
+    """
+
+    recompute = "none"
+
+    def __init__(self, config: CRISConfig):
+        super().__init__()
+        if isinstance(config, Mapping):  # as huggingface_hub hands over the contents of config.json
+            config = CRISConfig.from_dict(config, source="config.json")
+        if not isinstance(config, CRISConfig):
+            raise TypeError(
+                f'config must be a CRISConfig such as CRISConfig.preset("cris_r50"), got {type(config).__name__}'
+            )
+        self.config = config
+        clip = config.clip
+        self.backbone = CLIPBackbone(
+            clip.embed_dim,
+            clip.image_resolution,
+            clip.vision_layers,
+            clip.vision_width,
+            clip.context_length,
+            clip.vocab_size,
+            clip.transformer_width,
+            clip.transformer_heads,
+            clip.transformer_layers,
+        )
+        self.neck = FPN(config.fpn_in, config.fpn_out)
+        self.decoder = TransformerDecoder(
+            config.num_layers, config.vis_dim, config.num_head, config.dim_ffn, config.dropout, config.intermediate
+        )
+        self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        strict: bool = True,
+        config: CRISConfig | None = None,
+        map_location: str | torch.device = "cpu",
+        **download: Any,
+    ) -> CRIS:
+        """The model of a folder or a Hugging Face id, in eval mode; ``config`` in place of the one that it carries.
+
+        ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
+        ``local_files_only``. Weights that do not fit are an error unless ``strict=False``.
+        """
+        from fastris.weights.load import load_pretrained
+
+        return load_pretrained(pretrained_model_name_or_path, config, strict, **download).to(map_location)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What huggingface_hub's ``save_pretrained`` calls for the weights."""
+        from fastris.weights.safetensors_files import write_safetensors
+
+        write_safetensors(Path(save_directory) / "model.safetensors", self.state_dict(), {})
+
+    def set_recompute(self, setting: str) -> CRIS:
+        """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
+
+        ``"none"`` keeps what autograd keeps; ``"pointwise"`` computes norms, ReLU and casts of the weights again in the
+        backward pass, and the whole text encoder, but no convolution; ``"stages"`` also the image encoder's first
+        stages. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
+        """
+        for part in (self, self.backbone, self.backbone.visual):
+            part.recompute = check_setting(setting)
+        return self
+
+    def encode_image(self, images: Tensor) -> ImageFeatures:
+        """Everything that depends on the images (B, 3, H, W) alone. H and W must be multiples of 32 pixels."""
+        _check_images(images, next(self.backbone.visual.parameters()).dtype)
+        maps = self.backbone.encode_image(images)
+        return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
+
+    def segment(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Logits (E, 1, H/4, W/4) of the expressions ``tokens`` (E, L) about encoded images.
+
+        ``index`` (E,) int64 says which image each expression belongs to; without it the expressions and images
+        correspond one to one. Token ids are CLIP's: 0 is padding, the largest id ends the sentence.
+        """
+        return self.proj(*self._decode(features, tokens, index))
+
+    def loss(
+        self, features: ImageFeatures, tokens: Tensor, mask: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(text-to-pixel contrastive loss, logits) of expressions about encoded images, from one pass.
+
+        As :meth:`segment`, with the expressions' masks (E, 1, H, W), soft or hard. The loss is the mean over all pixels
+        and expressions; both results can be differentiated.
+        """
+        _check_features(features)
+        _check_mask(mask, len(features.f3), len(tokens))
+        return self.proj(*self._decode(features, tokens, index), mask)
+
+    def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
+        _check_features(features)
+        _check_tokens(tokens, self.config)
+        _check_index(index, len(features.f3), len(tokens))
+        tokens = _without_shared_padding(tokens)
+        words, state = self.backbone.encode_text(tokens)
+        fused = recomputed([self.neck], self.recompute, self._fuse, state, *features.select(index))
+        decoded = self.decoder(fused, words, tokens == 0)
+        if isinstance(decoded, list):
+            decoded = decoded[-1]
+        return decoded.reshape(fused.shape), state
+
+    def _project(self, *maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.neck.project(maps)
+
+    def _fuse(self, state: Tensor, *projected: Tensor) -> Tensor:
+        return self.neck.fuse(projected, state)
+
+    def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
+
+        With K expressions about each image, ``word`` (B, K, L) and ``mask`` (B, K, 1, H, W), images are encoded once;
+        the results are those of B*K expressions, image by image.
+        """
+        _check_is_tensor("word", word)
+        index, word, mask = _by_expression(word, mask)
+        if not self.training:
+            return self.segment(self.encode_image(img), word, index).detach()
+        _check_is_tensor("img", img)
+        _check_mask(mask, len(img), len(word))
+        _check_norms(self, len(word))
+        assert mask is not None
+        loss, logits = self.loss(self.encode_image(img), word, mask, index)
+        return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
+
+
+def _without_shared_padding(tokens: Tensor) -> Tensor:
+    """Token ids (E, L) without the columns at the end that are padding in every sentence.
+
+    Exact: CLIP's text encoder is causal, so no word sees what follows it, and the decoder masks padding. Only on a CPU,
+    where looking at the ids costs no wait for the device, and not where there are no values to look at: while compiling
+    or under PyTorch's fake tensors.
+    """
+    if tokens.device.type != "cpu" or not _has_values(tokens) or requested_impl() == "reference":
+        return tokens
+    used = tokens.ne(0).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 1]
+
+
+def _by_expression(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(index, word (E, L), mask (E, 1, H, W)) as :meth:`CRIS.segment` takes them; no index for one word per image."""
+    if word.ndim != 3:
+        return None, word, mask
+    images, several = word.shape[:2]
+    index = torch.arange(images, device=word.device).repeat_interleave(several)
+    if mask is not None and mask.ndim == 5:
+        mask = mask.flatten(0, 1)
+    return index, word.flatten(0, 1), mask
+
+
+def _check_is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+
+
+def _check_features(features: Any) -> None:
+    if not isinstance(features, ImageFeatures):
+        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
+
+
+def _check_norms(model: CRIS, expressions: int) -> None:
+    """Training needs expressions, and for BatchNorm over the sentences of this process alone two of them."""
+    if expressions == 0:
+        raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
+    if expressions == 1 and any(type(each) is nn.BatchNorm1d and each.training for each in model.neck.modules()):
+        raise ValueError(
+            "word holds one expression, but BatchNorm needs two in training mode; give a larger batch, or call "
+            "model.eval() to segment"
+        )
+
+
+def _check_images(images: Tensor, weights: torch.dtype) -> None:
+    _check_is_tensor("img", images)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"img must be (B, 3, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    if height % 32 or width % 32 or not height or not width:
+        raise ValueError(
+            f"img is {height}x{width} pixels, but height and width must be multiples of 32; "
+            "letterbox it first (fastris.data.letterbox)"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"img must be floating point and normalised with CLIP's mean and std, got {images.dtype}")
+    if not len(images):
+        raise ValueError(f"img holds no images, got {tuple(images.shape)}; give at least one")
+    casts = torch.is_autocast_enabled(images.device.type) and torch.float64 not in (images.dtype, weights)
+    if images.dtype != weights and not casts:
+        raise TypeError(
+            f"img is {images.dtype} but the model's weights are {weights}; convert it with img.to({weights}), or run "
+            "float32 weights under torch.autocast"
+        )
+
+
+def _check_tokens(tokens: Tensor, config: CRISConfig) -> None:
+    _check_is_tensor("word", tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"word must be token ids (B, L), got {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"word must hold integer token ids, int64 or int32, got {tokens.dtype}; use word.long()")
+    if not 1 <= tokens.shape[1] <= config.clip.context_length:
+        raise ValueError(
+            f"word has {tokens.shape[1]} tokens a sentence, but CLIP knows positions for 1 to "
+            f"{config.clip.context_length}; cut it with fastris.data.tokens.tokenize(sentences, word_len)"
+        )
+    if tokens.numel() and tokens.device.type == "cpu" and _has_values(tokens):
+        low, high, last = int(tokens.min()), int(tokens.max()), config.clip.vocab_size - 1
+        if low < 0 or high > last:
+            raise ValueError(f"word must hold token ids 0 to {last}, got {low} to {high}; tokenize for this model")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
+    if index is None:
+        if images != expressions:
+            raise ValueError(
+                f"there are {images} images and {expressions} expressions; pass index (E,) to say which image each "
+                "expression belongs to"
+            )
+        return
+    if index.shape != (expressions,) or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"index must be int64 of shape ({expressions},), got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < images:
+        raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
+
+
+def _check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
+    if mask is None:
+        raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
+    _check_is_tensor("mask", mask)
+    if mask.ndim != 4 or mask.shape[:2] != (expressions, 1):
+        each = "" if expressions == images else f" ({expressions // max(1, images)} expressions per image)"
+        raise ValueError(f"mask must be ({expressions}, 1, H, W){each}, got {tuple(mask.shape)}")
+    if not mask.is_floating_point():
+        raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")
+    if not mask.shape[2] * mask.shape[3]:
+        raise ValueError(f"mask must have pixels, got {tuple(mask.shape)}")

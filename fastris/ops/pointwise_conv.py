@@ -1,0 +1,120 @@
+"""Two identities for the neck, in plain PyTorch: what is constant or small is convolved before it is spread out.
+
+A 1x1 convolution mixes channels and upsampling mixes pixels, so they commute, and a convolution of concatenated maps is
+the sum of the convolutions of its parts:  W cat[a, up2(b)] = W_a a + up2(W_b b).  The upsampled map and the
+concatenation never exist, and b is convolved at a quarter of the pixels.
+
+CoordConv's two coordinate channels do not depend on the input:  W * cat[x, grid] = W_x * x + W_grid * grid.  The last
+term is one map for the whole batch, and x keeps its width, which tensor cores like better than two channels more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastris import reference
+from fastris.dispatch import requested_impl
+from fastris.ops.checks import check_shape, check_tensors, compute_dtype
+
+
+def pointwise_conv_cat(
+    full: Sequence[Tensor],
+    half: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """1x1 convolution of ``cat[*full, *(up2(h) for h in half)]``, bilinear (align_corners=False): (B, C', 2H, 2W).
+
+    Args:
+        full: maps (B, C_i, 2H, 2W); may be empty where ``half`` is not.
+        half: maps (B, C_j, H, W), to be upsampled; may be empty where ``full`` is not.
+        weight: (C', C, 1, 1), C the sum of all widths in the order of the concatenation; bias (C',) or None.
+        impl: ``"reference"`` concatenates and convolves as published; every other choice runs the identity above, which
+            is plain PyTorch on any device and dtype.
+
+    Answers in autocast's dtype where autocast is on, else in that of the maps. Raises ValueError for maps or weights
+    that do not fit each other or lie on different devices, TypeError for dtypes that do not fit.
+
+    Source: CRIS section 3.2; ``f2_cat`` and ``aggr`` of the published ``FPN``.
+    """
+    _check_maps(full, half, weight, bias)
+    if requested_impl(impl) == "reference":
+        return F.conv2d(torch.cat([*full, *map(_up2, half)], dim=1), weight, bias)
+    parts = weight.split([part.shape[1] for part in (*full, *half)], dim=1)
+    biases = [bias] + [None] * (len(parts) - 1)  # once, wherever: upsampling keeps a constant as it is
+    terms = [F.conv2d(*term) for term in zip(full, parts[: len(full)], biases, strict=False)]
+    if half:
+        own = zip(half, parts[len(full) :], biases[len(full) :], strict=True)
+        terms.append(_up2(_sum([F.conv2d(*term) for term in own])))
+    return _sum(terms).to(compute_dtype((*full, *half)[0]))
+
+
+def coord_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolution of x with x and y coordinates in [-1, 1] appended as two channels: (B, C, H, W) -> (B, C', H', W').
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C', C + 2, k, k), its last two input channels for x and for y; bias (C',) or None.
+        stride, padding: those of the convolution; H' = (H + 2 padding - k) // stride + 1.
+        impl: ``"reference"`` concatenates and convolves as published; every other choice splits the coordinates off,
+            in plain PyTorch on any device and dtype.
+
+    The coordinates are float32 numbers, as published, rounded to the dtype that the convolution computes in. Answers in
+    autocast's dtype where autocast is on, else in x's. Raises ValueError for a weight that does not fit or tensors on
+    different devices, TypeError for dtypes that do not fit.
+
+    Source: CRIS section 3.2; published ``CoordConv``; :func:`fastris.reference.append_coordinates`.
+    """
+    check_tensors("coord_conv", x=x, weight=weight, bias=bias)
+    check_shape("coord_conv", "x", x, ("B", "C", "H", "W"))
+    channels = x.shape[1]
+    check_shape("coord_conv", "weight", weight, ("C'", channels + 2, "k", "k"))
+    if bias is not None:
+        check_shape("coord_conv", "bias", bias, (weight.shape[0],))
+    if requested_impl(impl) == "reference":
+        return F.conv2d(reference.append_coordinates(x).to(x.dtype), weight, bias, stride, padding)
+    grid = reference.append_coordinates(x.new_empty(1, 0, *x.shape[2:])).to(x.dtype)
+    own, fixed = weight.split([channels, 2], dim=1)
+    return F.conv2d(x, own, None, stride, padding) + F.conv2d(grid, fixed, bias, stride, padding)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _up2(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+def _check_maps(full: Sequence[Tensor], half: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
+    name = "pointwise_conv_cat"
+    if not full and not half:
+        raise ValueError(f"{name}: full and half are both empty; give at least one map")
+    maps = {f"full[{i}]": part for i, part in enumerate(full)} | {f"half[{i}]": part for i, part in enumerate(half)}
+    check_tensors(name, **maps, weight=weight, bias=bias)
+    first_name, first = next(reversed(maps.items()))  # of half where there is one: its size doubles exactly
+    check_shape(name, first_name, first, ("B", "C", "H", "W"))
+    batch, _, height, width = first.shape
+    for part_name, part in maps.items():
+        scale = 2 if half and part_name.startswith("full") else 1
+        check_shape(name, part_name, part, (batch, "C", scale * height, scale * width))
+    check_shape(name, "weight", weight, ("C'", sum(part.shape[1] for part in maps.values()), 1, 1))
+    if bias is not None:
+        check_shape(name, "bias", bias, (weight.shape[0],))

@@ -1,0 +1,85 @@
+"""Batches whose loss or gradient is not finite: the step is not made, and what was in them is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastris.runtime import distributed
+
+if TYPE_CHECKING:
+    from fastris.data import ReferringDataset
+    from fastris.training.run import Run
+
+SKIPPED = "skipped.jsonl"
+MEND_NOT_FINITE = "Start a new run from it (weight=...) with a lower base_lr, max_norm=1 or amp=off"
+
+
+class Statistics:
+    """A copy of a model's buffers, so that a batch that is left out leaves no trace in BatchNorm's running statistics.
+
+    One NaN there would stay for good: the model would train on and never evaluate to anything.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.kept: Tensor | None = None
+
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        if self.buffers:
+            self.kept = torch.cat([buffer.flatten() for buffer in self.buffers])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were at the last :meth:`keep`."""
+        if self.kept is not None:
+            for buffer, kept in zip(self.buffers, self.kept.split([b.numel() for b in self.buffers]), strict=True):
+                buffer.copy_(kept.view_as(buffer))
+
+
+def leave_out(run: Run, dataset: ReferringDataset, batch: list[int], loss: float, norm: float, at_most: int) -> str:
+    """Keep what was in the batch (indices of references) that the run has just left out; a line to tell about it.
+
+    Every process calls it; the main one appends to `skipped.jsonl` in the run's folder.
+
+    Raises:
+        RuntimeError: it is number `at_most` in a row, so the run ends.
+    """
+    position, path, told = run.position, run.folder / SKIPPED, _describe(run, batch, loss, norm)
+    row = {
+        "epoch": position.epoch + 1,
+        "batch": position.batch,
+        "after_step": position.step,
+        "loss": str(loss),
+        "gradient_norm": str(norm),
+        "references": batch,
+        "ref_ids": [str(dataset.reference(index).ref_id) for index in batch],
+    }
+    with distributed.together():
+        if distributed.is_main():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if position.skipped_in_a_row >= at_most:
+            raise RuntimeError(
+                f"{told}, as were the last {position.skipped_in_a_row} in a row (max_skipped); {path} lists them. "
+                f"{run.last} is from step {run.saved_step}. {MEND_NOT_FINITE}"
+            )
+    return f"{told}; {path} lists what was in it"
+
+
+def _describe(run: Run, batch: list[int], loss: float, norm: float) -> str:
+    """One line about the batch that was left out."""
+    position = run.position
+    found = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    return (
+        f"{found} in epoch {position.epoch + 1}, batch {position.batch} (references {_short(batch)}), so it is left out"
+    )
+
+
+def _short(batch: list[int], most: int = 16) -> str:
+    return str(batch) if len(batch) <= most else f"{str(batch[:most])[:-1]}, ... {len(batch)} in all]"
