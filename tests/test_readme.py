@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastris.bench.report import charts
 from fastris.bench.report import docs as readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of README.md and the result files."""
+    """A copy of README.md, docs and the result files."""
     shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / readme.RESULTS, tmp_path / readme.RESULTS)
+    for folder in (readme.RESULTS, "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
 
 
@@ -39,16 +41,17 @@ def test_a_changed_result_is_noticed_and_one_command_mends_it(checkout, capsys):
     change_json(checkout / readme.RESULTS / "cpu_float32.json", slow_down)
     assert readme.main(["--check"], checkout) == 1
     printed = capsys.readouterr().out
-    assert "README.md, block cpu: not what bench/results/cpu_float32.json says" in printed
-    assert "cpu_float32.svg" in printed and "mend it with: python -m bench.report.docs" in printed
+    assert "docs/benchmarks.md, block cpu: not what bench/results/cpu_float32.json says" in printed
+    assert "README.md, block face: not what bench/results says" in printed
+    assert "docs/images/cpu_float32.svg" in printed and "mend it with: python -m bench.report.docs" in printed
     assert "block demo" not in printed and "look_once" not in printed
     assert readme.main([], checkout) == 0
-    assert "slower" in (checkout / "README.md").read_text()
+    assert "0.44x slower" in "".join(charts.texts_of((checkout / "docs/images/cpu_float32.svg").read_text()))
     assert readme.main(["--check"], checkout) == 0
 
 
 def test_a_number_changed_by_hand_is_noticed(checkout, capsys):
-    path = checkout / "README.md"
+    path = checkout / "docs" / "index.md"
     text = path.read_text()
     at = text.index("| the right phrase |")
     path.write_text(text[:at] + text[at:].replace("| the right phrase | ", "| the right phrase | 9", 1))
@@ -89,7 +92,8 @@ def test_a_result_file_of_another_device_gets_a_block_and_a_chart(checkout):
     path = checkout / "README.md"
     path.write_text(path.read_text() + "\n<!-- bench: h200 -->\n<!-- /bench -->\n")
     assert readme.main([], checkout) == 0
-    assert "](bench/results/h200_bfloat16.svg)" in path.read_text() and (results / "h200_bfloat16.svg").is_file()
+    assert "](docs/images/h200_bfloat16.svg)" in path.read_text()
+    assert (checkout / readme.IMAGES / "h200_bfloat16.svg").is_file()
     assert readme.main(["--check"], checkout) == 0
 
 

@@ -1,0 +1,1 @@
+"""What is measured, what is compared, and how both are built."""

@@ -1,4 +1,4 @@
-"""``python -m bench.memory.kept``: the memory of the whole training step, what batch fits on a card, and what it costs."""
+"""``python -m bench.memory``: the memory of the whole training step, what batch fits on a card, and what it costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 
 from fastris import CRISConfig
-from fastris.nn.recompute import SETTINGS
+from fastris.nn.recompute import RECOMPUTE_SETTINGS
 from fastris.options.declare import describe, load_options, option
+from fastris.runtime.device import choose_device
 from fastris.runtime.host_memory import keep_freed_memory
-from fastris.training.optim import choose_device
 
 from ..cases.arms import BASELINE, choose_arms
 from ..timing import machine
@@ -74,7 +74,7 @@ def time_settings(
 ) -> dict[str, list[float]]:
     """Setting -> seconds of forward and backward in every round, on one model; settings take turns, after a warm-up.
 
-    In channels_last, as training on a GPU: see :func:`fastris.training.optim.layout_for`.
+    In channels_last, as training on a GPU: see :func:`fastris.runtime.device.layout_for`.
     """
     model, data = model_and_batch(config, "none", device, batch)
     model.to(memory_format=torch.channels_last)
@@ -90,9 +90,9 @@ def time_settings(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    seconds: dict[str, list[float]] = {setting: [] for setting in RECOMPUTE_SETTINGS}
     for number in range(rounds + 1):
-        for setting in order_of_round(list(SETTINGS), number):
+        for setting in order_of_round(list(RECOMPUTE_SETTINGS), number):
             _say(f"timing {setting}, round {number} of {rounds}")
             model.set_recompute(setting)
             taken = timed(step, 1, synchronize)
@@ -102,15 +102,15 @@ def time_settings(
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A file that ``python -m bench.memory.kept json=FILE`` wrote. Raises ValueError when it is none."""
+    """A file that ``python -m bench.memory json=FILE`` wrote. Raises ValueError when it is none."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or "cells" not in content:
-        raise ValueError(f"{path} holds no counts; write it anew with python -m bench.memory.kept json={path}")
+        raise ValueError(f"{path} holds no counts; write it anew with python -m bench.memory json={path}")
     return content
 
 
 def page(content: dict[str, Any], source: str) -> str:
-    """README's block: what is kept, what fits, and what recomputing costs where it was timed."""
+    """The block of a page: what is kept, what fits, and what recomputing costs where it was timed."""
     cells = [WholeCell(**cell) for cell in content["cells"]]
     parts = [kept_table(cells), fits_table(cells)]
     parts += [time_table(taken, content["timed_batch"], name) for name, taken in content.get("seconds", {}).items()]
@@ -137,6 +137,16 @@ def kept_table(cells: Sequence[WholeCell]) -> str:
     columns = ("arm", "recompute", "MiB per image", "of them copies of weights", "goal", "met")
     title = f"Kept for backward per image by the whole of CRIS-RN50 at 416x416, B={BATCH}, bfloat16 autocast, 17 words."
     return f"{title}\n\n{_table(columns, rows)}"
+
+
+def kept_per_image(content: dict[str, Any]) -> dict[str, float]:
+    """MiB kept for backward per image by the whole model, by arm and recompute setting: "torch stages"."""
+    found = {}
+    for cell in (WholeCell(**cell) for cell in content["cells"]):
+        if not cell.message:
+            total = sum(Kept(**kept).total for kept in cell.stages.values())
+            found[f"{cell.arm} {cell.recompute}"] = total / BATCH / MIB
+    return found
 
 
 def fits_table(cells: Sequence[WholeCell]) -> str:
@@ -182,11 +192,11 @@ def _say(what: str) -> None:
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print("usage: python -m bench.memory.kept [name=value ...]\n")
+        print("usage: python -m bench.memory [name=value ...]\n")
         print(f"{inspect.getdoc(WholeConfig)}\n\n{describe(WholeConfig)}")
         return 0
     try:
         return run(load_options(WholeConfig, arguments))
     except (ValueError, OSError) as error:
-        print(f"bench.memory.kept: {error}", file=sys.stderr)
+        print(f"bench.memory: {error}", file=sys.stderr)
         return 2

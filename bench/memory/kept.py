@@ -7,7 +7,6 @@ low-precision copies that autocast makes of weights, count, but are listed apart
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -148,9 +147,3 @@ def kept_by_own_parts(config: CRISConfig, device: torch.device) -> dict[str, Kep
         with counter.stage("projector + loss"):
             parts["proj"](decoded, state, mask)
     return counter.stages
-
-
-if __name__ == "__main__":
-    from .command import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastris import CRIS, CRISConfig
-from fastris.nn.recompute import SETTINGS
+from fastris.nn.recompute import RECOMPUTE_SETTINGS
 from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
 
 from ..cases.arms import BASELINE, Arm
@@ -84,7 +84,7 @@ def count_whole(
 ) -> None:
     """Count every arm with every recompute setting, the baseline as published. Fills ``cells``."""
     for arm in arms:
-        for setting in SETTINGS if arm.name != BASELINE else SETTINGS[:1]:
+        for setting in RECOMPUTE_SETTINGS if arm.name != BASELINE else RECOMPUTE_SETTINGS[:1]:
             progress(f"counting {arm.name}, recompute {setting}")
             cells.append(cell := WholeCell(arm.name, recompute=setting))
             with failures_into(cell), arm.active():

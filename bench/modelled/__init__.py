@@ -1,0 +1,1 @@
+"""A model of cards that nobody has measured."""

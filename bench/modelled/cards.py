@@ -1,6 +1,6 @@
 """``python -m bench.modelled.cards``: a model of CRIS's training step on cards that nobody here has measured.
 
-Every number is *modelled*: each operation of the step (see bench/modelled/traffic.py) takes the longer of its arithmetic at an
+Every number is *modelled*: each operation of the step (see traffic.py) takes the longer of its arithmetic at an
 assumed share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch.
 The same model is held against every device that was measured, so that a reader sees how far off it is.
 
@@ -23,7 +23,7 @@ from ..report import tables as report
 from ..timing import machine
 
 FORMAT = 1
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESULT = RESULTS / "modelled_cards.json"
 BATCH = 16
 
@@ -248,16 +248,15 @@ def _gain(found: Mapping[str, Any], arms: Sequence[str], kind: str) -> str:
     return f"{report.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
 
 
-def chart(content: Mapping[str, Any]) -> str:
+def chart(content: Mapping[str, Any]) -> charts.Chart:
     """Modelled milliseconds of a step on every card by every path."""
     groups = []
     for card in _cards(content):
         times = {path: step_ms(content, path, card) for path in content["paths"]}
         bars = tuple(charts.Bar(path, ms, f"{report.number(ms)} ms") for path, ms in times.items())
         groups.append(charts.Group(card, "modelled", bars))
-    axis = charts.linear_axis([bar.value for group in groups for bar in group.bars], "")
     text = content["modelled"]
-    return charts.draw("Modelled, not measured: ms per training step", text[0].upper() + text[1:], groups, axis)
+    return charts.Chart("Modelled, not measured: ms per training step", text[0].upper() + text[1:], tuple(groups))
 
 
 def main(arguments: Sequence[str]) -> int:

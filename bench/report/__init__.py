@@ -1,0 +1,1 @@
+"""Tables, charts, comparisons and the measured blocks of the documentation."""

@@ -1,7 +1,7 @@
-"""Tables from result files: ``python -m bench.report.tables FILE`` prints them; bench/report/docs.py puts them into README.
+"""Tables from result files: ``python -m bench.report.tables FILE`` prints them; docs.py puts them into docs/.
 
-A run prints a row for every case and arm, which suits a terminal; README gets a row for every case and a column for
-every arm, which suits a page. Arms, cases, stages and optional numbers that a file has, and that this module has never
+A run prints a row for every case and arm, which suits a terminal; a page gets a row for every case and a column for
+every arm. Arms, cases, stages and optional numbers that a file has, and that this module has never
 heard of, appear by themselves.
 """
 
@@ -176,7 +176,7 @@ def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, A
     for case in cases:
         own, other = best_arms(case)
         ahead = lead(case)
-        if ahead is not None and ahead.median < 1:
+        if ahead is not None and reads_slower(ahead.median):
             noise = ", within noise" if ahead.high >= 1 else ""
             slower.append(f"{named(case)} ({own}: {number(ahead.median)}x the speed of {other}{noise})")
         missed += [f"{named(case)} ({g.reached} of {g.text})" for g in goals(case) if g.met.startswith("no")]
@@ -193,7 +193,7 @@ PAGE_NOTE = (
 
 
 def page(result: Mapping[str, Any], source: str) -> str:
-    """The same for README: one row per case, few columns; every arm behind a fold. ``source`` names the file."""
+    """The same for a page: one row per case, few columns; every arm behind a fold. ``source`` names the file."""
     parts = []
     if cases := result["cases"]:
         main = main_cases(cases)
@@ -207,13 +207,13 @@ def page(result: Mapping[str, Any], source: str) -> str:
 
 
 def main_cases(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What README and charts show first: goals, whole models, and wherever fastris is slower; all if there are none."""
+    """What pages and charts show first: goals, whole models, and wherever fastris is slower; all if there are none."""
     return [case for case in cases if goals(case) or case["op"] == "model" or _is_slower(case)] or cases
 
 
 def _is_slower(case: Mapping[str, Any]) -> bool:
     ahead = lead(case)
-    return ahead is not None and ahead.median < 1
+    return ahead is not None and reads_slower(ahead.median)
 
 
 def _narrow_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -334,7 +334,7 @@ def caption(result: Mapping[str, Any]) -> str:
 
 
 def _slower(gain: Spread) -> str:
-    return "" if gain.median >= 1 else ", slower" if gain.high < 1 else ", slower within noise"
+    return "" if not reads_slower(gain.median) else ", slower" if gain.high < 1 else ", slower within noise"
 
 
 def _trouble(cell: Mapping[str, Any]) -> str:
@@ -344,6 +344,11 @@ def _trouble(cell: Mapping[str, Any]) -> str:
 
 def spread(value: Spread, unit: str = "") -> str:
     return f"{number(value.median)}{unit} [{number(value.low)}-{number(value.high)}]"
+
+
+def reads_slower(factor: float) -> bool:
+    """Whether a factor is below 1 as it is written: 0.998, which reads 1.00x, is not called slower."""
+    return float(number(factor)) < 1
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""``python -m bench.studies.loader``: images a second that worker processes read, decode and warp, beside what a step needs.
+"""``python -m bench.studies.loader``: images a second that workers read, decode and warp, beside what a step needs.
 
 The tree is made up, of JPEGs of COCO's size (640 x 480) with polygons as masks, and read once before the clock runs,
 so the numbers are those of decoding with the files in memory, not of a disk.

@@ -1,4 +1,4 @@
-"""``python -m bench.studies.look_once``: several expressions about one image, against the published way of asking one by one.
+"""``python -m bench.studies.look_once``: several expressions about one image, against asking one by one as published.
 
 The published code encodes the image again for every expression. Here it is encoded once: everything up to the neck's
 projections does not depend on the text. Every arm is checked against float64 before it is timed, on a small copy of the
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from fastris import CRIS, CRISConfig
 from fastris.options.declare import describe, load_options, option
+from fastris.runtime.device import choose_device
 from fastris.runtime.host_memory import keep_freed_memory
-from fastris.training.optim import choose_device
 
 from ..cases.arms import Arm
 from ..cases.builders import enliven, make_tokens, small_config
@@ -39,7 +39,7 @@ from ..report import tables as report
 from ..timing import machine
 from ..timing.harness import Cell, Effort, Setting, measure_case
 
-RESULT = Path(__file__).resolve().parent / "results" / "look_once.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "look_once.json"
 CHECKED_EXPRESSIONS = 6
 NOTE = (
     "Logits, and in training loss and gradients, of every arm were held against float64 on a small copy before it was "

@@ -1,0 +1,1 @@
+"""Rounds, checks against float64, rooflines and traces."""

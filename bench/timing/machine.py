@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-import fastris
+from fastris.version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: torch.device, keeps_freed_memory: bool = False) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def describe(device: torch.device, keeps_freed_memory: bool = False) -> dict[str
         "clocks": clocks(device),
         "system": platform.platform(),
         "versions": {
-            "fastris": fastris.__version__,
+            "fastris": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
