@@ -18,8 +18,9 @@ from contextvars import ContextVar
 
 import torch
 
+from fastris.operators import OPERATORS
+
 IMPLS = ("auto", "reference", "torch", "triton")
-OPERATORS = ("text_to_pixel_similarity", "text_to_pixel_contrastive_loss", "cross_attention", "upsample2x_conv3x3")
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -174,7 +175,7 @@ def _device_obstacle(index: int) -> str | None:
     return _device_obstacles[index]
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str]]:
+def chosen_paths(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str]]:
     """(operator, path, reason) for every operator, for tensors of ``device`` and ``dtype``. Never raises."""
     device = torch.device(device)
     try:
@@ -183,8 +184,11 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         return [(operator, "none", str(error)) for operator in OPERATORS]
     obstacle = triton_obstacle(device, dtype)
     rows = []
-    for operator in OPERATORS:
-        if requested in ("reference", "torch"):
+    for operator, entry in OPERATORS.items():
+        if not entry.kernels:
+            path = "reference" if requested == "reference" else "torch"
+            rows.append((operator, path, "it has no kernel of its own: PyTorch's fused functions are its fast path"))
+        elif requested in ("reference", "torch"):
             rows.append((operator, requested, f"asked for by use_impl or FASTRIS_IMPL={requested}"))
         elif requested == "triton":
             rows.append((operator, "none" if obstacle else "triton", obstacle or "asked for"))

@@ -26,9 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..operators import OPERATORS
 from .configs import HIP_SHARED_LIMIT, SHARED_LIMIT, Config, shared_class
 
-MODULES = ("similarity", "contrastive", "cross_attention", "upsample_conv")
+MODULES = tuple(dict.fromkeys(operator.kernels for operator in OPERATORS.values() if operator.kernels))
 CUDA_ARCHS = tuple(SHARED_LIMIT)
 HIP_ARCHS = {"gfx1100": 32, "gfx942": 64}
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastris import dispatch
-from fastris.dispatch import explain, requested_impl, resolve, triton_obstacle, use_impl
+from fastris.dispatch import chosen_paths, requested_impl, resolve, triton_obstacle, use_impl
 from fastris.ops import upsample2x_conv3x3
 
 CPU = torch.device("cpu")
@@ -175,11 +175,11 @@ def test_environment_variable_chooses_for_the_process():
 
 
 def test_explanation_covers_every_operator_and_gives_a_reason():
-    rows = explain("cpu")
+    rows = chosen_paths("cpu")
     assert [operator for operator, _, _ in rows] == list(dispatch.OPERATORS)
     assert all(path in ("reference", "torch", "triton") and reason for _, path, reason in rows)
     with use_impl("reference"):
-        assert all(path == "reference" for _, path, _ in explain("cpu"))
+        assert all(path == "reference" for _, path, _ in chosen_paths("cpu"))
 
 
 @pytest.mark.skipif(

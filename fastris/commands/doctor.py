@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fastris
 from fastris.options.declare import option
+from fastris.version import __version__
 
 # Module -> the package to install.
 NEEDED = {
@@ -54,7 +54,7 @@ def report() -> dict[str, dict[str, Any]]:
     devices = _guarded(_devices)
     return {
         "versions": {
-            "fastris": fastris.__version__,
+            "fastris": __version__,
             "python": f"{platform.python_version()} ({sys.executable})",
             "system": platform.platform(),
             **{module: _version(module, package) for module, package in NEEDED.items()},
@@ -115,9 +115,9 @@ def _is_gpu(device: str) -> bool:
 
 
 def _operators(device: str) -> dict[str, str]:
-    from fastris.dispatch import explain
+    from fastris.dispatch import chosen_paths
 
-    return {operator: f"{path}: {reason}" for operator, path, reason in explain(device)}
+    return {operator: f"{path}: {reason}" for operator, path, reason in chosen_paths(device)}
 
 
 def _page(found: dict[str, dict[str, Any]]) -> str:
