@@ -15,8 +15,8 @@ import torch
 
 from fastris import CRISConfig
 from fastris.options.declare import option
+from fastris.runtime.device import choose_device
 from fastris.runtime.host_memory import keep_freed_memory
-from fastris.training.optim import choose_device
 
 from .cases.arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
 from .cases.table import PASSES, Case, choose_cases

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastris.training.optim import choose_device
+from fastris.runtime.device import choose_device
 
 from .cases.arms import Arm, choose_arms, compiled_or_failed
 from .cases.table import CASES, Case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastris.version import __version__
 
 # Public name -> module that defines it. Imported on first use, so that `import fastris` costs next to nothing.
 _LAZY = {

@@ -20,9 +20,9 @@ from training_helpers import rows, train_config, train_set, val_set
 
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.data.scenes.dataset import SyntheticExpressions
-from fastris.nn.sync_batchnorm import CPUSyncBatchNorm, synchronise_batchnorm
 from fastris.ops import contrastive
 from fastris.runtime import distributed
+from fastris.runtime.sync_batchnorm import CPUSyncBatchNorm, synchronise_batchnorm
 from fastris.training import loop as training
 from fastris.training.loop import train
 from fastris.weights.load import load_torch

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastris
 from fastris.dropin.patch import patch, unpatch
+from fastris.models import cris
 
 
 def make_inputs(batch: int = 3, height: int = 4, width: int = 6, words: int = 9, seed: int = 2):
@@ -260,7 +261,7 @@ def test_sync_batchnorm_is_accepted():
 
 
 def test_parts_built_from_fastris_are_left_as_they_are():
-    model = nn.ModuleList([fastris.nn.Projector(48, 16), fastris.nn.FPN((32, 64, 48), (16, 32, 48)), Fusion()])
+    model = nn.ModuleList([cris.Projector(48, 16), cris.FPN((32, 64, 48), (16, 32, 48)), Fusion()])
     report = patch(model)
     assert report.replaced == [("2", "FPN")]
     assert report.left_alone == [("0", "already fastris"), ("1", "already fastris")]

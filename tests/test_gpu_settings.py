@@ -16,7 +16,7 @@ from fastris.training import find_batch, gpu_settings
 from fastris.training import loop as training
 from fastris.training.find_batch import StepProbe, largest_that_fits
 from fastris.training.gpu_settings import (
-    SETTINGS,
+    GPU_SETTINGS,
     GpuSetting,
     estimate_gib,
     find_setting,
@@ -30,22 +30,22 @@ from fastris.training.recipe import TrainConfig
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("name", list(GPU_SETTINGS))
 def test_every_setting_keeps_the_published_batch(name: str) -> None:
-    config, setting = load_options(TrainConfig, [f"gpu={name}"]), SETTINGS[name]
+    config, setting = load_options(TrainConfig, [f"gpu={name}"]), GPU_SETTINGS[name]
     assert config.batch_size == 64 and config.micro_batch * config.accumulate == 64
     assert config.micro_batch == setting.micro_batch
     assert (config.recompute, config.fused) == (setting.recompute, True)
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("setting", GPU_SETTINGS.values(), ids=list(GPU_SETTINGS))
 def test_every_setting_leaves_a_quarter_of_the_card_by_the_estimate(setting: GpuSetting) -> None:
     assert estimate_gib(setting.micro_batch, setting.recompute) < 0.75 * setting.memory
 
 
 def test_the_documented_tables_are_the_one_in_use() -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
-    for name, setting in SETTINGS.items():
+    for name, setting in GPU_SETTINGS.items():
         gib = f"{estimate_gib(setting.micro_batch, setting.recompute):.1f}"
         row = next(line for line in gpu_settings.__doc__.splitlines() if line.startswith(f"{name} "))
         assert row.split()[:4] == [name, str(setting.micro_batch), setting.recompute, gib]
@@ -58,7 +58,7 @@ def test_the_documented_tables_are_the_one_in_use() -> None:
 def test_the_estimate_uses_the_counted_peaks(file: str, recompute: str) -> None:
     cells = json.loads((ROOT / "bench" / "results" / file).read_text())["cells"]
     (cell,) = (cell for cell in cells if (cell["arm"], cell["recompute"]) == ("torch", recompute))
-    for references in {setting.micro_batch for setting in SETTINGS.values()}:
+    for references in {setting.micro_batch for setting in GPU_SETTINGS.values()}:
         fixed, each = max(cell["lines"].values(), key=lambda line: line[0] + references * line[1])
         assert (round(fixed / 2**20), round(each / 2**20)) == gpu_settings._STEP_MIB[recompute]
 
@@ -70,10 +70,12 @@ def test_the_estimate_counts_the_weights_their_gradients_and_two_moments() -> No
 
 
 def test_settings_ask_for_less_memory_from_large_to_small() -> None:
-    sizes = [(setting.memory, setting.micro_batch) for setting in SETTINGS.values()]
-    needs = [estimate_gib(setting.micro_batch, setting.recompute) for setting in SETTINGS.values()]
+    sizes = [(setting.memory, setting.micro_batch) for setting in GPU_SETTINGS.values()]
+    needs = [estimate_gib(setting.micro_batch, setting.recompute) for setting in GPU_SETTINGS.values()]
     assert (
-        sizes == sorted(sizes) and needs == sorted(needs) and [f"{memory}gb" for memory, _ in sizes] == list(SETTINGS)
+        sizes == sorted(sizes)
+        and needs == sorted(needs)
+        and [f"{memory}gb" for memory, _ in sizes] == list(GPU_SETTINGS)
     )
 
 

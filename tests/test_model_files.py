@@ -12,9 +12,9 @@ from weight_samples import CONFIG, randomised, same_state
 
 from fastris import CRIS, CRISConfig
 from fastris.__main__ import main
+from fastris.runtime.safetensors_files import CHECKSUMS
 from fastris.runtime.storage import save_atomic
 from fastris.weights.load import ConvertConfig, load_model, load_weights, run_convert
-from fastris.weights.safetensors_files import CHECKSUMS
 
 
 @pytest.fixture(scope="module")

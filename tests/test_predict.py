@@ -21,7 +21,7 @@ from torch import nn
 import fastris
 from fastris.commands.cli import main
 from fastris.data.letterbox import letterbox
-from fastris.evaluation.rules import probability_on_image
+from fastris.inference.masks import probability_on_image
 from fastris.inference.segmenter import PHRASES_AT_ONCE, Prediction, Segmenter
 from fastris.pictures.overlay import colour_of
 

@@ -7,7 +7,8 @@ from training_helpers import train_config
 
 from fastris import CRIS, CRISConfig
 from fastris.options.declare import load_options
-from fastris.training.optim import Precision, build_optimizer, build_scheduler, choose_device
+from fastris.runtime.device import Precision, choose_device
+from fastris.training.optim import build_optimizer, build_scheduler
 from fastris.training.recipe import TrainConfig, model_config, passed_over
 
 PUBLISHED_YAML = """

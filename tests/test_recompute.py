@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastris import CRIS, CRISConfig, use_impl
 from fastris.nn import recompute
 
-RECOMPUTING = recompute.SETTINGS[1:]
+RECOMPUTING = recompute.RECOMPUTE_SETTINGS[1:]
 PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
 
 

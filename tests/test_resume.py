@@ -15,11 +15,11 @@ from fastris import CRIS
 from fastris.data.samples import TrainSamples
 from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.options.declare import load_options
+from fastris.runtime.device import layout_for
 from fastris.runtime.interrupt import StopSignal
 from fastris.training import loop as training
 from fastris.training.log import CsvLog, RunLog, StepRecord
 from fastris.training.loop import TrainConfig, train
-from fastris.training.optim import layout_for
 from fastris.training.run import restore_rng, rng_state
 from fastris.weights.load import load_torch, save_atomic
 

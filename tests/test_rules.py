@@ -10,7 +10,8 @@ from PIL import Image
 
 from fastris.data.letterbox import letterbox
 from fastris.evaluation.metrics import score
-from fastris.evaluation.rules import RULES, find_rule, overlap, probability_on_image
+from fastris.evaluation.rules import RULES, find_rule, overlap
+from fastris.inference.masks import probability_on_image
 
 NAMES = {"dataset": "grefcoco", "split": "val", "sentences": "all"}
 

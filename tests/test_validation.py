@@ -19,12 +19,12 @@ from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import score
 from fastris.pictures.gallery import AGREE
 from fastris.training import loop as training
+from fastris.training.card import training_card
 from fastris.training.loop import TrainResult, train
 from fastris.training.recipe import identity
 from fastris.training.run import Position
 from fastris.training.trackers import open_trackers, picture_path
 from fastris.training.validation import draw_predictions, pictured
-from fastris.weights.card import training_card
 from fastris.weights.load import ConvertConfig, load_model, load_torch, run_convert, save_atomic
 
 

@@ -11,7 +11,7 @@
 Where the whole model only answers, fastris's arms run it as ``fastris eval`` does, through ``for_inference``.
 
 All but the first are tuned alike: fused Adam and, on CUDA, channels_last and cudnn.benchmark. On a CPU channels_last
-stays off in training for everybody: :func:`fastris.training.optim.layout_for` says why.
+stays off in training for everybody: :func:`fastris.runtime.device.layout_for` says why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How each case is built: modules with lively random weights, and inputs such as CRIS sees.
 
-A builder returns a :class:`~bench.cases.problem.Problem` in float32 on the CPU, drawn from PyTorch's global generator. A
-module that is trained returns its loss first. Operators are imported when a case runs: a broken one spoils no other.
+A builder returns a :class:`~bench.cases.problem.Problem` in float32 on the CPU, drawn from PyTorch's global generator.
+A module that is trained returns its loss first. Operators are imported when a case runs: a broken one spoils no other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris import CRIS, CLIPConfig, CRISConfig, reference
-from fastris import nn as fnn
+from fastris.models.cris import Projector, TransformerDecoder
 from fastris.reference import AttentionWeights
 
 from .problem import Problem
@@ -108,7 +108,7 @@ class CrossAttention(nn.Module):
 def projector_loss(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
     """The whole projector and the loss against masks of the logits' size."""
     inputs = {"x": torch.randn(batch, 2 * in_dim, side, side), "word": torch.randn(batch, word_dim)}
-    projector = enliven(fnn.Projector(word_dim, in_dim))
+    projector = enliven(Projector(word_dim, in_dim))
     return Problem(projector, inputs, {"mask": torch.rand(batch, 1, 4 * side, 4 * side)})
 
 
@@ -125,7 +125,7 @@ def decoder(
     lengths: Sequence[int],
 ) -> Problem:
     """The whole decoder, as CRIS calls it."""
-    module = enliven(fnn.TransformerDecoder(layers, dim, heads, dim_ffn, dropout))
+    module = enliven(TransformerDecoder(layers, dim, heads, dim_ffn, dropout))
     inputs = {"vis": torch.randn(batch, dim, height, width), "txt": torch.randn(batch, words, dim)}
     return Problem(module, inputs, {"pad_mask": make_tokens(batch, words, lengths) == 0})
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris import reference
-from fastris.nn import TransformerDecoder, TransformerDecoderLayer
+from fastris.models.cris import TransformerDecoder, TransformerDecoderLayer
 
 from .builders import CrossAttention
 from .stages import SelfAttention

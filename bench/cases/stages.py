@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastris import CRISConfig, reference
-from fastris import nn as fnn
+from fastris.models.cris import FPN, Projector
+from fastris.nn.clip import CLIPBackbone, DenseResNet
+from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.reference import AttentionWeights, FeedForwardWeights
 
 from .builders import enliven, make_tokens, small_config
@@ -23,22 +25,22 @@ def image_encoder(preset: str | None, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
     clip = _config(preset).clip
     heads = clip.vision_width * 32 // 64
-    encoder = fnn.DenseResNet(clip.vision_layers, clip.embed_dim, heads, clip.image_resolution, clip.vision_width)
+    encoder = DenseResNet(clip.vision_layers, clip.embed_dim, heads, clip.image_resolution, clip.vision_width)
     return Problem(enliven(encoder), {}, {"x": torch.randn(batch, 3, side, side)})
 
 
 def text_encoder(preset: str | None, words: int, lengths: Sequence[int], batch: int) -> Problem:
     """CLIP's text transformer: tokens (B, words) to every word and the sentence."""
     clip = dataclasses.asdict(_config(preset).clip)
-    backbone = fnn.CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
+    backbone = CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
     tokens = make_tokens(batch, words, lengths, clip["vocab_size"])
     return Problem(enliven(TextEncoder(backbone)), {}, {"text": tokens})
 
 
 class TextEncoder(nn.Module):
-    """:meth:`fastris.nn.CLIPBackbone.encode_text` without the other encoder."""
+    """:meth:`fastris.nn.clip.CLIPBackbone.encode_text` without the other encoder."""
 
-    def __init__(self, backbone: fnn.CLIPBackbone):
+    def __init__(self, backbone: CLIPBackbone):
         super().__init__()
         backbone.visual = nn.Identity()  # type: ignore[assignment]
         self.backbone = backbone
@@ -57,11 +59,11 @@ def neck(preset: str | None, side: int, batch: int) -> Problem:
 
 
 class Neck(nn.Module):
-    """:class:`fastris.nn.FPN` with its maps as arguments of their own."""
+    """:class:`fastris.models.cris.FPN` with its maps as arguments of their own."""
 
     def __init__(self, config: CRISConfig):
         super().__init__()
-        self.neck = fnn.FPN(config.fpn_in, config.fpn_out)
+        self.neck = FPN(config.fpn_in, config.fpn_out)
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
         return self.neck((c3, c4, c5), state)
@@ -117,14 +119,14 @@ class FeedForward(nn.Module):
 def projector(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
     """The whole projector, from the decoder's map to logits."""
     inputs = {"x": torch.randn(batch, 2 * in_dim, side, side), "word": torch.randn(batch, word_dim)}
-    return Problem(enliven(fnn.Projector(word_dim, in_dim)), inputs, {})
+    return Problem(enliven(Projector(word_dim, in_dim)), inputs, {})
 
 
 def loss(batch: int, side: int, mask_side: int) -> Problem:
     """The text-to-pixel contrastive loss on given logits, the mask's resizing included."""
     inputs = {"logits": torch.randn(batch, 1, side, side)}
     mask = torch.rand(batch, 1, mask_side, mask_side)
-    return Problem(fnn.TextToPixelContrastiveLoss(), inputs, {"mask": mask})
+    return Problem(TextToPixelContrastiveLoss(), inputs, {"mask": mask})
 
 
 def _config(preset: str | None) -> CRISConfig:

@@ -25,7 +25,7 @@ class Case:
         sizes: keyword arguments of ``build`` that are timed.
         small: what replaces some of them where a small copy will do: in quick checks.
         check: what replaces some of them when arms are checked, such as dropout, which no two arms draw alike.
-        composed: whether it has ReLUs between its operators, which changes how arms are checked: see bench/timing/check.py.
+        composed: whether it has ReLUs between its operators, which changes how arms are checked: see timing/check.py.
         check_small: whether arms are always checked on the small copy, because float64 would take too long.
         passes: what is timed of it, as in the tables; ``timed`` is its name in :data:`PASSES`.
         check_batch: on how many samples arms are checked at full size, if not on the batch of ``sizes``.
@@ -293,7 +293,7 @@ CASES: tuple[Case, ...] = (
 )
 
 MEMORY = "memory"
-"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see bench/memory/kept.py."""
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/kept.py."""
 
 
 def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:

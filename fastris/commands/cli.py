@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
-import fastris
 from fastris.options.declare import describe, load_options, usage
 from fastris.runtime.host_memory import keep_freed_memory
 from fastris.runtime.plain import printable
+from fastris.version import __version__
 
 
 class Command(NamedTuple):
@@ -98,7 +98,7 @@ def _main(args: list[str]) -> int:
     if name in ("-h", "--help"):
         print(_overview())
     elif name == "--version":
-        print(f"fastris {fastris.__version__}")
+        print(f"fastris {__version__}")
     elif name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -155,4 +155,4 @@ def _message(error: Any) -> str:
 def _overview() -> str:
     commands = "\n".join(f"  {name:<9}{command.help}" for name, command in COMMANDS.items())
     footer = "`fastris COMMAND --help` lists its options; FASTRIS_DEBUG=1 shows where an error comes from."
-    return f"fastris {fastris.__version__}: a picture and a phrase in, a mask out\n\n{commands}\n\n{footer}"
+    return f"fastris {__version__}: a picture and a phrase in, a mask out\n\n{commands}\n\n{footer}"

@@ -262,7 +262,7 @@ def write_results(
 
 def _card(config: DemoConfig, model: CRIS, result: EvalResult, steps: int) -> str:
     from fastris.evaluation.evaluate import versions
-    from fastris.weights.card import training_card
+    from fastris.training.card import training_card
 
     data = {"dataset": "synthetic", "train_split": "train", "references": REFERENCES * config.scenes}
     recipe = data | {"manual_seed": config.seed, "batch_size": REFERENCES * config.images, "base_lr": config.lr}

@@ -22,8 +22,8 @@ from fastris.evaluation.metrics import Scores, per_sample_iou, score
 from fastris.evaluation.rules import RULES, Rule, find_rule
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime import distributed
+from fastris.runtime.device import Amp, Precision, choose_device, choose_workers
 from fastris.runtime.plain import json_text, printable
-from fastris.training.optim import Amp, Precision, choose_device, choose_workers
 
 if TYPE_CHECKING:
     from fastris.models.cris.model import CRIS
@@ -322,10 +322,10 @@ def versions() -> dict[str, str]:
     """Versions of what can change the numbers."""
     import cv2
 
-    import fastris
+    from fastris.version import __version__
 
     return {
-        "fastris": fastris.__version__,
+        "fastris": __version__,
         "torch": torch.__version__,
         "opencv": cv2.__version__,
         "numpy": np.__version__,

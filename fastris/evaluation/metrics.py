@@ -9,7 +9,7 @@ Papers report two different numbers as "IoU", so neither goes by that name here:
 Where truth and prediction are both empty the union is 0, and the published formula gives IoU 0 (not 1). It stays so,
 because the published numbers are made that way; `Scores.empty` counts these expressions.
 
-The details (what is added to the union, whether Pr@X counts X itself) are the rule's, see `fastris.evaluation.rules`. A rule that
+The details (what is added to the union, whether Pr@X counts X itself) are the rule's, see `rules.py`. A rule that
 knows of expressions without a target ("gres") scores those too; mIoU, oIoU and Pr@X are then over the expressions with
 a target, and beside them stand
 

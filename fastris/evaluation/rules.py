@@ -34,11 +34,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastris.data.letterbox import Letterbox
+from fastris.inference.masks import THRESHOLD, on_square
 
 
 class Overlap(NamedTuple):
@@ -106,9 +105,7 @@ class Rule:
         maps = logits.float()
         if self.interpolated == "probability":
             maps = maps.sigmoid()
-        if maps.shape[-1] != size:
-            maps = F.interpolate(maps, size=(size, size), mode=self.resize, align_corners=self.align_corners)
-        return maps[:, 0].cpu().numpy()
+        return on_square(maps, size, self.resize, self.align_corners)
 
     def to_image(self, square: np.ndarray, warp: Letterbox) -> np.ndarray:
         """A map (S, S) of the letterboxed square to the scored size: (H, W) of the image, or (`size`, `size`).
@@ -140,7 +137,7 @@ class Rule:
 
 
 RULES = {
-    "cris": Rule(0.35, "probability", "bicubic", True, None, 1e-6, False, None, "CRIS (CVPR 2022)"),
+    "cris": Rule(THRESHOLD, "probability", "bicubic", True, None, 1e-6, False, None, "CRIS (CVPR 2022)"),
     "lavt": Rule(0.5, "logit", "bilinear", True, 480, 0.0, True, None, "LAVT (CVPR 2022)"),
     "cgformer": Rule(0.5, "probability", "bicubic", True, None, 1e-6, False, None, "CGFormer (CVPR 2023)"),
     "gres": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, 50, "ReLA / GRES (CVPR 2023)"),
@@ -184,9 +181,3 @@ def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
             f"prediction is {prediction.shape}, but truth is {truth.shape}; both must have the image's size"
         )
     return int(np.count_nonzero(prediction & truth)), int(np.count_nonzero(prediction | truth))
-
-
-def probability_on_image(logits: np.ndarray, warp: Letterbox) -> np.ndarray:
-    """Logits (h, w) of the letterboxed square as probabilities (H, W) float32 of the image, by CRIS's rule."""
-    rule = RULES["cris"]
-    return rule.to_image(rule.to_square(torch.from_numpy(logits)[None, None], warp.size)[0], warp)

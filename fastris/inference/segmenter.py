@@ -18,21 +18,18 @@ import torch
 
 from fastris.data.letterbox import Letterbox, letterbox
 from fastris.data.tokens import tokenize
-from fastris.evaluation.rules import RULES, probability_on_image
 from fastris.inference.images import FORMATS, read_image
+from fastris.inference.masks import THRESHOLD, probability_on_image
 from fastris.options.declare import REQUIRED, option
+from fastris.runtime.device import choose_device
 from fastris.runtime.plain import json_text, printable
 from fastris.runtime.storage import replacing
-from fastris.training.optim import choose_device
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fastris.inference.images import ImageSource
     from fastris.models.cris.model import CRIS
-
-THRESHOLD = RULES["cris"].threshold
-"""A pixel belongs to the mask if its probability is above this, as published."""
 
 PHRASES_AT_ONCE = 32
 
@@ -155,7 +152,7 @@ class Segmenter:
         """Find what each phrase names. The image is encoded once for all of them.
 
         Args:
-            image: anything that :func:`fastris.inference.images.read_image` reads: a path, a PIL image, a uint8 array in RGB.
+            image: anything that :func:`.images.read_image` reads: a path, a PIL image, a uint8 array in RGB.
             phrases: one phrase or several. One with more words than the model reads is cut, with a warning.
 
         Raises ValueError for an unreadable image, no phrases, or a phrase without words; TypeError for other types.

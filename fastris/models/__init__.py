@@ -1,1 +1,1 @@
-"""Complete models, composed from :mod:`fastris.nn`."""
+"""The systems: one package each, beside what all of them must offer and the names they go by."""

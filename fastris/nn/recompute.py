@@ -34,7 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastris.dispatch import requested_impl, use_impl
 
-SETTINGS = ("none", "pointwise", "stages")
+RECOMPUTE_SETTINGS = ("none", "pointwise", "stages")
 
 _KEPT = ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "avg_pool2d")
 _PRODUCTS = {f"{name}.default" for name in _KEPT}
@@ -43,8 +43,8 @@ _ATTENTION = "_scaled_dot_product"
 
 def check_setting(setting: str) -> str:
     """``setting`` itself. Raises ValueError, with the valid ones, for any other."""
-    if setting not in SETTINGS:
-        raise ValueError(f"recompute must be one of {', '.join(SETTINGS)}, got {setting!r}")
+    if setting not in RECOMPUTE_SETTINGS:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE_SETTINGS)}, got {setting!r}")
     return setting
 
 
@@ -55,7 +55,7 @@ def recomputed(
 
     Args:
         modules: what ``function`` calls, or what holds it; without them BatchNorm's statistics would move twice.
-        setting: one of :data:`SETTINGS`.
+        setting: one of :data:`RECOMPUTE_SETTINGS`.
         function: deterministic but for PyTorch's generators, whose state is restored for the second pass.
         whole: keep nothing but the inputs, instead of what products compute.
 

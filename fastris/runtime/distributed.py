@@ -210,7 +210,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    from fastris.nn.sync_batchnorm import synchronise_batchnorm
+    from fastris.runtime.sync_batchnorm import synchronise_batchnorm
 
     synchronise_batchnorm(model, device)
     for name, parameter in model.named_parameters():

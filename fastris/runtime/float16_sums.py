@@ -4,7 +4,7 @@ GeForce cards multiply float16 matrices at half their rate when the products are
 Since the projector and the text kernel are plain matrix products here, cuBLAS can be told to sum in float16 instead.
 What that reaches: matrix products of float16 tensors through cuBLAS (autocast in float16). What it does not: bfloat16,
 float32, convolutions (cuDNN), and fastris's Triton kernels, which always sum in float32. A float16 sum of n products
-rounds to 2^-11 at every step and overflows beyond 65504; ``python -m bench.studies.float16_sums`` shows both at CRIS's sizes.
+rounds to 2^-11 at every step and overflows beyond 65504; ``python -m bench.studies.float16_sums`` shows both.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastris.runtime.plain import check_file
-from fastris.weights.torch_files import read_pytorch
-from fastris.weights.torch_values import Record, Refused
+from fastris.runtime.torch_files import read_pytorch
+from fastris.runtime.torch_values import Record, Refused
 
 _STALE_AFTER = 3600.0  # seconds
 
@@ -100,7 +100,7 @@ def load_torch(path: str | Path) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """As :func:`load_torch`; a TorchScript archive gives its outermost :class:`fastris.weights.torch_values.Record`."""
+    """As :func:`load_torch`; a TorchScript archive gives its outermost :class:`fastris.runtime.torch_values.Record`."""
     try:
         return read_pytorch(path)
     except Refused as error:

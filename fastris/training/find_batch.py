@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastris.data.tokens import tokenize
+from fastris.runtime.device import Precision, choose_device, layout_for
 from fastris.training.gpu_settings import fused_on, parts_for, set_recompute
-from fastris.training.optim import Precision, build_optimizer, choose_device, layout_for
+from fastris.training.optim import build_optimizer
 
 if TYPE_CHECKING:
     from fastris.training.recipe import TrainConfig

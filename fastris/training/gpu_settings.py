@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from fastris.runtime import distributed
-from fastris.training.optim import Precision
+from fastris.runtime.device import Precision
 
 if TYPE_CHECKING:
     from fastris.training.recipe import TrainConfig
@@ -53,7 +53,7 @@ class GpuSetting:
     fused: bool = True
 
 
-SETTINGS = {
+GPU_SETTINGS = {
     "8gb": GpuSetting(8, 16, "stages"),
     "12gb": GpuSetting(12, 32, "stages"),
     "16gb": GpuSetting(16, 64, "stages"),
@@ -82,9 +82,9 @@ def find_setting(name: str) -> GpuSetting:
     Raises:
         ValueError: there is none.
     """
-    if name not in SETTINGS:
-        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(SETTINGS)}, the memory of the card")
-    return SETTINGS[name]
+    if name not in GPU_SETTINGS:
+        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(GPU_SETTINGS)}, the memory of the card")
+    return GPU_SETTINGS[name]
 
 
 def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of: int = 1) -> int:
@@ -107,7 +107,7 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
     )
 
 
-def sums_of(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+def fp16_sums(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
     """The context of a run in which float16 products are summed as `fp16_accumulation` says.
 
     Raises ValueError where that setting would do nothing: on another device, or in another precision.
@@ -169,7 +169,7 @@ def what_next(config: TrainConfig) -> str:
     if smaller is None:
         text += f"There is no smaller setting; more parts are accumulate={2 * config.accumulate}"
     else:
-        setting = SETTINGS[smaller]
+        setting = GPU_SETTINGS[smaller]
         text += (
             f"The next smaller setting is gpu={smaller} (micro-batch {setting.micro_batch}, "
             f"recompute={setting.recompute}; leave out accumulate= and recompute=)"
@@ -185,10 +185,12 @@ def next_smaller(config: TrainConfig) -> str | None:
 
     Where `gpu` is given, only settings for smaller cards come into question.
     """
-    names = list(SETTINGS)
+    names = list(GPU_SETTINGS)
     names = names[: names.index(config.gpu)] if config.gpu else names
     now = estimate_gib(config.micro_batch // distributed.world_size(), config.recompute)
-    less = [name for name in names if estimate_gib(SETTINGS[name].micro_batch, SETTINGS[name].recompute) < now - 0.1]
+    less = [
+        name for name in names if estimate_gib(GPU_SETTINGS[name].micro_batch, GPU_SETTINGS[name].recompute) < now - 0.1
+    ]
     return less[-1] if less else None
 
 

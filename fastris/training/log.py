@@ -26,7 +26,7 @@ class StepRecord:
 
     Attributes:
         step: optimizer steps so far, from 1; epoch, batch: where it is, both from 1.
-        loss: mean over the batch; iou: the published training IoU (:func:`fastris.evaluation.metrics.batch_iou`), a fraction of 1.
+        loss: mean over the batch; iou: the published training IoU (:func:`.metrics.batch_iou`), a fraction of 1.
         lr, lr_backbone: learning rates of the two parameter groups in this step.
         images_per_s: images of this batch / seconds since the previous step, data loading included.
         memory_mib: peak GPU memory on CUDA, else the process's peak resident memory, in MiB.
@@ -157,7 +157,7 @@ class RunLog:
         last_step: the step from which the run goes on, 0 for a new one; later rows of `log.csv` are dropped.
         last_validation: the same for `val.csv`; `last_step` where None.
         print_freq: steps between lines on the console.
-        tensorboard, wandb, settings: see :func:`fastris.training.trackers.open_trackers`. RuntimeError if a package is missing.
+        tensorboard, wandb, settings: see :func:`.trackers.open_trackers`. RuntimeError if a package is missing.
         progress: show a progress bar where standard error is a terminal.
         stream: where lines and the bar go; standard error by default.
     """

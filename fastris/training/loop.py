@@ -25,21 +25,15 @@ from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import Scores, batch_iou
 from fastris.models.cris.config import CLIP_PRESETS, CLIPConfig
 from fastris.runtime import distributed
+from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
 from fastris.runtime.interrupt import StopSignal
 from fastris.training import find_batch, skipped
 from fastris.training.expressions import references_of, training_samples
 from fastris.training.feed import Feed, count_cut
-from fastris.training.gpu_settings import fused_on, out_of_memory_explained, set_recompute, sums_of
+from fastris.training.gpu_settings import fp16_sums, fused_on, out_of_memory_explained, set_recompute
 from fastris.training.log import RunLog, StepRecord, memory_mib
 from fastris.training.notices import end_if_unreadable, go_on, introduce, open_log, stop_signal, told_where_it_stands
-from fastris.training.optim import (
-    Precision,
-    build_optimizer,
-    build_scheduler,
-    choose_device,
-    choose_workers,
-    layout_for,
-)
+from fastris.training.optim import build_optimizer, build_scheduler
 from fastris.training.recipe import TrainConfig, describe_data, identity, model_config
 from fastris.training.run import (
     BEST,
@@ -89,7 +83,7 @@ def train(
             images, or another process of the run, has died.
     """
     device = choose_device(config.device)
-    with sums_of(config, device), distributed.joined(device, config.process_timeout):
+    with fp16_sums(config, device), distributed.joined(device, config.process_timeout):
         restarted = any(distributed.gather(distributed.restarted()))
         with own_folder(config.folder, patience=min(120, 30 * config.process_timeout) if restarted else 0):
             return _train(config, train_set, val_set, restarted)

@@ -15,8 +15,8 @@ from fastris.evaluation.rules import RULES, find_rule
 from fastris.models.cris.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.options.declare import extra_option, option
 from fastris.runtime import distributed
-from fastris.training.gpu_settings import SETTINGS, Recompute, find_setting, parts_for
-from fastris.training.optim import Amp
+from fastris.runtime.device import Amp
+from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
 
 
 def _model_keys() -> Iterable[str]:
@@ -58,8 +58,8 @@ class TrainConfig:
     )
     gpu: str | None = option(
         None,
-        f"settings for a card of that memory ({', '.join(SETTINGS)}): accumulate, recompute and fused, where those are "
-        "not given; BatchNorm's statistics follow the part of the batch that fits at once",
+        f"settings for a card of that memory ({', '.join(GPU_SETTINGS)}): accumulate, recompute and fused, where those "
+        "are not given; BatchNorm's statistics follow the part of the batch that fits at once",
     )
     accumulate: int = option(
         0,

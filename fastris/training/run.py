@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastris.data.samples import digest
 from fastris.runtime import distributed
+from fastris.runtime.device import Precision
 from fastris.runtime.randomness import restore_rng, rng_state, seed_everything
 from fastris.runtime.runlock import locked
-from fastris.training.optim import Precision
 from fastris.training.skipped import MEND_NOT_FINITE, Statistics
 
 if TYPE_CHECKING:

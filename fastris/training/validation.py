@@ -12,7 +12,7 @@ from fastris.data import ReferringDataset
 from fastris.evaluation.evaluate import EvalResult, versions
 from fastris.evaluation.metrics import Scores
 from fastris.runtime import distributed
-from fastris.weights.card import training_card
+from fastris.training.card import training_card
 
 if TYPE_CHECKING:
     from fastris.pictures.gallery import GalleryRow

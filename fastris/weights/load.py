@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from fastris.models.cris.config import MAX_TEXT, CRISConfig
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime.plain import printable
+from fastris.runtime.safetensors_files import read_safetensors, write_safetensors
 from fastris.runtime.storage import first_line, load_torch, read_torch, replacing, save_atomic
+from fastris.runtime.torch_files import script_weights
+from fastris.runtime.torch_values import Record, Refused
 from fastris.weights.card import CARD, card_path, unknown_card, write_card
-from fastris.weights.safetensors_files import read_safetensors, write_safetensors
 from fastris.weights.state_dicts import (
     LoadReport,
     Reshaped,
@@ -30,14 +32,12 @@ from fastris.weights.state_dicts import (
     check_plain,
     clip_to_backbone,
     compare,
-    explain,
     infer_config,
     is_clip,
     is_cris,
+    misfit_message,
     normalise_names,
 )
-from fastris.weights.torch_files import script_weights
-from fastris.weights.torch_values import Record, Refused
 
 if TYPE_CHECKING:
     from fastris.models.cris.model import CRIS
@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
     own = normalise_names(model.state_dict(), "model")
     report = compare(state, own, weights.source, clip_only)
     if strict and not report.fits:
-        raise WeightsError(explain(report, architecture(state), architecture(own)), report)
+        raise WeightsError(misfit_message(report, architecture(state), architecture(own)), report)
     lacking = [name for name, tensor in state.items() if tensor.is_meta]
     if lacking:
         raise ValueError(f"{weights.source}: {lacking[0]} has no values (meta device); save the model with its weights")
@@ -168,7 +168,7 @@ def _build(weights: Weights, config: CRISConfig, strict: bool = True) -> CRIS:
     if report.fits and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
         model = model.to_empty(device="cpu")  # all of it is in the weights: no values to make up first
     elif strict:
-        raise WeightsError(explain(report, architecture(weights.tensors), architecture(own)), report)
+        raise WeightsError(misfit_message(report, architecture(weights.tensors), architecture(own)), report)
     else:
         model = CRIS(config)
     load_weights(model, weights, strict=strict)

@@ -213,7 +213,7 @@ def compare(
     )
 
 
-def explain(report: LoadReport, found: str, expected: str) -> str:
+def misfit_message(report: LoadReport, found: str, expected: str) -> str:
     """The message for weights that do not fit; ``found`` and ``expected`` are what their image encoders look like."""
     lines = [f"the weights in {report.source} do not fit the model"]
     if found != expected:

@@ -63,7 +63,7 @@ class AnnotatedDataset(ReferringDataset):
     Args:
         name, split: of the data set.
         records: its references; those that a reader could not make sense of as errors.
-        on_error: what a reference does that `fastris.data.formats.usable`, the rule that `fastris data check` goes by too,
+        on_error: what a reference does that `usable.py`, the rule that `fastris data check` goes by too,
             calls unusable. "raise": what the annotation says and whether the image's file is there is looked at at
             once, and the first trouble is an error; what takes a look into the image or the mask (an unreadable,
             damaged or unsuitable image, a size that differs from the annotation's, a mask that encloses no pixel) is

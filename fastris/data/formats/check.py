@@ -80,7 +80,7 @@ def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport
 
 
 def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent) -> SplitReport:
-    """Hold every reference of a split that was opened with `on_error="defer"` against `fastris.data.formats.usable`'s rule.
+    """Hold every reference of a split that was opened with `on_error="defer"` against `usable.py`'s rule.
 
     Args:
         dataset: the split.

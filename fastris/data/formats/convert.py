@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fastris
 from fastris.data.base import DataError, shown
 from fastris.data.formats.annotated import AnnotatedDataset
 from fastris.data.formats.check import SplitReport, Track, silent
@@ -19,6 +18,7 @@ from fastris.data.formats.jsonl import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSI
 from fastris.data.formats.published import REFERENCES
 from fastris.data.formats.table import open_split
 from fastris.data.paths import safe_name, stays
+from fastris.version import __version__
 
 
 def convert(
@@ -55,7 +55,7 @@ def convert(
         OSError: `out` cannot be written. Either way, as after Ctrl-C, nothing is left behind.
     """
     manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "name": name}
-    manifest |= {"converted_from": format, "fastris": fastris.__version__, "splits": {}}
+    manifest |= {"converted_from": format, "fastris": __version__, "splits": {}}
     with _new_folder(Path(out).expanduser()) as folder:
         for split in splits:
             dataset = open_split(name, split, root, format=format, images=images, on_error=on_error)

@@ -61,7 +61,7 @@ class LmdbDataset(AnnotatedDataset):
     such folder it is the record's own there too.
 
     Records are read when they are asked for, so an unusable one is an error then, unless `on_error="skip"`, which reads
-    the whole file at once. The pickles are read by `fastris.data.formats.unpickle`, which can run nothing; LMDB's own pages are
+    the whole file at once. The pickles are read by `formats/unpickle.py`, which can run nothing; LMDB's own pages are
     read by the library lmdb, which trusts them: a damaged or forged page can end the process. Open only files of people
     you trust, or run `fastris data convert` once where a crash does no harm: what it writes has no such pages.
 

@@ -1,7 +1,7 @@
 """A small world of shapes, and what phrases about it mean.
 
 A `Scene` is a list of shapes; a `Phrase` is the meaning of a referring expression, before it is put into words.
-`matches` is the interpreter that says which shapes a phrase fits. The data set in `fastris.data.scenes.dataset` keeps only
+`matches` is the interpreter that says which shapes a phrase fits. The data set in `dataset.py` keeps only
 phrases for which `singles_out` holds, so every expression names exactly one shape by construction.
 
 Coordinates are fractions of the image's side: x to the right, y down.

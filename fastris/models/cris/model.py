@@ -107,7 +107,7 @@ class CRIS(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What huggingface_hub's ``save_pretrained`` calls for the weights."""
-        from fastris.weights.safetensors_files import write_safetensors
+        from fastris.runtime.safetensors_files import write_safetensors
 
         write_safetensors(Path(save_directory) / "model.safetensors", self.state_dict(), {})
 

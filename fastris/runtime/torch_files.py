@@ -1,7 +1,7 @@
 """PyTorch's files from outside: archives of ``torch.save`` and ``torch.jit.save``, and ``torch.save``'s older format.
 
 Nothing in a file is run, nothing compressed is unpacked, and no more is read than the file is long:
-:mod:`fastris.weights.torch_pickle` reads the pickle, and this module hands it the bytes of the tensors, once, with their
+:mod:`.torch_pickle` reads the pickle, and this module hands it the bytes of the tensors, once, with their
 checksums verified on the way.
 """
 
@@ -21,8 +21,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from fastris.weights.torch_pickle import MAX_BYTES, Machine
-from fastris.weights.torch_values import Malformed, Record, Refused, Storage
+from fastris.runtime.torch_pickle import MAX_BYTES, Machine
+from fastris.runtime.torch_values import Malformed, Record, Refused, Storage
 
 _ZIP = b"PK\3\4"
 _MAX_DIRECTORY = 4 << 20  # bytes; 1000 tensors take 0.1 MB

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from fastris.weights.torch_values import (
+from fastris.runtime.torch_values import (
     KNOWN,
     MEND,
     Function,

@@ -1,0 +1,58 @@
+"""The sentence against every pixel, and the loss on that (CRIS, section 3.4, equations 8 to 10).
+
+Shapes: B batch, C channels of the pixel map, Q text kernels per sample, k their side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def text_to_pixel_similarity(
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pointwise_weight: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+) -> Tensor:
+    """Score every pixel against its own sample's text: (B, C, H, W) -> logits (B, Q, H, W).
+
+    ``kernel`` (B, Q, C, k, k) or (B, C, k, k) is the text projected to one convolution kernel per sample (and query),
+    ``bias`` (B, Q) or (B,). As published: one convolution whose groups are the samples, with padding k // 2.
+    ``pointwise_weight`` (C, Cin, 1, 1) and ``pointwise_bias`` (C,) are the projector's 1x1 convolution before it.
+    """
+    if pointwise_weight is not None:
+        features = F.conv2d(features, pointwise_weight, pointwise_bias)
+    if kernel.ndim == 4:
+        kernel = kernel[:, None]
+    batch, channels, height, width = features.shape
+    queries, size = kernel.shape[1], kernel.shape[-1]
+    logits = F.conv2d(
+        features.reshape(1, batch * channels, height, width),
+        kernel.reshape(batch * queries, channels, size, size),
+        None if bias is None else bias.reshape(batch * queries),
+        padding=size // 2,
+        groups=batch,
+    )
+    return logits.reshape(batch, queries, height, width)
+
+
+def contrastive_loss(logits: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    """The text-to-pixel contrastive loss (paper, equations 9 and 10) on given logits.
+
+    ``-log sigma(z_t . z_i)`` where pixel i belongs to the referred object and ``-log(1 - sigma(z_t . z_i))`` where it
+    does not, averaged over all pixels; for soft targets the two are mixed, which is binary cross-entropy with logits.
+    ``target`` must have the logits' shape: see :func:`resize_target`.
+    """
+    return F.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
+
+
+def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:
+    """The mask (B, 1, H, W) at the logits' size by nearest neighbour, as published; unchanged when sizes agree."""
+    if tuple(target.shape[-2:]) == tuple(size):
+        return target
+    return F.interpolate(target, tuple(size), mode="nearest").detach()

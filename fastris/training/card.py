@@ -1,0 +1,88 @@
+"""The model card of what a training run made: data, recipe, and how it scored by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastris.evaluation.metrics import Scores
+from fastris.evaluation.rules import find_rule
+from fastris.models.cris.config import CRISConfig
+from fastris.weights.card import markdown_table, model_card
+
+_HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_lr", "lr_multi", "milestones",
+                    "lr_decay", "weight_decay", "max_norm", "amp", "input_size", "word_len", "dropout")  # fmt: skip
+
+
+def training_card(
+    config: CRISConfig,
+    recipe: Mapping[str, Any],
+    *,
+    epoch: int | None,
+    step: int,
+    scores: Scores | None,
+    device: str,
+    versions: Mapping[str, str],
+) -> str:
+    """The card of a model that `fastris train` made.
+
+    Args:
+        config: of the model.
+        recipe: the run's settings (:func:`fastris.training.recipe.identity`), data and seed among them.
+        epoch, step: how many of them the weights have seen; no epoch where that is no unit of the training.
+        scores: of the validation that chose them; None if there was none.
+        device: what it was trained on. versions: of the libraries.
+    """
+    data = f"{recipe['dataset']}, split {recipe['train_split']}, {recipe['references']} references"
+    facts = {
+        "training data": data,
+        "validation data": "none" if scores is None else f"{scores.dataset}, split {scores.split}",
+        "seed": recipe["manual_seed"],
+        **({} if epoch is None else {"epochs": epoch}),
+        "optimizer steps": step,
+        **{name: recipe[name] for name in _HYPERPARAMETERS if name in recipe},
+        "trained on": device,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    found = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
+    body = "## Training\n\n" + markdown_table(("setting", "value"), facts.items())
+    return model_card(config, body, datasets=[recipe["dataset"]], **found)
+
+
+def _evaluation(scores: Scores) -> str:
+    which = {"all": "all sentences", "first": "the first sentence of each object"}.get(scores.sentences)
+    percent = {name: "-" if value is None else f"{100 * value:.2f} %" for name, value in _metrics(scores).items()}
+    table = markdown_table(
+        (*percent, "rule", "data", "split", "sentences"),
+        [(*percent.values(), scores.rule, scores.dataset, scores.split, which)],
+    )
+    missing = f", {scores.no_target} of them without a target" if scores.no_target else ""
+    return f"{table}\n\n{scores.expressions} expressions{missing}. Rule: {find_rule(scores.rule).text}."
+
+
+def _metrics(scores: Scores) -> dict[str, float | None]:
+    precision = {f"Pr@{level}": value for level, value in scores.precision.items()}
+    return {"mIoU": scores.mIoU, "oIoU": scores.oIoU, **precision, **scores.generalised}
+
+
+def _results(scores: Scores) -> list[Any]:
+    """The scores as Hugging Face's model index has them."""
+    from huggingface_hub import EvalResult
+
+    common: dict[str, Any] = {
+        "task_type": "image-segmentation",
+        "task_name": "Referring image segmentation",
+        "dataset_type": scores.dataset,
+        "dataset_name": scores.dataset,
+        "dataset_split": scores.split,
+    }
+    return [
+        EvalResult(
+            **common,
+            metric_type=name,
+            metric_value=round(100 * value, 2),
+            metric_name=f"{name}, % (rule {scores.rule}, {scores.sentences} sentences)",
+        )
+        for name, value in _metrics(scores).items()
+        if value is not None
+    ]

@@ -1,0 +1,3 @@
+"""The version, which the package, results and model cards state."""
+
+__version__ = "0.1.0"
