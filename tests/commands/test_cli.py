@@ -19,7 +19,7 @@ import fastris
 from fastris.commands import cli, doctor
 from fastris.options.declare import option
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

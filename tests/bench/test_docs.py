@@ -11,7 +11,7 @@ import pytest
 from fastris.bench.report import charts
 from fastris.bench.report import docs as readme
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

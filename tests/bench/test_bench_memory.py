@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training_helpers import model_config
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
+sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed package: it is run from a checkout
 
 from bench.cases.arms import ARMS
 from bench.cases.builders import small_config

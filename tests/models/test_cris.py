@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from model_helpers import make_tokens, small_config
 
-from fastris import CRIS, CLIPConfig, CRISConfig
+from fastris import CRIS, CRISConfig
 
 PUBLISHED_YAML = """
 DATA:
@@ -37,34 +38,10 @@ TEST:
 """
 
 
-def small_config(**changes) -> CRISConfig:
-    clip = CLIPConfig(
-        embed_dim=48,
-        vision_layers=(1, 1, 1, 1),
-        image_resolution=64,
-        vision_width=4,
-        vocab_size=96,
-        transformer_width=32,
-        transformer_heads=1,
-        transformer_layers=1,
-    )
-    fields = {"word_dim": 48, "vis_dim": 32, "fpn_in": (32, 64, 48), "fpn_out": (16, 32, 48), "num_head": 4}
-    return CRISConfig(clip, **{**fields, "dim_ffn": 64, "num_layers": 1, "input_size": 64, **changes})
-
-
 @pytest.fixture(scope="module")
 def model() -> CRIS:
     torch.manual_seed(0)
     return CRIS(small_config()).eval()
-
-
-def make_tokens(*lengths: int, width: int = 9) -> torch.Tensor:
-    """Sentences of the given lengths: start 94, words, end 95, padding 0."""
-    tokens = torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        tokens[row, :length] = torch.randint(1, 94, (length,))
-        tokens[row, 0], tokens[row, length - 1] = 94, 95
-    return tokens
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 128), (96, 32), (160, 64)])

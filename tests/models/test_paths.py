@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bounds import EXACT
-from test_cris import make_tokens, small_config
+from model_helpers import make_tokens, small_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint

@@ -14,7 +14,7 @@ from fastris import CRIS, CRISConfig
 from fastris.weights.load import load_clip, load_model, load_weights
 from fastris.weights.state_dicts import CONNECT, WeightsError, architecture, compare, infer_config
 
-SHAPES = json.loads((Path(__file__).parent / "data" / "state_dict_shapes.json").read_text())
+SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_shapes.json").read_text())
 
 
 @pytest.fixture

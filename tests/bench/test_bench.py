@@ -24,7 +24,7 @@ from fastris.bench.timing.harness import Cell, Effort, Setting, measure_case, or
 from fastris.commands import cli
 from fastris.dispatch import requested_impl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 FEW_ROUNDS = Effort(rounds=3, min_rounds=3, seconds=0.0)
 

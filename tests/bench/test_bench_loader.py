@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
+sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed package: it is run from a checkout
 
 from bench.studies import loader
 from fastris.data import load_dataset

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_cris import small_config
+from model_helpers import small_config
 from torch import nn
 
 from fastris import CRIS, for_inference, use_impl

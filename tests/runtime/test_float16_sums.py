@@ -11,7 +11,7 @@ import torch
 import fastris
 from fastris.runtime.float16_sums import fp16_accumulation_obstacle
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no installed package: it is run from a checkout
+sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed package: it is run from a checkout
 
 from bench.studies import float16_sums as accumulation
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from fastris import CRIS, CRISConfig, use_impl
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "golden"
 GOLDEN = ["cris_tiny_square", "cris_tiny_wide"]
 
 LOST_IN_FLOAT32 = {"cris_tiny_square": 4.5e-4, "cris_tiny_wide": 5e-5}

@@ -21,7 +21,7 @@ from fastris.data.formats import published
 from fastris.data.formats.annotated import AnnotatedDataset
 from fastris.data.formats.convert import convert
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
 

@@ -30,7 +30,7 @@ from fastris.bench.timing.tracing import write_trace
 from fastris.commands import cli
 from fastris.dispatch import use_impl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMED = {case.name: case for case in CASES}
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import test_feed_forward
-import test_neck_ops
+import test_pointwise_conv
 import test_self_attention
 import torch
 from bounds import assert_path_same, assert_same
@@ -147,12 +147,12 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "upsample2x_conv3x3": lambda: Problem(by_matrices, reference.upsample2x_conv3x3, upsample_inputs((2, 3, 4, 3, 2))),
     "upsample2x_conv3x3_stats": statistics,
     "pointwise_conv_cat": lambda: Problem(
-        test_neck_ops.fast_cat, test_neck_ops.published_cat, test_neck_ops.make_maps(((2, 3), (3, 2)))
+        test_pointwise_conv.fast_cat, test_pointwise_conv.published_cat, test_pointwise_conv.make_maps(((2, 3), (3, 2)))
     ),
     "coord_conv": lambda: Problem(
         partial(coord_conv, padding=1),
-        partial(test_neck_ops.published_coordinates, padding=1),
-        test_neck_ops.make_coordinates(3),
+        partial(test_pointwise_conv.published_coordinates, padding=1),
+        test_pointwise_conv.make_coordinates(3),
     ),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
