@@ -26,7 +26,7 @@ from fastris.runtime.device import Amp, Precision, choose_device, choose_workers
 from fastris.runtime.plain import json_text, printable
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 Sentences = Literal["all", "first"]
 
@@ -129,7 +129,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: CRIS,
+    model: ReferringModel,
     dataset: ReferringDataset,
     *,
     sentences: Sentences = "all",
@@ -230,7 +230,7 @@ Item = tuple[int, int, str, Tensor]
 
 @torch.inference_mode()
 def predict_batch(
-    model: CRIS, images: list[dict[str, Any]], precision: Precision, batch_size: int, rule: Rule
+    model: ReferringModel, images: list[dict[str, Any]], precision: Precision, batch_size: int, rule: Rule
 ) -> Iterator[tuple[dict[str, Any], Item, np.ndarray]]:
     """Encode samples of :class:`EvalSamples` together, then segment their expressions `batch_size` at a time.
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastris.inference.images import ImageSource
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 PHRASES_AT_ONCE = 32
 
@@ -124,15 +124,17 @@ class Prediction(Sequence[Segment]):
 
 
 class Segmenter:
-    """A CRIS model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
+    """A model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
 
     Args:
-        model: a :class:`fastris.CRIS`. The segmenter owns it: it is moved to ``device`` and put in eval mode.
+        model: a :class:`fastris.CRIS`, or of another system. The segmenter owns it: it is moved to ``device`` and put in eval mode.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
         threshold: the probability, from 0 to 1, above which a pixel belongs to the mask.
     """
 
-    def __init__(self, model: CRIS, *, device: str | torch.device | None = None, threshold: float = THRESHOLD):
+    def __init__(
+        self, model: ReferringModel, *, device: str | torch.device | None = None, threshold: float = THRESHOLD
+    ):
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1 (a probability), got {threshold}")
         self.model = model.eval() if device is None else model.to(choose_device(str(device))).eval()
