@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastris.data import DATASETS, ReferringDataset, load_split
 from fastris.data.samples import EvalSamples, worker_init
-from fastris.data.tokens import tokenize
 from fastris.evaluation.metrics import Scores, per_sample_iou, score
 from fastris.evaluation.rules import RULES, Rule, find_rule
+from fastris.models.inputs import inputs_of
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime import distributed
 from fastris.runtime.device import Amp, Precision, choose_device, choose_workers
@@ -177,7 +177,7 @@ def evaluate(
     device = next(model.parameters()).device if device is None else torch.device(device)
     precision = Precision.choose(amp, device)
     input_size, word_len = input_size or model.config.input_size, word_len or model.config.word_len
-    truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences), dataset, word_len)
+    truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences, inputs_of(model.config)), dataset)
     rank, world = distributed.rank(), distributed.world_size()
     loader = _loader(truth, images_per_batch, workers, rank, world)
 
@@ -274,8 +274,8 @@ def _score(dataset: ReferringDataset, image: dict[str, Any], item: Item, mask: n
 class _WithTruth(Dataset):
     """Items of :class:`EvalSamples` and what scoring needs, so that worker processes read and decode the masks too."""
 
-    def __init__(self, samples: EvalSamples, dataset: ReferringDataset, word_len: int):
-        self.samples, self.dataset, self.word_len = samples, dataset, word_len
+    def __init__(self, samples: EvalSamples, dataset: ReferringDataset):
+        self.samples, self.dataset = samples, dataset
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -284,7 +284,7 @@ class _WithTruth(Dataset):
         sample = self.samples[position]
         items = sample["items"]
         masks = {index: self.dataset.mask(index) for index in {item[0] for item in items}}
-        truncated = tokenize([item[2] for item in items], self.word_len).truncated
+        truncated = self.samples.tokenize([item[2] for item in items]).truncated
         cut = {(item[0], item[1]): flag for item, flag in zip(items, truncated, strict=True)}
         return sample | {"masks": masks, "cut": cut}
 

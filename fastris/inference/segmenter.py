@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from fastris.data.letterbox import Letterbox, letterbox
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import find_tokenizer
 from fastris.inference.images import FORMATS, read_image
 from fastris.inference.masks import THRESHOLD, probability_on_image
+from fastris.models.inputs import inputs_of
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime.device import choose_device
 from fastris.runtime.plain import json_text, printable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from fastris.models.base import ReferringModel
 
 PHRASES_AT_ONCE = 32
+IMAGES_AT_ONCE = 8
+"""The same for a model that encodes the picture anew for every phrase."""
 
 
 class Segment(NamedTuple):
@@ -127,7 +130,8 @@ class Segmenter:
     """A model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
 
     Args:
-        model: a :class:`fastris.CRIS`, or of another system. The segmenter owns it: it is moved to ``device`` and put in eval mode.
+        model: a :class:`fastris.CRIS`, or one of another system. The segmenter owns it: it is moved to ``device`` and
+            put in eval mode.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
         threshold: the probability, from 0 to 1, above which a pixel belongs to the mask.
     """
@@ -165,14 +169,15 @@ class Segmenter:
     def _predict(self, rgb: np.ndarray, checked: tuple[str, ...]) -> Prediction:
         """:meth:`predict` for what :func:`read_image` and :func:`check_phrases` return; keeps ``rgb``."""
         config = self.model.config
-        tokens, truncated = tokenize(checked, config.word_len)
+        inputs = inputs_of(config)
+        tokens, truncated = find_tokenizer(inputs.tokenizer)(checked, config.word_len)
         for phrase, cut in zip(checked, truncated, strict=True):
             if cut:
                 read = config.word_len - 2
                 warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=3)
         height, width = rgb.shape[:2]
         warp = letterbox(height, width, config.input_size)
-        return Prediction(rgb, checked, self._logits(warp.warp_image(rgb), tokens), warp, self.threshold)
+        return Prediction(rgb, checked, self._logits(warp.warp_image(rgb, inputs), tokens), warp, self.threshold)
 
     @torch.inference_mode()
     def _logits(self, square: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
@@ -180,8 +185,9 @@ class Segmenter:
         self.model.eval()
         parameter = next(self.model.parameters())
         features = self.model.encode_image(square[None].to(parameter))
+        at_once = PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
         chunks = []
-        for chunk in tokens.to(parameter.device).split(PHRASES_AT_ONCE):
+        for chunk in tokens.to(parameter.device).split(at_once):
             index = torch.zeros(len(chunk), dtype=torch.int64, device=parameter.device)
             chunks.append(self.model.segment(features, chunk, index)[:, 0].float().cpu())
         logits = torch.cat(chunks)

@@ -67,7 +67,11 @@ def create(what: str | Mapping[str, Any] | ModelConfig) -> Any:
 
 def read_config(mapping: Mapping[str, Any], source: str = "configuration") -> ModelConfig:
     """The configuration that a mapping describes, of the system that it names, or of CRIS. ValueError, as from_dict."""
-    return config_class(system_of(mapping) or DEFAULT).from_dict(mapping, source)
+    try:
+        system = system_of(mapping) or DEFAULT
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return config_class(system).from_dict(mapping, source)
 
 
 def system_of(mapping: Mapping[str, Any]) -> str | None:

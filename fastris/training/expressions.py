@@ -23,10 +23,10 @@ import torch
 from fastris.data.base import ReferringDataset
 from fastris.data.letterbox import letterbox
 from fastris.data.samples import TrainSamples
-from fastris.data.tokens import tokenize
+from fastris.models.inputs import CLIP_INPUTS, Inputs, inputs_of
 
 if TYPE_CHECKING:
-    from fastris.models.cris.config import CRISConfig
+    from fastris.models.config import ModelConfig
     from fastris.training.recipe import TrainConfig
 
 
@@ -38,7 +38,7 @@ class ImageSamples(TrainSamples):
     again, so that every image weighs the same.
 
     Args:
-        dataset, input_size, word_len, seed: as for :class:`TrainSamples`.
+        dataset, input_size, word_len, seed, inputs: as for :class:`TrainSamples`.
         expressions: K.
         references: only the first so many of the data set; None for all.
 
@@ -52,11 +52,12 @@ class ImageSamples(TrainSamples):
         input_size: int = 416,
         word_len: int = 17,
         seed: int = 0,
+        inputs: Inputs = CLIP_INPUTS,
         *,
         expressions: int,
         references: int | None = None,
     ):
-        super().__init__(dataset, input_size, word_len, seed)
+        super().__init__(dataset, input_size, word_len, seed, inputs)
         if expressions < 1:
             raise ValueError(f"expressions={expressions} must be at least 1")
         self.expressions = expressions
@@ -75,8 +76,8 @@ class ImageSamples(TrainSamples):
         warp = letterbox(image.shape[0], image.shape[1], self.input_size)
         masks = {index: warp.warp_mask(self.dataset.mask(index)) for index in {index for index, _ in chosen}}
         return {
-            "image": warp.warp_image(image),
-            "tokens": tokenize([sentence for _, sentence in chosen], self.word_len).tokens,
+            "image": warp.warp_image(image, self.inputs),
+            "tokens": self.tokenize([sentence for _, sentence in chosen]).tokens,
             "mask": torch.stack([masks[index] for index, _ in chosen]),
             "index": torch.tensor([index for index, _ in chosen]),
         }
@@ -92,13 +93,13 @@ class ImageSamples(TrainSamples):
         return [rounds[number % len(rounds)][1:] for number in range(self.expressions)]
 
 
-def training_samples(config: TrainConfig, dataset: ReferringDataset, model: CRISConfig) -> TrainSamples:
+def training_samples(config: TrainConfig, dataset: ReferringDataset, model: ModelConfig) -> TrainSamples:
     """The items of a training run: references with one sentence each, or images with several.
 
     Raises:
         ValueError: fewer images than a batch holds.
     """
-    common = (dataset, model.input_size, model.word_len, config.manual_seed)
+    common = (dataset, model.input_size, model.word_len, config.manual_seed, inputs_of(model))
     several = config.expressions_per_image
     if several == 1:
         return TrainSamples(*common)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import find_tokenizer
+from fastris.models.inputs import inputs_of
 from fastris.runtime.device import Precision, choose_device, layout_for
 from fastris.training.gpu_settings import fused_on, parts_for, set_recompute
 from fastris.training.optim import build_optimizer
@@ -83,7 +84,8 @@ class StepProbe:
         """One training step on `micro_batch` references, each with a sentence of full length."""
         several, side = self.config.expressions_per_image, self.model.config.input_size
         images = micro_batch // several
-        tokens = tokenize("a " * self.model.config.word_len, self.model.config.word_len).tokens.to(self.device)
+        tokenize, words = find_tokenizer(inputs_of(self.model.config).tokenizer), self.model.config.word_len
+        tokens = tokenize("a " * words, words).tokens.to(self.device)
         shape = (images, several) if several > 1 else (images,)
         pixels = torch.randn(images, 3, side, side, device=self.device)
         pixels = pixels.contiguous(memory_format=self.layout)

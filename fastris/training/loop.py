@@ -23,7 +23,8 @@ from fastris.data import ReferringDataset, load_split
 from fastris.data.samples import EpochSampler, TrainSamples, digest
 from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import Scores, batch_iou
-from fastris.models.cris.config import CLIP_PRESETS, CLIPConfig
+from fastris.models.base import HEAD
+from fastris.models.registry import create
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
 from fastris.runtime.interrupt import StopSignal
@@ -169,7 +170,7 @@ def _prepare_alone(
 
     optimizer = build_optimizer(model, config.base_lr, config.lr_multi, config.weight_decay, fused_on(config, device))
     quirk = 1 / config.lr_multi if config.published_first_epoch_quirk else 1.0
-    scheduler = build_scheduler(optimizer, config.milestones, config.lr_decay, first_epoch_backbone_factor=quirk)
+    scheduler = build_scheduler(optimizer, config.milestones, config.lr_decay, first_epoch_factor=quirk)
     recipe = identity(config, model.config, amp=precision.name, **describe_data(train_set, count))
     run = Run(config.folder, model, optimizer, scheduler, precision.scaler(), precision, recipe)
     if saved is not None:
@@ -299,12 +300,11 @@ def _gradient_norm(run: Run) -> Tensor:
 def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
     """The model that the options describe, with the weights that they start from (none if `with_weights` is false).
 
-    Warns if a model of one of CLIP's own sizes starts without any weights.
+    Warns where the model says that it should not start without any.
     """
-    from fastris.models.cris.model import CRIS
     from fastris.weights.load import load_clip, load_weights
 
-    model = CRIS(model_config(config))
+    model = create(model_config(config))
     if not with_weights:
         return model
     clip = (config.clip_pretrain or "none").lower() != "none"
@@ -312,12 +312,8 @@ def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
         load_clip(model, str(config.clip_pretrain))
     if config.weight:
         load_weights(model, config.weight)
-    elif not clip and any(model.config.clip == CLIPConfig.preset(name) for name in CLIP_PRESETS):
-        warnings.warn(
-            "the CLIP encoders start from random weights, which is not the published recipe; to start from CLIP give "
-            "clip_pretrain=RN50:openai (or RN101:openai), or the path of OpenAI's RN50.pt",
-            stacklevel=2,
-        )
+    elif not clip and (advice := model.without_weights()):
+        warnings.warn(advice, stacklevel=2)
     return model
 
 
@@ -359,8 +355,8 @@ def _record(config: TrainConfig, run: Run, result: StepResult, started: float) -
         batch=position.batch,
         loss=result.loss,
         iou=result.iou,
-        lr=rates["head"],
-        lr_backbone=rates["backbone"],
+        lr=rates[HEAD],
+        lr_backbone=next((rate for name, rate in rates.items() if name != HEAD), rates[HEAD]),
         images_per_s=round(images_per_s, 2),
         memory_mib=memory_mib(run.precision.device),
     )

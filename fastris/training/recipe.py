@@ -12,7 +12,9 @@ from typing import Any, Literal
 from fastris.data import DATASETS, ReferringDataset
 from fastris.evaluation.evaluate import Sentences
 from fastris.evaluation.rules import RULES, find_rule
-from fastris.models.cris.config import PUBLISHED_OTHER_KEYS, CRISConfig
+from fastris.models import registry
+from fastris.models.config import ModelConfig
+from fastris.models.cris.config import PUBLISHED_OTHER_KEYS
 from fastris.options.declare import extra_option, option
 from fastris.runtime import distributed
 from fastris.runtime.device import Amp
@@ -22,7 +24,7 @@ from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting,
 def _model_keys() -> Iterable[str]:
     """Model options that may stand on the command line beside those of :class:`TrainConfig`."""
     own = {field.name for field in fields(TrainConfig)}
-    return [field.name for field in fields(CRISConfig) if field.name not in own]
+    return [name for name in registry.model_keys() if name not in own]
 
 
 @dataclass
@@ -161,7 +163,7 @@ class TrainConfig:
         return self.output_folder.expanduser() / self.exp_name
 
 
-def model_config(config: TrainConfig) -> CRISConfig:
+def model_config(config: TrainConfig) -> ModelConfig:
     """The preset or the YAML file's model keys, with the single options over it.
 
     Raises:
@@ -171,11 +173,11 @@ def model_config(config: TrainConfig) -> CRISConfig:
     source = "the training configuration"
     has_keys = bool(config.extra.keys() & set(_model_keys()))
     if config.model or not has_keys:
-        base = CRISConfig.preset(config.model or "cris_r50").to_dict()
+        base = registry.preset(config.model or "cris_r50").to_dict()
     else:
         base = {"clip_pretrain": config.clip_pretrain}
         source += ", which names no preset (model=cris_r50),"
-    return CRISConfig.from_dict(base | config.extra | own, source)
+    return registry.read_config(base | config.extra | own, source)
 
 
 def passed_over(config: TrainConfig) -> list[str]:
@@ -191,7 +193,7 @@ def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
     return {"dataset": dataset.name, "train_split": dataset.split, "references": count, "text_digest": digest}
 
 
-def identity(config: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[str, Any]:
+def identity(config: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with the one that it goes on with.
 
     Everything that changes a number on the way: not where files lie, how long to train, or what to log. `resolved`
@@ -203,6 +205,8 @@ def identity(config: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[st
         resolved["fp16_accumulation"] = True
     if config.expressions_per_image > 1:
         resolved["expressions_per_image"] = config.expressions_per_image
-    flat = model.to_dict()
-    flat.update({f"clip.{name}": value for name, value in flat.pop("clip").items()})
+    flat: dict[str, Any] = {}
+    for name, value in model.to_dict().items():
+        inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
     return {**{name: getattr(config, name) for name in names}, **flat, **resolved}
