@@ -51,7 +51,7 @@ def run_convert(options: ConvertConfig) -> int:
     write_model(model, target, kind, card)
     print(printable(f"wrote {target} ({kind}): {_in_words(model)}"))
     print(printable(f"model card {write_card(card_path(target, kind), card)}"))
-    if config is None:
+    if config is None and model.config.not_in_shapes:
         *most, last = (f"{name}={getattr(model.config, name)}" for name in model.config.not_in_shapes)
         print(
             f"its configuration was read from the shapes; {', '.join(most)} and {last} are the published values: "

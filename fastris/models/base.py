@@ -121,10 +121,6 @@ class ReferringModel(
         if expressions == 0:
             raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
 
-    def without_weights(self) -> str:
-        """What to tell who trains it without any weights to start from; empty where that is as published."""
-        return ""
-
     def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
 

@@ -87,6 +87,10 @@ class ModelConfig:
         """The model's name for the title of its card."""
         return self.title
 
+    def without_weights(self) -> str:
+        """What to tell who trains it without any weights to start from; empty where there is nothing to say."""
+        return ""
+
 
 def warn_of_unknown(unknown: Iterable[Any], names: Iterable[str], source: str) -> None:
     """A warning that names the keys that mean nothing, each with the name that it is close to."""

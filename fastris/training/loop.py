@@ -312,7 +312,7 @@ def build_model(config: TrainConfig, with_weights: bool = True) -> CRIS:
         load_clip(model, str(config.clip_pretrain))
     if config.weight:
         load_weights(model, config.weight)
-    elif not clip and (advice := model.without_weights()):
+    elif not clip and (advice := model.config.without_weights()):
         warnings.warn(advice, stacklevel=2)
     return model
 

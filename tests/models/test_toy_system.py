@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -108,7 +109,15 @@ def systems(monkeypatch):
 
 def run_training(folder: Path, model: str, **changes: Any):
     """`fastris train model=...` on the drawn scenes."""
-    settings = {"epochs": 2, "batch_size": 6, "base_lr": 0.02, "milestones": (9,), "workers": 0, "workers_val": 0}
+    settings = {
+        "epochs": 2,
+        "batch_size": 6,
+        "base_lr": 0.02,
+        "milestones": (9,),
+        "workers": 0,
+        "workers_val": 0,
+        "pictures": 0,
+    }
     config = TrainConfig(model=model, dataset="synthetic", device="cpu", output_folder=folder, **settings | changes)
     return train(config, train_set(), val_set())
 
@@ -179,8 +188,8 @@ def test_both_kinds_answer_alike_where_their_arithmetic_is_the_same():
 def test_toy_files_are_converted_and_found_again_as_what_they_are(tmp_path):
     model = registry.create("toy_large").eval()
     model.save_pretrained(tmp_path / "folder")
-    chain = ["folder", "file.pth", "file.safetensors", "again"]
-    for source, target in zip(chain, chain[1:], strict=False):
+    chain = ["folder", "published.pth", "single.safetensors", "again"]
+    for source, target in pairwise(chain):
         assert run_convert(ConvertConfig(str(tmp_path / source), str(tmp_path / target))) == 0
         loaded = load_model(tmp_path / target)
         assert type(loaded) is Toy and loaded.config == model.config == ToyConfig(width=12)

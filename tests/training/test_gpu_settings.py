@@ -133,8 +133,7 @@ def test_fused_optimizer_is_for_cuda_only(tmp_path) -> None:
     config = train_config(tmp_path, fused=True)
     run, *_ = training.prepare(config, train_set(), None)
     assert not run.optimizer.defaults["fused"]
-    model = nn.ModuleDict({"backbone": nn.Linear(1, 1), "proj": nn.Linear(1, 1)})
-    assert training.build_optimizer(model, 1e-4, 0.1, fused=True).defaults["fused"]
+    assert training.build_optimizer(run.model, 1e-4, 0.1, fused=True).defaults["fused"]
 
 
 CUDA_SAYS = (

@@ -215,6 +215,15 @@ class CRISConfig(ModelConfig):
         encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
         return f"{self.title}, CLIP {encoder}"
 
+    def without_weights(self) -> str:
+        """Encoders of one of CLIP's own sizes are there to start from CLIP."""
+        if all(self.clip != CLIPConfig.preset(name) for name in CLIP_PRESETS):
+            return ""
+        return (
+            "the CLIP encoders start from random weights, which is not the published recipe; to start from CLIP give "
+            "clip_pretrain=RN50:openai (or RN101:openai), or the path of OpenAI's RN50.pt"
+        )
+
 
 def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Lift the entries of the published files' sections (DATA, TRAIN, Distributed, TEST) to one flat dict."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastris.dispatch import requested_impl
 from fastris.models.base import HEAD, ReferringModel, check_is_tensor, check_mask
 from fastris.models.cris import keys
-from fastris.models.cris.config import CLIP_PRESETS, CLIPConfig, CRISConfig
+from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.neck import FPN
 from fastris.models.cris.projector import Projector
@@ -154,15 +154,6 @@ class CRIS(ReferringModel, tags=["cris"]):
                 "word holds one expression, but BatchNorm needs two in training mode; give a larger batch, or call "
                 "model.eval() to segment"
             )
-
-    def without_weights(self) -> str:
-        """Encoders of one of CLIP's own sizes are there to start from CLIP."""
-        if all(self.config.clip != CLIPConfig.preset(name) for name in CLIP_PRESETS):
-            return ""
-        return (
-            "the CLIP encoders start from random weights, which is not the published recipe; to start from CLIP give "
-            "clip_pretrain=RN50:openai (or RN101:openai), or the path of OpenAI's RN50.pt"
-        )
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
