@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fastris.models.inputs import CLIP_INPUTS, Inputs
+from fastris.models.limits import MAX_SIDE, MAX_WORDS, check_whole
+from fastris.options.values import shown
 
 SYSTEM = "system"
 """The key of a configuration's mapping that says whose it is; CRIS's files, older than it, have none."""
@@ -22,7 +24,10 @@ C = TypeVar("C", bound="ModelConfig")
 
 
 class ModelConfig:
-    """Base of the dataclasses that describe a model. What a stranger's file may hold, ``__post_init__`` checks.
+    """Base of the dataclasses that describe a model.
+
+    A configuration may come from a stranger's file, so ``__post_init__`` must refuse what cannot be built. Here it
+    checks types and the two sizes; a subclass adds its own widths and depths, which could ask for memory and hours.
 
     A subclass is a dataclass with at least ``input_size`` (side of the letterboxed square, in pixels) and ``word_len``
     (tokens that a sentence is cut to).
@@ -48,6 +53,17 @@ class ModelConfig:
 
     input_size: int
     word_len: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(_as_dataclass(self)):
+            kind, value = type(field.default), getattr(self, field.name)
+            takes = (int, float) if kind is float else kind
+            if kind in (int, float, bool, str) and (
+                not isinstance(value, takes) or (type(value) is bool) != (kind is bool)
+            ):
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, got {shown(value)}")
+        check_whole("input_size", self.input_size, MAX_SIDE)
+        check_whole("word_len", self.word_len, MAX_WORDS)
 
     @classmethod
     def preset(cls: type[C], name: str) -> C:

@@ -20,15 +20,16 @@ CLIP_LIMITS = {
     "transformer_heads": 1024,
     "transformer_layers": 128,
 }
+MAX_SIDE, MAX_WORDS = 16384, 4096  # pixels of the letterboxed square; tokens of a sentence
 MAX_BLOCKS = 128  # of one stage of the ResNet; RN50x64 has 36
 CRIS_LIMITS = {
-    "word_len": 4096,
+    "word_len": MAX_WORDS,
     "word_dim": 16384,
     "vis_dim": 16384,
     "num_layers": 128,
     "num_head": 1024,
     "dim_ffn": 131072,
-    "input_size": 16384,
+    "input_size": MAX_SIDE,
 }
 MAX_WIDTH = 16384
 

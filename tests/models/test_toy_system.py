@@ -208,6 +208,23 @@ def test_file_without_a_configuration_takes_one_and_says_so(tmp_path):
     assert type(load_model(tmp_path / "out")) is Toy
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"width": "6"}, r"width must be of type int, got '6'"),
+        ({"width": True}, r"width must be of type int, got True"),
+        ({"width": [6]}, r"width must be of type int"),
+        ({"input_size": 10**9}, r"input_size must be a whole number from 1 to 16384"),
+        ({"word_len": 0}, r"word_len must be a whole number from 1 to 4096"),
+    ],
+)
+def test_configuration_of_a_stranger_is_checked_before_anything_is_built(field, message, tmp_path):
+    Toy(ToyConfig()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(ToyConfig().to_dict() | field))
+    with pytest.raises(ValueError, match=rf"the configuration of .* does not describe a Toy model: {message}"):
+        load_model(tmp_path)
+
+
 def test_wrong_class_system_or_weights_are_one_error_that_says_the_mend(tmp_path, monkeypatch):
     Toy(ToyConfig()).save_pretrained(tmp_path / "toy")
     with pytest.raises(

@@ -23,6 +23,26 @@ def model() -> CRIS:
     return randomised(CRIS(CONFIG)).eval()
 
 
+class Wrapped(torch.nn.Module):
+    """What DDP ("module") and torch.compile ("_orig_mod") make of a model, by its names."""
+
+    def __init__(self, module: torch.nn.Module, name: str = "module"):
+        super().__init__()
+        self.add_module(name, module)
+
+
+def test_wrapped_models_and_other_peoples_cris_take_weights_by_the_same_names(model):
+    published = torch.nn.Module()
+    for name, part in CRIS(CONFIG).named_children():
+        published.add_module(name, part)
+    compiled = Wrapped(CRIS(CONFIG), "_orig_mod")
+    for fresh in (published, Wrapped(CRIS(CONFIG)), compiled, Wrapped(compiled)):
+        assert load_weights(fresh, model.state_dict()).fits
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+        with pytest.raises(ValueError, match="holds a whole CRIS model; give CLIP's weights alone"):
+            load_clip(fresh, model.state_dict())
+
+
 @pytest.mark.parametrize("name", ["cris_r50", "cris_r101"])
 def test_published_state_dict_fits_the_preset_and_tells_its_configuration(name):
     state = {key: torch.empty(shape, device="meta") for key, shape in SHAPES[name]["state_dict"].items()}
