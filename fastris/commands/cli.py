@@ -31,7 +31,7 @@ COMMANDS = {
     "demo": Command(
         "fastris.commands.demo", "DemoConfig", "train a tiny CRIS on drawn scenes and show what it learned"
     ),
-    "train": Command("fastris.training.loop", "TrainConfig", "train CRIS, by default with the published recipe"),
+    "train": Command("fastris.commands.train", "TrainConfig", "train CRIS, by default with the published recipe"),
     "eval": Command("fastris.evaluation.evaluate", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
     "predict": Command("fastris.inference.segmenter", "PredictConfig", "find what phrases name in a picture of yours"),
     "data": Command(

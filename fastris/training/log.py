@@ -136,6 +136,22 @@ class _Lasting:
                 raise
 
 
+@dataclass(frozen=True)
+class LogSettings:
+    """What a run logs besides its CSV files.
+
+    Attributes:
+        options: text of `config.yaml`, from which the command can be repeated; empty for no such file.
+        print_freq, tensorboard, wandb, progress: see :class:`RunLog`.
+    """
+
+    options: str = ""
+    print_freq: int = 100
+    tensorboard: bool = False
+    wandb: str | None = None
+    progress: bool = True
+
+
 class SilentLog:
     """Stands in for :class:`RunLog` where another process of the run keeps the log: every call does nothing."""
 
