@@ -27,6 +27,7 @@ from fastris.training.expressions import training_samples
 from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
 from fastris.training.memory import set_recompute
+from fastris.training.notices import stop_signal
 from fastris.training.optim import build_optimizer, build_scheduler
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
@@ -73,6 +74,7 @@ def assemble(
         validation,
         log_settings(options),
         memory_use(options),
+        stop_signal(),
         is_new=saved is None,
         ignored=tuple(passed_over(options)),
     )

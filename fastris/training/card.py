@@ -1,4 +1,4 @@
-"""The model card of what a training run made: data, recipe, and how it scored by which rule."""
+"""The model card of a trained model: its data, its recipe, and its scores with the rule they were found by."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _has_rows(log: Path) -> bool:
-    """Whether steps were taken: the header alone is what a run leaves that failed before its first one."""
+    """Whether the log has rows besides its header, which is all that a run leaves that fails before its first step."""
     return log.exists() and len(log.read_bytes().splitlines()) > 1
 
 

@@ -49,7 +49,7 @@ VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRE
 
 
 class CsvLog:
-    """A CSV file that is appended to, in which every step stands once.
+    """A CSV file that is appended to, with one row for each step, however often the run was resumed.
 
     Opening it drops the rows after `last_step` (a resumed run does those steps again) and a last line that a killed
     process left unfinished. Every row reaches the operating system at once, so that it outlives the process.

@@ -6,13 +6,12 @@ anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.runtime.interrupt import StopSignal
 from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
-from fastris.training.notices import stop_signal
 from fastris.training.run import Run
 from fastris.training.validation import Validation
 
@@ -64,7 +63,8 @@ class Parts:
         run: model, optimizer, precision and all else that is saved, as a new run or a checkpoint has it.
         is_new: whether the run has no checkpoint yet.
         validation: None to train without one.
-        memory: what to say of where a batch does not fit.
+        memory: what the error says that tells of a batch that does not fit.
+        stop: asks the loop to stop after a step; see :func:`.notices.stop_signal`.
         ignored: keys of an options file that mean nothing here, to be told.
     """
 
@@ -74,6 +74,6 @@ class Parts:
     validation: Validation | None
     log: LogSettings
     memory: MemoryUse
+    stop: StopSignal
     is_new: bool = True
     ignored: tuple[str, ...] = ()
-    stop: StopSignal = field(default_factory=stop_signal)

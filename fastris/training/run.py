@@ -38,13 +38,13 @@ class Statistics:
         self.kept: Tensor | None = None
 
     def keep(self) -> None:
-        """Remember them as they are now."""
+        """Copy the buffers as they are now."""
         if self.buffers:
             self.kept = torch.cat([buffer.flatten() for buffer in self.buffers])
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make them what they were at the last :meth:`keep`."""
+        """Set the buffers to what they were at the last :meth:`keep`."""
         if self.kept is not None:
             for buffer, kept in zip(self.buffers, self.kept.split([b.numel() for b in self.buffers]), strict=True):
                 buffer.copy_(kept.view_as(buffer))
@@ -95,12 +95,12 @@ class Position:
 
     @property
     def mean_loss(self) -> float:
-        """Over the batches of the epoch that made a step; NaN where none did."""
+        """Mean loss of the epoch so far, over the batches that made a step; NaN where none did."""
         return self.loss_sum / steps if (steps := self.batch - self.skipped) else math.nan
 
     @property
     def mean_iou(self) -> float:
-        """As :attr:`mean_loss`, of the training IoU."""
+        """Mean training IoU of the epoch so far, over the same batches as :attr:`mean_loss`."""
         return self.iou_sum / steps if (steps := self.batch - self.skipped) else math.nan
 
 
@@ -145,7 +145,7 @@ class Run:
         self.statistics = Statistics(self.model)
 
     def keeping_gradients_here(self, more_to_come: bool) -> AbstractContextManager[Any]:
-        """For all but the last part of a batch: its gradients stay in the process until the last part's are there."""
+        """The context of one part's backward pass: processes exchange gradients only in that of a batch's last part."""
         if more_to_come and isinstance(self.replica, nn.parallel.DistributedDataParallel):
             return self.replica.no_sync()
         return nullcontext()

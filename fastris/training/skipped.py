@@ -16,7 +16,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def leave_out(run: Run, dataset: ReferringDataset, batch: list[int], loss: float, norm: float, at_most: int) -> str:
-    """Keep what was in the batch (indices of references) that the run has just left out; a line to tell about it.
+    """Record a batch (indices of references) that the run has just left out; returns a line for the log that says so.
 
     Every process calls it; the main one appends to `skipped.jsonl` in the run's folder.
 
