@@ -28,7 +28,7 @@ from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
 from fastris.training.memory import set_recompute
 from fastris.training.notices import stop_signal
-from fastris.training.optim import build_optimizer, build_scheduler
+from fastris.training.optim import HEAD, build_optimizer, build_scheduler
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import Validation
@@ -224,7 +224,8 @@ def used_references(options: TrainConfig, train_set: ReferringDataset) -> int:
 def make_run(options: TrainConfig, precision: Precision, model: CRIS, train_set: ReferringDataset) -> Run:
     """Model, optimizer, schedule and loss scaler, with what identifies the run."""
     optimizer = make_optimizer(options, model, precision.device)
-    first_epoch = {"backbone": 1 / options.lr_multi} if options.published_first_epoch_quirk else {}
+    quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
+    first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if group["name"] != HEAD}
     data = describe_data(train_set, used_references(options, train_set))
     return Run(
         folder=options.folder,
@@ -239,9 +240,9 @@ def make_run(options: TrainConfig, precision: Precision, model: CRIS, train_set:
 
 
 def make_optimizer(options: TrainConfig, model: CRIS, device: torch.device) -> Adam:
-    """Adam over the model's parameter groups: `backbone` at `base_lr * lr_multi`, all others at `base_lr`."""
+    """Adam over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
     groups = _parameter_groups(model)
-    rates = {name: options.base_lr * options.lr_multi if name == "backbone" else options.base_lr for name in groups}
+    rates = {name: options.base_lr if name == HEAD else options.base_lr * options.lr_multi for name in groups}
     return build_optimizer(groups, rates, options.weight_decay, fused=bool(options.fused) and device.type == "cuda")
 
 
@@ -249,10 +250,10 @@ def _parameter_groups(model: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
     """The model's own groups; of one that has none, those that were published for CRIS."""
     if own := getattr(model, "parameter_groups", None):
         return own()  # type: ignore[no-any-return]
-    groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
+    groups: dict[str, list[nn.Parameter]] = {"backbone": [], HEAD: []}
     for name, parameter in model.named_parameters():
         is_backbone = name.startswith("backbone") and "positional_embedding" not in name
-        groups["backbone" if is_backbone else "head"].append(parameter)
+        groups["backbone" if is_backbone else HEAD].append(parameter)
     return groups
 
 

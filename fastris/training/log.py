@@ -27,7 +27,8 @@ class StepRecord:
     Attributes:
         step: optimizer steps so far, from 1; epoch, batch: where it is, both from 1.
         loss: mean over the batch; iou: the published training IoU (:func:`.metrics.batch_iou`), a fraction of 1.
-        lr, lr_backbone: learning rates of the two parameter groups in this step.
+        lr, lr_backbone: learning rates in this step, of the head and of the group before it (a model without one: the
+            head's).
         images_per_s: images of this batch / seconds since the previous step, data loading included.
         memory_mib: peak GPU memory on CUDA, else the process's peak resident memory, in MiB.
     """

@@ -27,6 +27,7 @@ from fastris.training.feed import Feed, count_cut
 from fastris.training.log import RunLog, StepRecord, memory_mib
 from fastris.training.memory import out_of_memory_explained
 from fastris.training.notices import end_if_unreadable, go_on, introduce, open_log, told_where_it_stands
+from fastris.training.optim import HEAD
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import validate
@@ -209,8 +210,8 @@ def _record(batch_size: int, run: Run, result: StepResult, started: float) -> St
         batch=position.batch,
         loss=result.loss,
         iou=result.iou,
-        lr=rates["head"],
-        lr_backbone=rates.get("backbone", rates["head"]),
+        lr=rates[HEAD],
+        lr_backbone=next((rate for name, rate in rates.items() if name != HEAD), rates[HEAD]),
         images_per_s=round(images_per_s, 2),
         memory_mib=memory_mib(run.precision.device),
     )
