@@ -277,8 +277,10 @@ def identity(options: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[s
         resolved["fp16_accumulation"] = True
     if options.expressions_per_image > 1:
         resolved["expressions_per_image"] = options.expressions_per_image
-    flat = model.to_dict()
-    flat.update({f"clip.{name}": value for name, value in flat.pop("clip").items()})
+    flat: dict[str, Any] = {}
+    for name, value in asdict(model).items():
+        nested = isinstance(value, dict)
+        flat.update({f"{name}.{key}": part for key, part in value.items()} if nested else {name: value})
     return {**{name: getattr(options, name) for name in names}, **flat, **resolved}
 
 
