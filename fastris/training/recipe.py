@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastris.data import DATASETS, ReferringDataset
-from fastris.evaluation.evaluate import Sentences
-from fastris.evaluation.rules import RULES, find_rule
+from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models.cris.config import PUBLISHED_OTHER_KEYS, CRISConfig
 from fastris.options.declare import extra_option, option
+from fastris.options.shared import Amp
 from fastris.runtime import distributed
-from fastris.runtime.device import Amp
 from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
 
 

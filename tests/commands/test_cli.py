@@ -178,7 +178,7 @@ def test_a_real_process_says_its_mistake_and_exits_with_2(tmp_path: Path) -> Non
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     program = (
-        "import sys, os; from fastris import cli, config\n"
+        "import sys, os; from fastris.commands import cli\n"
         "sys.stdin.read()\n"  # the reader's end is closed by now
         "sys.exit(cli.main(['doctor', '--help']))"
     )
@@ -193,7 +193,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_output_closed_before_the_start_is_no_error_and_no_file_takes_its_place(closed: str) -> None:
-    look = "import os, sys; from fastris import cli; code = cli.main(['--help'])"
+    look = "import os, sys; from fastris.commands import cli; code = cli.main(['--help'])"
     program = f"{look}; sys.exit(code or os.readlink('/proc/self/fd/1') != os.devnull)"
     found = subprocess_run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program])
     assert (found.returncode, found.stderr) == (0, "")
@@ -235,7 +235,7 @@ def test_what_an_error_quotes_cannot_steer_the_terminal(
 
 
 def test_output_of_a_narrow_encoding_comes_escaped() -> None:
-    program = "from fastris import cli; cli._overview = lambda: 'caf\u00e9 \\udcff'; cli.main([])"
+    program = "from fastris.commands import cli; cli._overview = lambda: 'caf\u00e9 \\udcff'; cli.main([])"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=60)
     assert (found.stdout, found.stderr) == ("caf\\xe9 \\udcff\n", "")
