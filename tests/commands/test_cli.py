@@ -170,6 +170,44 @@ def test_only_the_chosen_commands_module_is_imported() -> None:
     assert subprocess_run([sys.executable, "-c", program]).stderr == ""
 
 
+HEAVY = {"torch", "torchvision", "triton", "cv2", "PIL", "open_clip", "huggingface_hub", "safetensors", "rich"}
+MISTAKES = {  # command -> wrong values, each with what the message says
+    "demo": [(["steps=soon"], "steps must be int (steps), got 'soon'"), (["lr=inf"], "lr=inf must be a finite number")],
+    "eval": [
+        ([], "model=... is missing"),
+        (["model=a", "sentences=some"], "sentences must be all|first, got 'some'"),
+        (["model=a", "rule=lavvt"], "rule='lavvt' is unknown; choose one of cris, lavt"),
+        (["model=a", "dataset=refcocoo"], "dataset='refcocoo' is unknown; choose one of synthetic, refcoco"),
+        (["model=a", "dataset=synthetic", "images=b"], "dataset=synthetic reads no files, so images must be left out"),
+        (["model=a", "images_per_batch=0"], "images_per_batch=0 must be at least 1"),
+    ],
+    "predict": [
+        (["a.png", "red", "model=a", "threshold=half"], "threshold must be float (probability, 0..1), got 'half'"),
+        (["a.png", "red", "model=a", "threshold=2"], "threshold must lie in 0..1 (a probability), got 2"),
+        (["a.png", " ", "model=a"], "phrases[0] is ' ', which names nothing"),
+    ],
+    "data": [(["lok", "."], "action must be inspect|check|convert, got 'lok'")],
+    "doctor": [(["json=soon"], "json must be true|false, got 'soon'")],
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_help_and_mistakes_are_answered_without_a_heavy_import(name: str, tmp_path: Path) -> None:
+    asked = [["--help"], ["--hlep"], ["--zzz=1"], *(args for args, _ in MISTAKES[name])]
+    program = (
+        "import sys; from fastris.commands.cli import main\n"
+        f"codes = [main([{name!r}, *args]) for args in {asked!r}]\n"
+        f"print(codes, sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    found = subprocess_run([sys.executable, "-c", program], cwd=tmp_path)
+    assert found.stdout.startswith(f"usage: fastris {name} ")
+    assert found.stdout.splitlines()[-1] == f"{[0] + [2] * (len(asked) - 1)} []"
+    first, second, *errors = found.stderr.splitlines()
+    assert first.startswith(f"fastris {name}: unknown option --hlep") and "unknown option --zzz" in second
+    for error, (_, message) in zip(errors, MISTAKES[name], strict=True):
+        assert error.startswith(f"fastris {name}: ") and message in error
+
+
 def test_a_real_process_says_its_mistake_and_exits_with_2(tmp_path: Path) -> None:
     found = subprocess_run([sys.executable, "-m", "fastris", "doctor", "jsn=true"], cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
