@@ -26,6 +26,7 @@ from fastris.runtime.runlock import locked
 if TYPE_CHECKING:
     from fastris.evaluation.evaluate import EvalResult
     from fastris.models.cris.model import CRIS
+    from fastris.training.from_scratch import Track
 
 FAMILIES = ("attribute", "place", "relation")
 
@@ -108,7 +109,7 @@ def _learn(config: DemoConfig) -> Learnt:
             lr=config.lr,
             seed=config.seed,
             stop=stop,
-            track=_tracker(config.progress),
+            track=_progress(config.progress),
         )
     model.eval()
     right, wrong = (
@@ -207,24 +208,24 @@ def gallery_rows(model: CRIS, dataset: SyntheticExpressions, result: EvalResult,
     return rows
 
 
-def _tracker(show: bool) -> Any:
-    """``track(sequence, text, losses)``: iterate with a progress bar that shows the last losses' mean, or without."""
+def _progress(show: bool) -> Track:
+    """Iterates over a sequence with a progress bar that shows the mean of the last 50 losses, or without a bar."""
 
-    def plain(sequence: Any, text: str, losses: list[float] | None = None) -> Any:
+    def plain(sequence: Any, title: str, losses: list[float] | None = None) -> Any:
         return sequence
 
-    def bar(sequence: Any, text: str, losses: list[float] | None = None) -> Any:
+    def bar(sequence: Any, title: str, losses: list[float] | None = None) -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn(text),
+            TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}"),
         )
         with Progress(*columns) as progress:
-            task = progress.add_task(text, total=len(sequence), loss="")
+            task = progress.add_task(title, total=len(sequence), loss="")
             for item in sequence:
                 yield item
                 recent = f"loss {np.mean(losses[-50:]):.4f}" if losses else ""

@@ -158,7 +158,7 @@ def evaluate(
         keep: (index, sentence number) of the expressions whose predicted masks the result holds.
 
     Raises:
-        ValueError: unknown rule, sentence rule or precision, or a data set without references.
+        ValueError: unknown rule, sentence rule or precision, a number too small, or a data set without references.
     """
     method = find_rule(rule)
     if sentences not in ("all", "first"):
@@ -188,7 +188,26 @@ def evaluate(
         found = [pair for share in distributed.gather(own) for pair in share]
     finally:
         model.train(was_training)
-    found.sort(key=lambda pair: (pair[0].index, pair[0].sentence_number))
+    settings = {
+        "input_size": input_size,
+        "word_len": word_len,
+        "amp": precision.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": world,
+    }
+    return _result(found, dataset, rule, sentences, settings, seconds=time.perf_counter() - started)
+
+
+def _result(
+    found: list[tuple[SampleResult, np.ndarray | None]],
+    dataset: ReferringDataset,
+    rule: str,
+    sentences: Sentences,
+    settings: dict[str, Any],
+    seconds: float,
+) -> EvalResult:
+    """The result of all processes' samples, each with its mask where that was asked for, in the data set's order."""
+    found = sorted(found, key=lambda pair: (pair[0].index, pair[0].sentence_number))
     samples = [sample for sample, _ in found]
     return EvalResult(
         scores=score(
@@ -206,14 +225,8 @@ def evaluate(
         references=len({s.index for s in samples}),
         truncated=sum(s.truncated for s in samples),
         skipped=dataset.skipped,
-        seconds=time.perf_counter() - started,
-        settings={
-            "input_size": input_size,
-            "word_len": word_len,
-            "amp": precision.name,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "processes": world,
-        },
+        seconds=seconds,
+        settings=settings,
         masks={(sample.index, sample.sentence_number): mask for sample, mask in found if mask is not None},
     )
 
