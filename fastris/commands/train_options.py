@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fastris.data import DATASETS
-from fastris.evaluation.rules import RULES, find_rule
+from fastris.data.options import DataOptions
+from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models.cris.config import CRISConfig
 from fastris.options.declare import extra_option, option
-from fastris.training.gpu_settings import GPU_SETTINGS, GpuSetting, Recompute, find_setting, parts_for
+from fastris.options.shared import Amp
+from fastris.runtime.processes import world_size
+from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
 
 
 def model_keys() -> Iterable[str]:
@@ -22,23 +24,16 @@ def model_keys() -> Iterable[str]:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(DataOptions):
     """Options under the names of the published YAML files, whose recipe is the default; model keys may be given too."""
 
     model: str = option("", "cris_r50, cris_r101 or tiny; empty: the model keys of a YAML file, else cris_r50")
     clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
     weight: str | None = option(None, "CRIS weights to start from (path, folder or Hugging Face id)")
-    dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
-    data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
     val_rule: str = option("cris", "prediction and scoring rule of validation: " + ", ".join(RULES))
-    val_sentences: Literal["all", "first"] = option(
-        "first", "sentences of each object that validation scores; first as published"
-    )
-    images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
-    format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
-    on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
+    val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
     input_size: int | None = option(
         None, "side of the letterboxed square; none: the model's, 416 as published", "pixels"
     )
@@ -84,9 +79,7 @@ class TrainConfig:
         False, "train the CLIP encoders at the full base_lr in the first epoch, as the published code does by accident"
     )
     manual_seed: int = option(0, "seed of weights, order, sentences and dropout")
-    amp: Literal["auto", "bf16", "fp16", "off"] = option(
-        "auto", "mixed precision; auto: bf16 or else fp16 on CUDA, off on the CPU"
-    )
+    amp: Amp = option("auto", "mixed precision; auto: bf16 or else fp16 on CUDA, off on the CPU")
     fp16_accumulation: bool = option(
         False, "sum float16 products in float16 (amp=fp16 on CUDA): faster on GeForce cards, fewer digits"
     )
@@ -112,6 +105,7 @@ class TrainConfig:
     extra: dict[str, Any] = extra_option(model_keys)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
         self._follow_gpu()
         find_rule(self.val_rule)
@@ -141,17 +135,12 @@ class TrainConfig:
         """Fill in what the user left to `gpu`, so that the saved options say what was done."""
         setting = find_setting(self.gpu) if self.gpu else None
         if self.accumulate == 0:
-            self.accumulate = self._parts_for(setting) if setting else 1
+            several = max(1, self.expressions_per_image)
+            self.accumulate = parts_for(self.batch_size, setting.micro_batch, world_size(), several) if setting else 1
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:
             self.fused = setting.fused if setting else False
-
-    def _parts_for(self, setting: GpuSetting) -> int:
-        from fastris.runtime import distributed  # only here: it imports torch
-
-        several = max(1, self.expressions_per_image)
-        return parts_for(self.batch_size, setting.micro_batch, distributed.world_size(), several)
 
     @property
     def micro_batch(self) -> int:

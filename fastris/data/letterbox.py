@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fastris.data.formats.usable import MAX_SIDE
+
+if TYPE_CHECKING:
+    import torch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,6 +61,7 @@ class Letterbox:
             (3, S, S) float32 on the CPU.
         """
         import cv2
+        import torch
 
         rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
         border = [mean * 255 for mean in CLIP_MEAN]
@@ -77,6 +81,7 @@ class Letterbox:
             (1, S, S) float32 in [0, 1] on the CPU.
         """
         import cv2
+        import torch
 
         mask = self._checked("mask", mask, (self.height, self.width), np.bool_)
         square = (self.size, self.size)
