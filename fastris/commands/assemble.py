@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Adam
 
 from fastris.commands.train_options import TrainConfig, model_keys
 from fastris.data import ReferringDataset, load_split
 from fastris.data.samples import EpochSampler, digest
-from fastris.models.cris.config import CLIP_PRESETS, PUBLISHED_OTHER_KEYS, CLIPConfig, CRISConfig
+from fastris.models import registry
+from fastris.models.base import HEAD, ReferringModel
+from fastris.models.config import ModelConfig
+from fastris.models.cris.config import PUBLISHED_OTHER_KEYS
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
 from fastris.runtime.float16_sums import allow_fp16_accumulation, fp16_accumulation_obstacle
@@ -28,13 +29,10 @@ from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
 from fastris.training.memory import set_recompute
 from fastris.training.notices import stop_signal
-from fastris.training.optim import HEAD, build_optimizer, build_scheduler
+from fastris.training.optim import build_optimizer, build_scheduler
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import Validation
-
-if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
 
 
 def assemble(
@@ -126,7 +124,7 @@ def make_validation(options: TrainConfig, val_set: ReferringDataset | None) -> V
     )
 
 
-def make_model(options: TrainConfig, device: torch.device, with_weights: bool) -> CRIS:
+def make_model(options: TrainConfig, device: torch.device, with_weights: bool) -> ReferringModel:
     """The model on its device, from the run's seed; from here on each process draws random numbers of its own."""
     seed_everything(options.manual_seed)
     model = place_model(options, device, with_weights)
@@ -135,7 +133,7 @@ def make_model(options: TrainConfig, device: torch.device, with_weights: bool) -
     return model
 
 
-def place_model(options: TrainConfig, device: torch.device, with_weights: bool) -> CRIS:
+def place_model(options: TrainConfig, device: torch.device, with_weights: bool) -> ReferringModel:
     """:func:`build_model` on a device, in the layout and with the recomputation that a run there has."""
     model = build_model(options, with_weights=with_weights)
     model.to(device).to(memory_format=layout_for(device))
@@ -143,15 +141,14 @@ def place_model(options: TrainConfig, device: torch.device, with_weights: bool) 
     return model
 
 
-def build_model(options: TrainConfig, with_weights: bool = True) -> CRIS:
+def build_model(options: TrainConfig, with_weights: bool = True) -> ReferringModel:
     """The model that the options describe, with the weights that they start from (none if `with_weights` is false).
 
-    Warns if a model of one of CLIP's own sizes starts without any weights.
+    Warns where the model says that it should not start without any.
     """
-    from fastris.models.cris.model import CRIS
     from fastris.weights.load import load_clip, load_weights
 
-    model = CRIS(model_config(options))
+    model: ReferringModel = registry.create(model_config(options))
     if not with_weights:
         return model
     clip = (options.clip_pretrain or "none").lower() != "none"
@@ -159,16 +156,12 @@ def build_model(options: TrainConfig, with_weights: bool = True) -> CRIS:
         load_clip(model, str(options.clip_pretrain))
     if options.weight:
         load_weights(model, options.weight)
-    elif not clip and any(model.config.clip == CLIPConfig.preset(name) for name in CLIP_PRESETS):
-        warnings.warn(
-            "the CLIP encoders start from random weights, which is not the published recipe; to start from CLIP give "
-            "clip_pretrain=RN50:openai (or RN101:openai), or the path of OpenAI's RN50.pt",
-            stacklevel=2,
-        )
+    elif not clip and (advice := model.without_weights()):
+        warnings.warn(advice, stacklevel=2)
     return model
 
 
-def model_config(options: TrainConfig) -> CRISConfig:
+def model_config(options: TrainConfig) -> ModelConfig:
     """The preset or the YAML file's model keys, with the single options over it.
 
     Raises:
@@ -178,14 +171,14 @@ def model_config(options: TrainConfig) -> CRISConfig:
     source = "the training configuration"
     has_keys = bool(options.extra.keys() & set(model_keys()))
     if options.model or not has_keys:
-        base = CRISConfig.preset(options.model or "cris_r50").to_dict()
+        base = registry.preset(options.model or "cris_r50").to_dict()
     else:
         base = {"clip_pretrain": options.clip_pretrain}
         source += ", which names no preset (model=cris_r50),"
-    return CRISConfig.from_dict(base | options.extra | own, source)
+    return registry.read_config(base | options.extra | own, source)
 
 
-def make_batches(options: TrainConfig, train_set: ReferringDataset, model: CRISConfig) -> Batches:
+def make_batches(options: TrainConfig, train_set: ReferringDataset, model: ModelConfig) -> Batches:
     """The samples that the run trains on, and which of them make a batch.
 
     Raises:
@@ -221,7 +214,7 @@ def used_references(options: TrainConfig, train_set: ReferringDataset) -> int:
     return min(len(train_set), options.limit_train or len(train_set))
 
 
-def make_run(options: TrainConfig, precision: Precision, model: CRIS, train_set: ReferringDataset) -> Run:
+def make_run(options: TrainConfig, precision: Precision, model: ReferringModel, train_set: ReferringDataset) -> Run:
     """Model, optimizer, schedule and loss scaler, with what identifies the run."""
     optimizer = make_optimizer(options, model, precision.device)
     quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
@@ -239,22 +232,11 @@ def make_run(options: TrainConfig, precision: Precision, model: CRIS, train_set:
     )
 
 
-def make_optimizer(options: TrainConfig, model: CRIS, device: torch.device) -> Adam:
+def make_optimizer(options: TrainConfig, model: ReferringModel, device: torch.device) -> Adam:
     """Adam over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
-    groups = _parameter_groups(model)
+    groups = model.parameter_groups()
     rates = {name: options.base_lr if name == HEAD else options.base_lr * options.lr_multi for name in groups}
     return build_optimizer(groups, rates, options.weight_decay, fused=bool(options.fused) and device.type == "cuda")
-
-
-def _parameter_groups(model: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
-    """The model's own groups; of one that has none, those that were published for CRIS."""
-    if own := getattr(model, "parameter_groups", None):
-        return own()  # type: ignore[no-any-return]
-    groups: dict[str, list[nn.Parameter]] = {"backbone": [], HEAD: []}
-    for name, parameter in model.named_parameters():
-        is_backbone = name.startswith("backbone") and "positional_embedding" not in name
-        groups["backbone" if is_backbone else HEAD].append(parameter)
-    return groups
 
 
 def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
@@ -265,7 +247,7 @@ def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
     return {"dataset": dataset.name, "train_split": dataset.split, "references": count, "text_digest": digest}
 
 
-def identity(options: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[str, Any]:
+def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with the one that it goes on with.
 
     Everything that changes a number on the way: not where files lie, how long to train, or what to log. `resolved`
@@ -278,7 +260,7 @@ def identity(options: TrainConfig, model: CRISConfig, **resolved: Any) -> dict[s
     if options.expressions_per_image > 1:
         resolved["expressions_per_image"] = options.expressions_per_image
     flat: dict[str, Any] = {}
-    for name, value in asdict(model).items():
+    for name, value in model.to_dict().items():
         nested = isinstance(value, dict)
         flat.update({f"{name}.{key}": part for key, part in value.items()} if nested else {name: value})
     return {**{name: getattr(options, name) for name in names}, **flat, **resolved}

@@ -38,7 +38,9 @@ COMMANDS = {
     "data": Command(
         "fastris.commands.data", "DataConfig", "look at, check or convert a data set: inspect, check, convert"
     ),
-    "convert": Command("fastris.weights.load", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"),
+    "convert": Command(
+        "fastris.commands.convert", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"
+    ),
     "bench": Command(
         "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"
     ),

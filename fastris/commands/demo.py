@@ -89,14 +89,13 @@ def _learn(config: DemoConfig) -> Learnt:
     import torch
 
     from fastris.evaluation.evaluate import evaluate
-    from fastris.models.cris.config import CRISConfig
-    from fastris.models.cris.model import CRIS
+    from fastris.models.registry import create
     from fastris.training.from_scratch import train
 
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    size = CRISConfig.preset("tiny").input_size
-    model = CRIS(CRISConfig.preset("tiny"))
+    model = create("tiny")
+    size = model.config.input_size
     scenes = min(config.scenes, config.steps * config.images)
     train_set = SyntheticExpressions("train", seed=config.seed, scenes=scenes, size=size)
     held_out = SyntheticExpressions("val", seed=config.seed, scenes=config.held_out, size=size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastris.data.options import DataOptions
 from fastris.evaluation.rules import RULES, Sentences, find_rule
-from fastris.models.cris.config import CRISConfig
+from fastris.models import registry
 from fastris.options.declare import extra_option, option
 from fastris.options.shared import Amp
 from fastris.runtime.processes import world_size
@@ -20,7 +20,7 @@ from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting,
 def model_keys() -> Iterable[str]:
     """Model options that may stand on the command line beside those of :class:`TrainConfig`."""
     own = {field.name for field in fields(TrainConfig)}
-    return [field.name for field in fields(CRISConfig) if field.name not in own]
+    return [name for name in registry.model_keys() if name not in own]
 
 
 @dataclass

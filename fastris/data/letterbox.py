@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastris.data.formats.usable import MAX_SIDE
+from fastris.models.inputs import CLIP_INPUTS, Inputs
 
 if TYPE_CHECKING:
     import torch
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CV2_LIMIT = MAX_SIDE
 
 
@@ -51,11 +50,12 @@ class Letterbox:
         target = [[left, top], [new_width + left, top], [left, new_height + top]]
         return np.array(source, np.float32), np.array(target, np.float32)
 
-    def warp_image(self, rgb: np.ndarray) -> torch.Tensor:
-        """Warp an image, cubic, with CLIP's mean colour around it, and normalise it by CLIP's mean and deviation.
+    def warp_image(self, rgb: np.ndarray, inputs: Inputs = CLIP_INPUTS) -> torch.Tensor:
+        """Warp an image, cubic, with the mean colour around it, and normalise it by the mean and deviation.
 
         Args:
             rgb: (H, W, 3) uint8.
+            inputs: whose mean and deviation; CLIP's unless a model says otherwise.
 
         Returns:
             (3, S, S) float32 on the CPU.
@@ -64,10 +64,10 @@ class Letterbox:
         import torch
 
         rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
-        border = [mean * 255 for mean in CLIP_MEAN]
+        border = [mean * 255 for mean in inputs.mean]
         square = (self.size, self.size)
         warped = cv2.warpAffine(rgb, self.matrix, square, flags=cv2.INTER_CUBIC, borderValue=border)
-        mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+        mean, std = torch.tensor(inputs.mean).view(3, 1, 1), torch.tensor(inputs.std).view(3, 1, 1)
         pixels = torch.from_numpy(warped).permute(2, 0, 1).float().contiguous()
         return pixels.div_(255).sub_(mean).div_(std)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, Sampler
 
 from fastris.data.base import ReferringDataset
 from fastris.data.letterbox import letterbox
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import TokenBatch, find_tokenizer
+from fastris.models.inputs import CLIP_INPUTS, Inputs
 
 
 def worker_init(worker_id: int) -> None:
@@ -31,12 +32,14 @@ def digest(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _count_truncated(dataset: ReferringDataset, word_len: int, first_only: bool = False) -> int:
+def _count_truncated(
+    dataset: ReferringDataset, tokenize: Callable[[Sequence[str]], TokenBatch], first_only: bool = False
+) -> int:
     """Number of sentences of a data set that `tokenize` cuts; tokenises all of them."""
     count = 0
     for index in range(len(dataset)):
         sentences = dataset.reference(index).sentences
-        count += sum(tokenize(sentences[:1] if first_only else sentences, word_len).truncated)
+        count += sum(tokenize(sentences[:1] if first_only else sentences).truncated)
     return count
 
 
@@ -51,14 +54,28 @@ class TrainSamples(Dataset[dict[str, Any]]):
         input_size: side S of the letterboxed square, in pixels.
         word_len: L, tokens per sentence.
         seed: of the choice of sentences.
+        inputs: how the model wants pixels normalised and sentences tokenised.
     """
 
-    def __init__(self, dataset: ReferringDataset, input_size: int = 416, word_len: int = 17, seed: int = 0):
+    def __init__(
+        self,
+        dataset: ReferringDataset,
+        input_size: int = 416,
+        word_len: int = 17,
+        seed: int = 0,
+        inputs: Inputs = CLIP_INPUTS,
+    ):
         self.dataset = dataset
+        self.inputs = inputs
         self.input_size = input_size
         self.word_len = word_len
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        find_tokenizer(inputs.tokenizer)  # now, and not in a worker
+
+    def tokenize(self, sentences: str | Sequence[str]) -> TokenBatch:
+        """Token ids (N, L) of sentences, and which of them were cut."""
+        return find_tokenizer(self.inputs.tokenizer)(sentences, self.word_len)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of this epoch; call it before the loader's iterator is made."""
@@ -75,7 +92,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
 
         Counted at first use by tokenising all of them: seconds for RefCOCO's training split.
         """
-        return _count_truncated(self.dataset, self.word_len)
+        return _count_truncated(self.dataset, self.tokenize)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,8 +104,8 @@ class TrainSamples(Dataset[dict[str, Any]]):
         image = self.dataset.image(index)
         warp = letterbox(image.shape[0], image.shape[1], self.input_size)
         return {
-            "image": warp.warp_image(image),
-            "tokens": tokenize(sentence, self.word_len).tokens[0],
+            "image": warp.warp_image(image, self.inputs),
+            "tokens": self.tokenize(sentence).tokens[0],
             "mask": warp.warp_mask(self.dataset.mask(index)),
             "index": index,
         }
@@ -102,6 +119,7 @@ class EvalSamples(Dataset[dict[str, Any]]):
         input_size: side S of the letterboxed square, in pixels.
         word_len: L, tokens per sentence.
         sentences: "all" of each reference, or only its "first".
+        inputs: how the model wants pixels normalised and sentences tokenised.
 
     Raises:
         ValueError: another value of `sentences`.
@@ -113,6 +131,7 @@ class EvalSamples(Dataset[dict[str, Any]]):
         input_size: int = 416,
         word_len: int = 17,
         sentences: Literal["all", "first"] = "all",
+        inputs: Inputs = CLIP_INPUTS,
     ):
         if sentences not in ("all", "first"):
             raise ValueError(f"sentences={sentences!r} is unknown; choose 'all' or 'first'")
@@ -120,12 +139,17 @@ class EvalSamples(Dataset[dict[str, Any]]):
         self.input_size = input_size
         self.word_len = word_len
         self.sentences = sentences
+        self.inputs = inputs
         self.groups = dataset.by_image()
+
+    def tokenize(self, sentences: str | Sequence[str]) -> TokenBatch:
+        """Token ids (N, L) of sentences, and which of them were cut."""
+        return find_tokenizer(self.inputs.tokenizer)(sentences, self.word_len)
 
     @cached_property
     def truncated(self) -> int:
         """Number of scored sentences that are cut to `word_len`; counted at first use."""
-        return _count_truncated(self.dataset, self.word_len, self.sentences == "first")
+        return _count_truncated(self.dataset, self.tokenize, self.sentences == "first")
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -145,11 +169,11 @@ class EvalSamples(Dataset[dict[str, Any]]):
             sentences = self.dataset.reference(index).sentences
             chosen = sentences[:1] if self.sentences == "first" else sentences
             expressions += [(index, number, sentence) for number, sentence in enumerate(chosen)]
-        tokens = tokenize([sentence for *_, sentence in expressions], self.word_len).tokens
+        tokens = self.tokenize([sentence for *_, sentence in expressions]).tokens
         image = self.dataset.image(group[0])
         warp = letterbox(image.shape[0], image.shape[1], self.input_size)
         return {
-            "image": warp.warp_image(image),
+            "image": warp.warp_image(image, self.inputs),
             "letterbox": warp,
             "items": [(*expression, row) for expression, row in zip(expressions, tokens, strict=True)],
         }

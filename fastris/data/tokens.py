@@ -1,10 +1,10 @@
-"""Sentences to CLIP's token ids, cut to the model's length as published."""
+"""Sentences to token ids, CLIP's or another model's, cut to the model's length as published."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -71,6 +71,20 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
         tokens[row, : len(ids)] = torch.tensor(ids)
         truncated.append(len(words) > word_len - 2)
     return TokenBatch(tokens, truncated)
+
+
+Tokenizer: TypeAlias = Callable[[str | Sequence[str], int], TokenBatch]
+"""(sentences, L) -> tokens (N, L) padded with 0, and the flags of those that were cut, as :func:`tokenize`."""
+
+TOKENIZERS: dict[str, Tokenizer] = {"clip": tokenize}
+"""By the name that a model gives (:class:`fastris.models.inputs.Inputs`)."""
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name; ValueError, with the known names, for another."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenizer {name!r} is unknown; known are {', '.join(TOKENIZERS)}: add it to TOKENIZERS")
+    return TOKENIZERS[name]
 
 
 def check_sentence(sentence: str) -> None:

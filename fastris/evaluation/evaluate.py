@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastris.data.base import ReferringDataset
 from fastris.data.samples import EvalSamples, worker_init
-from fastris.data.tokens import tokenize
 from fastris.evaluation.metrics import Scores, per_sample_iou, score
 from fastris.evaluation.rules import RULES, Rule, Sentences, find_rule
+from fastris.models.inputs import inputs_of
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision
 from fastris.runtime.plain import check_at_least, json_text, printable
 from fastris.runtime.storage import replacing
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: CRIS,
+    model: ReferringModel,
     dataset: ReferringDataset,
     *,
     sentences: Sentences = "all",
@@ -171,7 +171,7 @@ def evaluate(
     device = next(model.parameters()).device if device is None else torch.device(device)
     precision = Precision.choose(amp, device)
     input_size, word_len = input_size or model.config.input_size, word_len or model.config.word_len
-    truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences), dataset, word_len)
+    truth = _WithTruth(EvalSamples(dataset, input_size, word_len, sentences, inputs_of(model.config)), dataset)
     rank, world = distributed.rank(), distributed.world_size()
     loader = _loader(truth, images_per_batch, workers, rank, world)
 
@@ -237,7 +237,7 @@ Item = tuple[int, int, str, Tensor]
 
 @torch.inference_mode()
 def predict_batch(
-    model: CRIS, images: list[dict[str, Any]], precision: Precision, batch_size: int, rule: Rule
+    model: ReferringModel, images: list[dict[str, Any]], precision: Precision, batch_size: int, rule: Rule
 ) -> Iterator[tuple[dict[str, Any], Item, np.ndarray]]:
     """Encode samples of :class:`EvalSamples` together, then segment their expressions `batch_size` at a time.
 
@@ -281,8 +281,8 @@ def _score(dataset: ReferringDataset, image: dict[str, Any], item: Item, mask: n
 class _WithTruth(Dataset):
     """Items of :class:`EvalSamples` and what scoring needs, so that worker processes read and decode the masks too."""
 
-    def __init__(self, samples: EvalSamples, dataset: ReferringDataset, word_len: int):
-        self.samples, self.dataset, self.word_len = samples, dataset, word_len
+    def __init__(self, samples: EvalSamples, dataset: ReferringDataset):
+        self.samples, self.dataset = samples, dataset
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -291,7 +291,7 @@ class _WithTruth(Dataset):
         sample = self.samples[position]
         items = sample["items"]
         masks = {index: self.dataset.mask(index) for index in {item[0] for item in items}}
-        truncated = tokenize([item[2] for item in items], self.word_len).truncated
+        truncated = self.samples.tokenize([item[2] for item in items]).truncated
         cut = {(item[0], item[1]): flag for item, flag in zip(items, truncated, strict=True)}
         return sample | {"masks": masks, "cut": cut}
 

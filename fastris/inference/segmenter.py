@@ -13,19 +13,22 @@ import numpy as np
 import torch
 
 from fastris.data.letterbox import Letterbox, letterbox
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import find_tokenizer
 from fastris.inference.images import read_image
 from fastris.inference.masks import THRESHOLD, check_threshold, probability_on_image
 from fastris.inference.phrases import check_phrases
+from fastris.models.inputs import inputs_of
 from fastris.runtime.device import choose_device
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fastris.inference.images import ImageSource
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 PHRASES_AT_ONCE = 32
+IMAGES_AT_ONCE = 8
+"""The same for a model that encodes the picture anew for every phrase."""
 
 
 class Segment(NamedTuple):
@@ -118,15 +121,18 @@ class Prediction(Sequence[Segment]):
 
 
 class Segmenter:
-    """A CRIS model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
+    """A model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
 
     Args:
-        model: a :class:`fastris.CRIS`. The segmenter owns it: it is moved to ``device`` and put in eval mode.
+        model: a :class:`fastris.CRIS`, or one of another system. The segmenter owns it: it is moved to ``device`` and
+            put in eval mode.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
         threshold: the probability, from 0 to 1, above which a pixel belongs to the mask.
     """
 
-    def __init__(self, model: CRIS, *, device: str | torch.device | None = None, threshold: float = THRESHOLD):
+    def __init__(
+        self, model: ReferringModel, *, device: str | torch.device | None = None, threshold: float = THRESHOLD
+    ):
         check_threshold(threshold)
         self.model = model.eval() if device is None else model.to(choose_device(str(device))).eval()
         self.threshold = threshold
@@ -159,14 +165,15 @@ class Segmenter:
         The prediction keeps ``rgb`` itself, no copy of it.
         """
         config = self.model.config
-        tokens, truncated = tokenize(checked, config.word_len)
+        inputs = inputs_of(config)
+        tokens, truncated = find_tokenizer(inputs.tokenizer)(checked, config.word_len)
         for phrase, cut in zip(checked, truncated, strict=True):
             if cut:
                 read = config.word_len - 2
                 warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=3)
         height, width = rgb.shape[:2]
         warp = letterbox(height, width, config.input_size)
-        return Prediction(rgb, checked, self._logits(warp.warp_image(rgb), tokens), warp, self.threshold)
+        return Prediction(rgb, checked, self._logits(warp.warp_image(rgb, inputs), tokens), warp, self.threshold)
 
     @torch.inference_mode()
     def _logits(self, square: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
@@ -174,8 +181,9 @@ class Segmenter:
         self.model.eval()
         parameter = next(self.model.parameters())
         features = self.model.encode_image(square[None].to(parameter))
+        at_once = PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
         chunks = []
-        for chunk in tokens.to(parameter.device).split(PHRASES_AT_ONCE):
+        for chunk in tokens.to(parameter.device).split(at_once):
             index = torch.zeros(len(chunk), dtype=torch.int64, device=parameter.device)
             chunks.append(self.model.segment(features, chunk, index)[:, 0].float().cpu())
         logits = torch.cat(chunks)

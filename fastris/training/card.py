@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastris.evaluation.metrics import Scores
 from fastris.evaluation.rules import find_rule
-from fastris.models.cris.config import CRISConfig
+from fastris.models.config import ModelConfig
 from fastris.weights.card import markdown_table, model_card
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_l
 
 
 def training_card(
-    config: CRISConfig,
+    config: ModelConfig,
     recipe: Mapping[str, Any],
     *,
     epoch: int | None,

@@ -23,10 +23,10 @@ import torch
 from fastris.data.base import ReferringDataset
 from fastris.data.letterbox import letterbox
 from fastris.data.samples import TrainSamples
-from fastris.data.tokens import tokenize
+from fastris.models.inputs import CLIP_INPUTS, Inputs, inputs_of
 
 if TYPE_CHECKING:
-    from fastris.models.cris.config import CRISConfig
+    from fastris.models.config import ModelConfig
 
 
 class ImageSamples(TrainSamples):
@@ -37,7 +37,7 @@ class ImageSamples(TrainSamples):
     again, so that every image weighs the same.
 
     Args:
-        dataset, input_size, word_len, seed: as for :class:`TrainSamples`.
+        dataset, input_size, word_len, seed, inputs: as for :class:`TrainSamples`.
         expressions: K.
         references: only the first so many of the data set; None for all.
 
@@ -51,11 +51,12 @@ class ImageSamples(TrainSamples):
         input_size: int = 416,
         word_len: int = 17,
         seed: int = 0,
+        inputs: Inputs = CLIP_INPUTS,
         *,
         expressions: int,
         references: int | None = None,
     ):
-        super().__init__(dataset, input_size, word_len, seed)
+        super().__init__(dataset, input_size, word_len, seed, inputs)
         if expressions < 1:
             raise ValueError(f"expressions={expressions} must be at least 1")
         self.expressions = expressions
@@ -74,8 +75,8 @@ class ImageSamples(TrainSamples):
         warp = letterbox(image.shape[0], image.shape[1], self.input_size)
         masks = {index: warp.warp_mask(self.dataset.mask(index)) for index in {index for index, _ in chosen}}
         return {
-            "image": warp.warp_image(image),
-            "tokens": tokenize([sentence for _, sentence in chosen], self.word_len).tokens,
+            "image": warp.warp_image(image, self.inputs),
+            "tokens": self.tokenize([sentence for _, sentence in chosen]).tokens,
             "mask": torch.stack([masks[index] for index, _ in chosen]),
             "index": torch.tensor([index for index, _ in chosen]),
         }
@@ -92,7 +93,7 @@ class ImageSamples(TrainSamples):
 
 
 def training_samples(
-    dataset: ReferringDataset, model: CRISConfig, seed: int, *, several: int, batch_size: int, references: int | None
+    dataset: ReferringDataset, model: ModelConfig, seed: int, *, several: int, batch_size: int, references: int | None
 ) -> TrainSamples:
     """The items of a training run: references with one sentence each, or images with `several` expressions.
 
@@ -102,7 +103,7 @@ def training_samples(
     Raises:
         ValueError: fewer images than a batch holds.
     """
-    common = (dataset, model.input_size, model.word_len, seed)
+    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model))
     if several == 1:
         return TrainSamples(*common)
     samples = ImageSamples(*common, expressions=several, references=references)

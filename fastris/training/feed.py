@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastris.data.samples import EpochSampler, TrainSamples, digest, worker_init
-from fastris.data.tokens import PAD, tokenize
+from fastris.data.tokens import PAD
 from fastris.runtime.interrupt import leave_signals_to_parent
 from fastris.runtime.randomness import drawing_from
 
@@ -134,7 +134,7 @@ def count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
     cut = 0
     for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
         if row[-1] != PAD:
-            rows, truncated = tokenize(samples.dataset.reference(index).sentences, samples.word_len)
+            rows, truncated = samples.tokenize(samples.dataset.reference(index).sentences)
             cut += any(flag and torch.equal(row, other) for other, flag in zip(rows, truncated, strict=True))
     return cut
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import Optimizer
 
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import find_tokenizer
+from fastris.models.inputs import inputs_of
 from fastris.runtime.device import Precision
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 LEAST = 2
 """References in the smallest micro-batch: BatchNorm over sentences needs two."""
@@ -58,7 +59,7 @@ class StepProbe:
         expressions: about each image.
     """
 
-    model: CRIS
+    model: ReferringModel
     optimizer: Optimizer
     precision: Precision
     layout: torch.memory_format
@@ -82,7 +83,8 @@ class StepProbe:
         """One training step on `micro_batch` references, each with a sentence of full length."""
         several, side, device = self.expressions, self.model.config.input_size, self.precision.device
         images = micro_batch // several
-        tokens = tokenize("a " * self.model.config.word_len, self.model.config.word_len).tokens.to(device)
+        tokenize, words = find_tokenizer(inputs_of(self.model.config).tokenizer), self.model.config.word_len
+        tokens = tokenize("a " * words, words).tokens.to(device)
         shape = (images, several) if several > 1 else (images,)
         pixels = torch.randn(images, 3, side, side, device=device)
         pixels = pixels.contiguous(memory_format=self.layout)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastris.evaluation.metrics import Scores, batch_iou
+from fastris.models.base import HEAD
 from fastris.runtime import distributed
 from fastris.runtime.interrupt import StopSignal
 from fastris.training import skipped
@@ -27,13 +28,12 @@ from fastris.training.feed import Feed, count_cut
 from fastris.training.log import RunLog, StepRecord, memory_mib
 from fastris.training.memory import out_of_memory_explained
 from fastris.training.notices import end_if_unreadable, go_on, introduce, open_log, told_where_it_stands
-from fastris.training.optim import HEAD
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import validate
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainResult:
     """What :func:`train` returns: where the run stands, and its model (on the training device, as of the last step)."""
 
     folder: Path
-    model: CRIS
+    model: ReferringModel
     epoch: int
     step: int
     best_iou: float

@@ -9,9 +9,6 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-HEAD = "head"
-"""The parameter group that trains at the full learning rate."""
-
 
 def build_optimizer(
     groups: Mapping[str, Sequence[nn.Parameter]],

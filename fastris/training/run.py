@@ -22,7 +22,7 @@ from fastris.runtime.randomness import restore_rng, rng_state, seed_everything
 from fastris.training.checkpoints import BEST, LAST, PREVIOUS, SavedState, check_same_recipe
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
 
 MEND_NOT_FINITE = "Start a new run from it (weight=...) with a lower base_lr, max_norm=1 or amp=off"
 
@@ -118,7 +118,7 @@ class Run:
     """
 
     folder: Path
-    model: CRIS
+    model: ReferringModel
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastris.models.cris.config import CRISConfig
+from fastris.models.config import ModelConfig
+from fastris.models.pretrained import CARD
 from fastris.runtime.storage import replacing
 
-CARD = "README.md"
-TAGS = ["referring-image-segmentation", "cris"]
 
-
-def unknown_card(config: CRISConfig, source: str) -> str:
+def unknown_card(config: ModelConfig, source: str) -> str:
     """The card of weights that say nothing about their training."""
     return model_card(config, f"Converted by fastris from `{source}`, which does not say how it was trained.")
 
@@ -31,7 +29,7 @@ def write_card(path: Path, text: str) -> Path:
 
 
 def model_card(
-    config: CRISConfig,
+    config: ModelConfig,
     body: str,
     *,
     evaluation: str = "No validation of these weights is on record.",
@@ -43,12 +41,11 @@ def model_card(
     `evaluation`: how they scored, in Markdown; `results`: the same as huggingface_hub's `EvalResult`s; `datasets`: what
     they were trained on.
     """
-    layers = "-".join(map(str, config.clip.vision_layers))
-    encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
+    source = f" ({config.published})" if config.published else ""
     sections = [
-        f"---\n{_metadata(results, datasets)}\n---",
-        f"# CRIS, CLIP {encoder}",
-        "Finds what a phrase names in a picture: referring image segmentation with CRIS (CVPR 2022, arXiv 2111.15174), "
+        f"---\n{_metadata(config, results, datasets)}\n---",
+        f"# {config.in_words()}",
+        f"Finds what a phrase names in a picture: referring image segmentation with {config.title}{source}, "
         f"at {config.input_size} x {config.input_size} pixels and up to {config.word_len} tokens.",
         f"## Evaluation\n\n{evaluation}",
         body,
@@ -59,16 +56,16 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(results: Sequence[Any], datasets: Sequence[str]) -> str:
+def _metadata(config: ModelConfig, results: Sequence[Any], datasets: Sequence[str]) -> str:
     """The YAML head, with the results as Hugging Face's model index."""
     from huggingface_hub import ModelCardData
 
     head = ModelCardData(
         library_name="fastris",
         pipeline_tag="image-segmentation",
-        tags=TAGS,
+        tags=["referring-image-segmentation", config.system],
         datasets=list(datasets) or None,
-        model_name="CRIS" if results else None,
+        model_name=config.title if results else None,
         eval_results=list(results) or None,
     )
     return head.to_yaml()

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastris.data.letterbox import CLIP_MEAN, CLIP_STD, letterbox
+from fastris.data.letterbox import letterbox
+from fastris.models.inputs import CLIP_MEAN, CLIP_STD
 
 SIZES = [(416, 416), (480, 640), (640, 427), (33, 500), (500, 33), (1, 1), (2, 3), (1, 700), (700, 1), (1000, 1333)]
 

@@ -18,11 +18,11 @@ from training_helpers import Boxes, model_config
 from fastris import CRIS
 from fastris.commands.eval import EvalConfig, run
 from fastris.data import Reference
-from fastris.data.letterbox import CLIP_MEAN, CLIP_STD
 from fastris.data.tokens import tokenize
 from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import read_per_sample, score
 from fastris.evaluation.rules import RULES, overlap
+from fastris.models.inputs import CLIP_MEAN, CLIP_STD
 from fastris.options.declare import load_options
 from fastris.weights.load import save_atomic
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_helpers import Boxes, model_config, parts_of, rows, train_config, train_set, val_set
 
+from fastris import CRIS
 from fastris.commands import assemble
 from fastris.commands.assemble import model_config as configured_model
 from fastris.commands.train import TrainConfig, train
@@ -110,8 +111,12 @@ def test_cut_expressions_are_counted_and_reported(tmp_path, capsys):
 
 
 def test_large_model_without_clip_weights_warns(tmp_path, monkeypatch):
-    holder = type("Model", (), {})
-    monkeypatch.setattr("fastris.models.cris.model.CRIS", lambda config: setattr(holder, "config", config) or holder)
+    class Unbuilt(CRIS):
+        def __init__(self, config):
+            torch.nn.Module.__init__(self)
+            self.config = config
+
+    monkeypatch.setattr("fastris.models.cris.model.CRIS", Unbuilt)
     with pytest.warns(UserWarning, match="random weights.*clip_pretrain=RN50:openai"):
         assemble.build_model(TrainConfig(model="cris_r50", output_folder=tmp_path))
 

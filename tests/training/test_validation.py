@@ -16,6 +16,7 @@ from training_helpers import Boxes, model_config, rows, train_config, train_set,
 
 from fastris import CRIS
 from fastris.commands.assemble import identity
+from fastris.commands.convert import ConvertConfig, run_convert
 from fastris.commands.train import train
 from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import score
@@ -26,7 +27,7 @@ from fastris.training.loop import TrainResult
 from fastris.training.run import Position
 from fastris.training.trackers import open_trackers, picture_path
 from fastris.training.validation import draw_predictions, pictured
-from fastris.weights.load import ConvertConfig, load_model, load_torch, run_convert, save_atomic
+from fastris.weights.load import load_model, load_torch, save_atomic
 
 
 class FakeWandb(SimpleNamespace):

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from weight_samples import CONFIG, published_checkpoint, randomised, same_state, save_archive, small_clip
 
 from fastris import CRIS
+from fastris.commands.convert import ConvertConfig, run_convert
+from fastris.models.cris.keys import CONNECT
 from fastris.options.declare import load_options
 from fastris.runtime.storage import save_atomic
-from fastris.weights.load import ConvertConfig, load_clip, load_model, load_weights, read_weights, run_convert
-from fastris.weights.state_dicts import CONNECT
+from fastris.weights.load import load_clip, load_model, load_weights, read_weights
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from weight_samples import CONFIG, randomised, same_state
 
 from fastris import CRIS, CRISConfig
 from fastris.__main__ import main
+from fastris.commands.convert import ConvertConfig, run_convert
 from fastris.runtime.safetensors_files import CHECKSUMS
 from fastris.runtime.storage import save_atomic
-from fastris.weights.load import ConvertConfig, load_model, load_weights, run_convert
+from fastris.weights.load import load_model, load_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import torch
 from weight_samples import CONFIG, randomised, same_state, small_clip
 
 from fastris import CRIS, CRISConfig
+from fastris.models.cris.keys import CONNECT, architecture, infer_config
+from fastris.models.state_dicts import WeightsError, compare
 from fastris.weights.load import load_clip, load_model, load_weights
-from fastris.weights.state_dicts import CONNECT, WeightsError, architecture, compare, infer_config
 
 SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_shapes.json").read_text())
 

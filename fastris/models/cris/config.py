@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fastris.models.config import ModelConfig, warn_of_unknown
 from fastris.models.limits import (
     CLIP_LIMITS,
     CRIS_LIMITS,
@@ -20,13 +19,6 @@ from fastris.models.limits import (
     whole_numbers,
 )
 from fastris.options.values import shown
-
-MAX_TEXT = 1 << 20
-"""Bytes of a text beside weights: a configuration's JSON, a model card."""
-
-_MAX_YAML = 100_000  # bytes; the published files have less than 3,000
-_MAX_BRACKETS = 200  # lists and mappings; nesting them costs PyYAML the square of their depth
-_OPENING = ("[", "{", "<block mapping start>", "<block sequence start>")
 
 CLIP_PRESETS: dict[str, dict[str, Any]] = {
     "RN50": {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3)},
@@ -48,6 +40,32 @@ CLIP_PRESETS: dict[str, dict[str, Any]] = {
         "transformer_heads": 12,
     },
 }
+
+CRIS_PRESETS: dict[str, dict[str, Any]] = {
+    "cris_r50": {"clip": CLIP_PRESETS["RN50"]},
+    "cris_r101": {"clip": CLIP_PRESETS["RN101"], "word_dim": 512, "fpn_in": (512, 1024, 512)},
+    "tiny": {
+        "clip": {
+            "embed_dim": 128,
+            "vision_layers": (1, 1, 1, 1),
+            "image_resolution": 96,
+            "vision_width": 16,
+            "transformer_width": 64,
+            "transformer_heads": 1,
+            "transformer_layers": 1,
+        },
+        "word_dim": 128,
+        "vis_dim": 64,
+        "fpn_in": (128, 256, 128),
+        "fpn_out": (64, 64, 128),
+        "num_layers": 2,
+        "num_head": 4,
+        "dim_ffn": 128,
+        "dropout": 0.0,
+        "input_size": 96,
+    },
+}
+"""``cris_r50`` and ``cris_r101`` as published; ``tiny`` trains on a laptop's CPU in minutes."""
 
 # Keys of the published YAML files that say nothing about the model's shape: training, data and machines.
 # fmt: off
@@ -104,13 +122,21 @@ class CLIPConfig:
 
 
 @dataclass
-class CRISConfig:
+class CRISConfig(ModelConfig):
     """Dimensions of a CRIS model, under the names of the published YAML files, plus ``clip``.
 
     ``word_len`` is the number of tokens that a sentence is cut to, ``input_size`` the side in pixels of the letterboxed
     square that the model was trained on; the model itself takes any H and W divisible by 32 and any L up to
     ``clip.context_length``. Raises ValueError, naming the fields, when the dimensions do not fit together.
     """
+
+    system: ClassVar[str] = "cris"
+    title: ClassVar[str] = "CRIS"
+    published: ClassVar[str] = "CVPR 2022, arXiv 2111.15174"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = CRIS_PRESETS
+    parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
+    not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
+    published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
 
     clip: CLIPConfig
     word_len: int = 17
@@ -160,28 +186,6 @@ class CRISConfig:
             raise ValueError(f"intermediate must be true or false, got {shown(self.intermediate)}")
 
     @classmethod
-    def preset(cls, name: str) -> CRISConfig:
-        """``cris_r50`` and ``cris_r101`` as published; ``tiny`` trains on a laptop's CPU in minutes."""
-        if name == "cris_r50":
-            return cls(clip=CLIPConfig.preset("RN50"))
-        if name == "cris_r101":
-            return cls(clip=CLIPConfig.preset("RN101"), word_dim=512, fpn_in=(512, 1024, 512))
-        if name == "tiny":
-            return _tiny()
-        raise ValueError(f"unknown model {name!r}; choose from cris_r50, cris_r101, tiny")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> CRISConfig:
-        """Read one of the published YAML files, or one like them. See :meth:`from_dict`."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path: there is no file {path}; give the YAML file of a CRIS configuration")
-        content = _read_yaml(path)
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path} must hold a YAML mapping such as the published config/refcoco/cris_r50.yaml")
-        return cls.from_dict(content, source=str(path))
-
-    @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "configuration") -> CRISConfig:
         """Build from a flat mapping or one with the published sections ``DATA``, ``TRAIN``, ``TEST``.
 
@@ -198,33 +202,18 @@ class CRISConfig:
         if missing:
             hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
-        unknown = sorted(map(str, set(flat) - names - PUBLISHED_OTHER_KEYS))
-        if unknown:
-            warnings.warn(f"{source} has keys that mean nothing here: {_with_hints(unknown, names)}", stacklevel=3)
+        warn_of_unknown(set(flat) - names - PUBLISHED_OTHER_KEYS, names, source)
         return cls(**{key: value for key, value in flat.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, accepted back by :meth:`from_dict`."""
+        """Plain nested dict, accepted back by :meth:`from_dict`. It names no system, as CRIS's files never have."""
         return dataclasses.asdict(self)
 
-
-def _read_yaml(path: Path) -> Any:
-    """Content of a YAML file of a sensible size without references, of which a few lines can unfold to gigabytes."""
-    import yaml
-
-    if path.stat().st_size > _MAX_YAML:
-        raise ValueError(f"{path} is larger than {_MAX_YAML} bytes; give the YAML file of a CRIS configuration")
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for token in yaml.scan(text):
-            depth += getattr(token, "id", None) in _OPENING
-            if isinstance(token, yaml.AliasToken) or depth > _MAX_BRACKETS:
-                raise ValueError(f"{path} repeats values by reference (*name) or has too many lists; write values out")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is no YAML file ({reason}); give that of a CRIS configuration") from error
+    def in_words(self) -> str:
+        """``CRIS, CLIP RN50``."""
+        layers = "-".join(map(str, self.clip.vision_layers))
+        encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
+        return f"{self.title}, CLIP {encoder}"
 
 
 def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,35 +230,3 @@ def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _clip_name(source: str) -> str:
     """``pretrain/RN50.pt`` and ``RN50:openai`` both name RN50."""
     return Path(source).stem.split(":")[0].removesuffix("-quickgelu")
-
-
-def _with_hints(unknown: list[str], names: set[str]) -> str:
-    hints = []
-    for key in (key[:40] for key in unknown[:10]):
-        close = difflib.get_close_matches(key, names, n=1)
-        hints.append(f"{key} (did you mean {close[0]}?)" if close else key)
-    return ", ".join(hints) + (f", and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-
-
-def _tiny() -> CRISConfig:
-    clip = CLIPConfig(
-        embed_dim=128,
-        vision_layers=(1, 1, 1, 1),
-        image_resolution=96,
-        vision_width=16,
-        transformer_width=64,
-        transformer_heads=1,
-        transformer_layers=1,
-    )
-    return CRISConfig(
-        clip=clip,
-        word_dim=128,
-        vis_dim=64,
-        fpn_in=(128, 256, 128),
-        fpn_out=(64, 64, 128),
-        num_layers=2,
-        num_head=4,
-        dim_ffn=128,
-        dropout=0.0,
-        input_size=96,
-    )

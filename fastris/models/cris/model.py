@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastris.dispatch import requested_impl
-from fastris.models.cris.config import CRISConfig
+from fastris.models.base import HEAD, ReferringModel, check_is_tensor, check_mask
+from fastris.models.cris import keys
+from fastris.models.cris.config import CLIP_PRESETS, CLIPConfig, CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.neck import FPN
 from fastris.models.cris.projector import Projector
+from fastris.models.state_dicts import Adopted
 from fastris.nn.clip import CLIPBackbone
 from fastris.nn.recompute import check_setting, recomputed
-from fastris.reference import resize_target
 
 
 class ImageFeatures(NamedTuple):
@@ -35,14 +35,7 @@ class ImageFeatures(NamedTuple):
         return self if index is None else ImageFeatures(*(level[index] for level in self))
 
 
-class CRIS(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="fastris",
-    license="mit",
-    tags=["referring-image-segmentation", "cris"],
-    pipeline_tag="image-segmentation",
-):
+class CRIS(ReferringModel, tags=["cris"]):
     """CRIS with the published state-dict keys, shapes and values.
 
     ``model(img, word, mask)`` follows the published contract: in training mode ``(pred.detach(), target, loss)``, where
@@ -57,17 +50,15 @@ class CRIS(
     ``from_pretrained`` reads what they write.
     """
 
+    config_class = CRISConfig
+    starts_from: ClassVar[str] = "CLIP's (visual, transformer, ...)"
     recompute = "none"
 
+    config: CRISConfig
+
     def __init__(self, config: CRISConfig):
-        super().__init__()
-        if isinstance(config, Mapping):  # as huggingface_hub hands over the contents of config.json
-            config = CRISConfig.from_dict(config, source="config.json")
-        if not isinstance(config, CRISConfig):
-            raise TypeError(
-                f'config must be a CRISConfig such as CRISConfig.preset("cris_r50"), got {type(config).__name__}'
-            )
-        self.config = config
+        super().__init__(config)
+        config = self.config
         clip = config.clip
         self.backbone = CLIPBackbone(
             clip.embed_dim,
@@ -85,31 +76,6 @@ class CRIS(
             config.num_layers, config.vis_dim, config.num_head, config.dim_ffn, config.dropout, config.intermediate
         )
         self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        strict: bool = True,
-        config: CRISConfig | None = None,
-        map_location: str | torch.device = "cpu",
-        **download: Any,
-    ) -> CRIS:
-        """The model of a folder or a Hugging Face id, in eval mode; ``config`` in place of the one that it carries.
-
-        ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
-        ``local_files_only``. Weights that do not fit are an error unless ``strict=False``.
-        """
-        from fastris.weights.load import load_pretrained
-
-        return load_pretrained(pretrained_model_name_or_path, config, strict, **download).to(map_location)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """What huggingface_hub's ``save_pretrained`` calls for the weights."""
-        from fastris.runtime.safetensors_files import write_safetensors
-
-        write_safetensors(Path(save_directory) / "model.safetensors", self.state_dict(), {})
 
     def set_recompute(self, setting: str) -> CRIS:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
@@ -145,7 +111,7 @@ class CRIS(
         and expressions; both results can be differentiated.
         """
         _check_features(features)
-        _check_mask(mask, len(features.f3), len(tokens))
+        check_mask(mask, len(features.f3), len(tokens))
         return self.proj(*self._decode(features, tokens, index), mask)
 
     def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,22 +133,55 @@ class CRIS(
     def _fuse(self, state: Tensor, *projected: Tensor) -> Tensor:
         return self.neck.fuse(projected, state)
 
-    def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The words (E, L, C) and the sentences' states (E, S) of token ids (E, L), by CLIP's text encoder."""
+        _check_tokens(tokens, self.config)
+        return self.backbone.encode_text(tokens)
 
-        With K expressions about each image, ``word`` (B, K, L) and ``mask`` (B, K, 1, H, W), images are encoded once;
-        the results are those of B*K expressions, image by image.
-        """
-        _check_is_tensor("word", word)
-        index, word, mask = _by_expression(word, mask)
-        if not self.training:
-            return self.segment(self.encode_image(img), word, index).detach()
-        _check_is_tensor("img", img)
-        _check_mask(mask, len(img), len(word))
-        _check_norms(self, len(word))
-        assert mask is not None
-        loss, logits = self.loss(self.encode_image(img), word, mask, index)
-        return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The CLIP encoders, and the head: everything else and, as published, their positional embeddings."""
+        groups: dict[str, list[nn.Parameter]] = {"backbone": [], HEAD: []}
+        for name, parameter in self.named_parameters():
+            is_backbone = name.startswith("backbone") and "positional_embedding" not in name
+            groups["backbone" if is_backbone else HEAD].append(parameter)
+        return groups
+
+    def check_training(self, expressions: int) -> None:
+        """Training needs expressions, and for BatchNorm over the sentences of this process alone two of them."""
+        super().check_training(expressions)
+        if expressions == 1 and any(type(each) is nn.BatchNorm1d and each.training for each in self.neck.modules()):
+            raise ValueError(
+                "word holds one expression, but BatchNorm needs two in training mode; give a larger batch, or call "
+                "model.eval() to segment"
+            )
+
+    def without_weights(self) -> str:
+        """Encoders of one of CLIP's own sizes are there to start from CLIP."""
+        if all(self.config.clip != CLIPConfig.preset(name) for name in CLIP_PRESETS):
+            return ""
+        return (
+            "the CLIP encoders start from random weights, which is not the published recipe; to start from CLIP give "
+            "clip_pretrain=RN50:openai (or RN101:openai), or the path of OpenAI's RN50.pt"
+        )
+
+    @classmethod
+    def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
+        """CLIP's weights as the ``backbone``."""
+        return keys.adopt_clip(state)
+
+    @classmethod
+    def infer_config(cls, state: Mapping[str, Tensor]) -> CRISConfig:
+        """See :func:`fastris.models.cris.keys.infer_config`."""
+        return keys.infer_config(state)
+
+    @classmethod
+    def encoder_of(cls, state: Mapping[str, Tensor]) -> str:
+        """The name of the CLIP model that these weights, CLIP's or CRIS's, look like."""
+        return keys.architecture(state)
+
+    def in_words(self) -> str:
+        """``CRIS on RN50``."""
+        return f"{self.config.title} on {keys.architecture(self.state_dict())}"
 
 
 def _without_shared_padding(tokens: Tensor) -> Tensor:
@@ -198,40 +197,13 @@ def _without_shared_padding(tokens: Tensor) -> Tensor:
     return tokens[:, : int(used.max()) + 1 if len(used) else 1]
 
 
-def _by_expression(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """(index, word (E, L), mask (E, 1, H, W)) as :meth:`CRIS.segment` takes them; no index for one word per image."""
-    if word.ndim != 3:
-        return None, word, mask
-    images, several = word.shape[:2]
-    index = torch.arange(images, device=word.device).repeat_interleave(several)
-    if mask is not None and mask.ndim == 5:
-        mask = mask.flatten(0, 1)
-    return index, word.flatten(0, 1), mask
-
-
-def _check_is_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
-
-
 def _check_features(features: Any) -> None:
     if not isinstance(features, ImageFeatures):
         raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
 
 
-def _check_norms(model: CRIS, expressions: int) -> None:
-    """Training needs expressions, and for BatchNorm over the sentences of this process alone two of them."""
-    if expressions == 0:
-        raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
-    if expressions == 1 and any(type(each) is nn.BatchNorm1d and each.training for each in model.neck.modules()):
-        raise ValueError(
-            "word holds one expression, but BatchNorm needs two in training mode; give a larger batch, or call "
-            "model.eval() to segment"
-        )
-
-
 def _check_images(images: Tensor, weights: torch.dtype) -> None:
-    _check_is_tensor("img", images)
+    check_is_tensor("img", images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"img must be (B, 3, H, W), got {tuple(images.shape)}")
     height, width = images.shape[-2:]
@@ -253,7 +225,7 @@ def _check_images(images: Tensor, weights: torch.dtype) -> None:
 
 
 def _check_tokens(tokens: Tensor, config: CRISConfig) -> None:
-    _check_is_tensor("word", tokens)
+    check_is_tensor("word", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"word must be token ids (B, L), got {tuple(tokens.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):
@@ -287,16 +259,3 @@ def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
         )
     if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < images:
         raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
-
-
-def _check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
-    if mask is None:
-        raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
-    _check_is_tensor("mask", mask)
-    if mask.ndim != 4 or mask.shape[:2] != (expressions, 1):
-        each = "" if expressions == images else f" ({expressions // max(1, images)} expressions per image)"
-        raise ValueError(f"mask must be ({expressions}, 1, H, W){each}, got {tuple(mask.shape)}")
-    if not mask.is_floating_point():
-        raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")
-    if not mask.shape[2] * mask.shape[3]:
-        raise ValueError(f"mask must have pixels, got {tuple(mask.shape)}")

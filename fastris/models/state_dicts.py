@@ -1,35 +1,18 @@
-"""State dicts by name and shape: whose weights these are, which CRIS they describe, and what about them does not fit.
+"""State dicts by name and shape, of whatever model: names without wrappers, plain tensors, and what does not fit.
 
-Nothing here opens a file; :mod:`fastris.weights.load` does.
+Nothing here opens a file; :mod:`fastris.models.pretrained` and :mod:`fastris.weights.load` do.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastris.models.cris.config import CLIPConfig, CRISConfig
-
-CONNECT = "backbone.visual.attnpool.connect."
-"""CRIS's own layers inside the image encoder, which CLIP's weights do not have."""
-
-_BATCH_COUNTER = ".num_batches_tracked"
-_NO_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
 _LISTED = 30
-_RESNETS: dict[tuple[tuple[int, ...], int], str] = {
-    ((3, 4, 6, 3), 64): "RN50",
-    ((3, 4, 23, 3), 64): "RN101",
-    ((4, 6, 10, 6), 80): "RN50x4",
-    ((6, 8, 18, 8), 96): "RN50x16",
-    ((3, 15, 36, 10), 128): "RN50x64",
-}
-_VITS = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 1408: "ViT-g", 1664: "ViT-bigG"}
 
 
 class Reshaped(NamedTuple):
@@ -147,58 +130,35 @@ def _oddity(tensor: Tensor) -> str:
     return ""
 
 
-def is_cris(names: Iterable[str]) -> bool:
-    """Whether these are the weights of a whole CRIS model, under the published names."""
-    return any(name.startswith(("backbone.", "neck.", "decoder.", "proj.")) for name in names)
+def _never(name: str) -> bool:
+    return False
 
 
-def is_clip(names: Iterable[str]) -> bool:
-    """Whether these are the weights of a CLIP model, under OpenAI's and open_clip's names."""
-    return any(name.startswith("visual.") for name in names)
+class Adopted(NamedTuple):
+    """Weights of another model under a system's own names: those of the part that the system takes over from it.
 
-
-def clip_to_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's weights under CRIS's names: ``visual.*`` and the text encoder's keys move below ``backbone.``.
-
-    The settings and the causal mask that TorchScript archives hold among the weights are left out; the ``text.`` prefix
-    that some open_clip models have goes. The attention pool's positions stay on the grid that they were trained on: the
-    model resizes them as it runs.
+    ``part``: how the names of that part begin. ``optional``: whether a name in it may be missing.
     """
-    renamed = {}
-    for name, tensor in state.items():
-        if name in _NO_WEIGHTS:
-            continue
-        name = name.removeprefix("text.")
-        renamed[f"backbone.{name}"] = tensor.reshape(()) if name == "logit_scale" and tensor.numel() == 1 else tensor
-    return renamed
 
-
-def architecture(state: Mapping[str, Tensor]) -> str:
-    """The name of the CLIP model that these weights, CLIP's or CRIS's, look like: RN50, RN101, ViT-B/32, ..."""
-    visual = {n.split("visual.", 1)[1]: tuple(t.shape) for n, t in state.items() if n.partition("visual.")[1]}
-    if any(name.startswith("trunk.") for name in visual):
-        return "a timm image encoder"
-    stem = visual.get("conv1.weight", ())
-    if "class_embedding" in visual and len(stem) == 4:
-        return f"{_VITS.get(stem[0], f'a ViT of width {stem[0]}')}/{stem[-1]}"
-    depths = tuple(_count(visual, rf"layer{stage}\.(\d{{1,9}})\.") for stage in (1, 2, 3, 4))
-    width = visual.get("layer1.0.conv1.weight", (0,))[0]
-    if not any(depths):
-        return "an unknown image encoder"
-    return _RESNETS.get((depths, width), f"a CLIP ResNet of depths {depths} and width {width}")
+    state: Mapping[str, Tensor]
+    part: str
+    optional: Callable[[str], bool] = _never
 
 
 def compare(
-    state: Mapping[str, Tensor], model: Mapping[str, Tensor], source: str, clip_only: bool = False
+    state: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    source: str,
+    part: str = "",
+    optional: Callable[[str], bool] = _never,
 ) -> LoadReport:
     """Match weights with a model's state dict by name and shape.
 
-    ``clip_only``: ``state`` comes from CLIP, so only ``backbone`` is compared, and ``connect`` may be missing. So may
-    BatchNorm's step counters: files older than PyTorch 0.4.1 lack them, and they take no part in CRIS's arithmetic.
+    ``part``: only names that begin so are compared. ``optional``: whether a name may be missing (it is ``kept`` then).
     """
-    wanted = {name: t for name, t in model.items() if not clip_only or name.startswith("backbone.")}
+    wanted = {name: t for name, t in model.items() if name.startswith(part)}
     absent = [name for name in wanted if name not in state]
-    kept = [n for n in absent if clip_only and (n.startswith(CONNECT) or n.endswith(_BATCH_COUNTER))]
+    kept = [name for name in absent if optional(name)]
     shared = [name for name in wanted if name in state]
     reshaped = [
         Reshaped(n, tuple(state[n].shape), tuple(wanted[n].shape)) for n in shared if state[n].shape != wanted[n].shape
@@ -213,6 +173,17 @@ def compare(
     )
 
 
+def copy_fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """Copy what has a place of its shape; ValueError, before anything is copied, for weights without values."""
+    lacking = [name for name, tensor in state.items() if tensor.is_meta]
+    if lacking:
+        raise ValueError(f"{source}: {lacking[0]} has no values (meta device); save the model with its weights")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
+
+
 def misfit_message(report: LoadReport, found: str, expected: str) -> str:
     """The message for weights that do not fit; ``found`` and ``expected`` are what their image encoders look like."""
     lines = [f"the weights in {report.source} do not fit the model"]
@@ -225,59 +196,6 @@ def misfit_message(report: LoadReport, found: str, expected: str) -> str:
     if report.reshaped:
         lines.append(f"  of another shape ({len(report.reshaped)}): {_listing(report.reshaped)}")
     return "\n".join(lines)
-
-
-def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
-    """Read a CRIS model's dimensions off its weights (under the published names, prefixes removed).
-
-    Shapes do not tell ``num_head``, ``word_len``, ``input_size``, ``dropout`` and ``intermediate``: they are taken as
-    published (8, 17, 416, 0.1, False) unless given in ``known``. Only ``num_head`` changes what the model computes, so
-    guessing it for a width other than the published 512 is said in a warning. CLIP's text heads are 64 wide, as in all
-    of OpenAI's models.
-
-    Raises ValueError when these are not the weights of a CRIS model, naming what is missing.
-    """
-
-    def size(name: str, axis: int) -> int:
-        if name not in state or state[name].ndim <= axis:
-            raise ValueError(f"this is no CRIS state dict: {name} is missing, so the model's dimensions are unknown")
-        return state[name].shape[axis]
-
-    vis_dim = size("decoder.norm.weight", 0)
-    text_width = size("backbone.positional_embedding", 1)
-    clip = CLIPConfig(
-        embed_dim=size("backbone.text_projection", 1),
-        vision_layers=tuple(_count(state, rf"backbone\.visual\.layer{stage}\.(\d{{1,9}})\.") for stage in (1, 2, 3, 4)),
-        image_resolution=32 * round((size("backbone.visual.attnpool.positional_embedding", 0) - 1) ** 0.5),
-        vision_width=size("backbone.visual.layer1.0.conv1.weight", 0),
-        context_length=size("backbone.positional_embedding", 0),
-        vocab_size=size("backbone.token_embedding.weight", 0),
-        transformer_width=text_width,
-        transformer_heads=max(1, text_width // 64),
-        transformer_layers=_count(state, r"backbone\.transformer\.resblocks\.(\d{1,9})\."),
-    )
-    if vis_dim != 512 and "num_head" not in known:
-        warnings.warn(
-            "num_head of the decoder cannot be read from weights; taking 8 as published. Masks are wrong if the model "
-            "was trained with another number: then give its configuration",
-            stacklevel=2,
-        )
-    levels = [f"neck.f{level}_v_proj.0.weight" for level in (3, 2, 1)]
-    dims: dict[str, Any] = {
-        "word_dim": size("proj.txt.weight", 1),
-        "vis_dim": vis_dim,
-        "fpn_in": tuple(size(level, 1) for level in levels),
-        "fpn_out": tuple(size(level, 0) for level in levels),
-        "num_layers": _count(state, r"decoder\.layers\.(\d{1,9})\."),
-        "dim_ffn": size("decoder.layers.0.ffn.0.weight", 0),
-        "word_len": min(17, clip.context_length),
-    }
-    return CRISConfig(clip=clip, **{**dims, **known})
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    """How many blocks are numbered in these names: the largest number plus one, 0 if there is none."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
 def _listing(names: Iterable[Any]) -> str:

@@ -1,0 +1,31 @@
+"""What a model's pictures and sentences look like, as plain data that reading and training hand around."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How pixels are normalised and sentences become token ids. The defaults are CLIP's.
+
+    Attributes:
+        mean, std: of each channel (red, green, blue), for pixels in [0, 1]; the letterbox's border has the mean colour.
+        tokenizer: a name in :data:`fastris.data.tokens.TOKENIZERS`.
+    """
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    tokenizer: str = "clip"
+
+
+CLIP_INPUTS = Inputs()
+
+
+def inputs_of(config: Any) -> Inputs:
+    """The inputs that a model's configuration names; CLIP's for one that names none."""
+    return getattr(config, "inputs", CLIP_INPUTS)

@@ -1,0 +1,42 @@
+"""Writing a model: as a published ``.pth``, as one safetensors file, or as a folder for ``from_pretrained``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fastris.models.base import ReferringModel
+from fastris.models.pretrained import CONFIG, SAFETENSORS
+from fastris.runtime.safetensors_files import write_safetensors
+from fastris.runtime.storage import replacing, save_atomic
+from fastris.weights.card import card_path
+
+
+def target_kind(target: Path, to: str = "auto") -> str:
+    """``pth``, ``safetensors`` or ``folder``: what was asked for, or for ``auto`` what the target's suffix says."""
+    if to != "auto":
+        return to
+    return {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}.get(target.suffix, "folder")
+
+
+def written_files(target: Path, kind: str) -> list[Path]:
+    """The files that :func:`write_model` writes, and the card's. FileExistsError for a folder where a file is."""
+    if kind != "folder":
+        return [target, card_path(target, kind)]
+    if target.is_file():
+        raise FileExistsError(f"target {target} is a file, but a folder is to be written; choose another target")
+    return [target / CONFIG, target / SAFETENSORS, card_path(target, kind)]
+
+
+def write_model(model: ReferringModel, target: Path, kind: str, card: str) -> None:
+    """Write weights and configuration, each file in one step; a folder's card is :func:`.card.write_card`'s."""
+    config, state = model.config.to_dict(), model.state_dict()
+    if kind == "pth":
+        published = {f"module.{name}": tensor for name, tensor in state.items()}
+        save_atomic({"config": config, "card": card, "state_dict": published}, target)
+    elif kind == "safetensors":
+        write_safetensors(target, state, {"config": json.dumps(config), "card": card})
+    else:
+        write_safetensors(target / SAFETENSORS, state, {})
+        with replacing(target / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, sort_keys=True, indent=2), encoding="utf-8")
