@@ -13,7 +13,7 @@ from fastris.training.find_batch import HEADROOM, StepProbe, largest_that_fits
 from fastris.training.gpu_settings import parts_for
 
 if TYPE_CHECKING:
-    from fastris.commands.train import TrainConfig
+    from fastris.commands.train_options import TrainConfig
 
 
 def run(options: TrainConfig) -> int:
