@@ -15,6 +15,7 @@ import torch
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "fastris.commands.assemble",
         "fastris.training.loop",
         "fastris.models.cris.model",
         "fastris.weights.load",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastris.commands.assemble import assemble
+from fastris.commands.train import TrainConfig
 from fastris.data import Reference, ReferringDataset
 from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.models.cris.config import CRISConfig
-from fastris.training.loop import TrainConfig
+from fastris.training.parts import Parts
 
 MODEL = {
     "clip": {
@@ -67,6 +70,11 @@ def train_set() -> SyntheticExpressions:
 
 def val_set() -> SyntheticExpressions:
     return SyntheticExpressions("val", scenes=2, size=64)
+
+
+def parts_of(config: TrainConfig, data: ReferringDataset | None = None) -> Parts:
+    """The parts of a new run as the options say, on :func:`train_set` or on the data given; without validation."""
+    return assemble(dataclasses.replace(config, evaluate=False), data or train_set())
 
 
 class Boxes(ReferringDataset):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 from fastris.options.declare import describe, load_options, usage
 from fastris.runtime.host_memory import keep_freed_memory
 from fastris.runtime.plain import printable
+from fastris.runtime.processes import report
 from fastris.version import __version__
 
 
@@ -31,9 +32,9 @@ COMMANDS = {
     "demo": Command(
         "fastris.commands.demo", "DemoConfig", "train a tiny CRIS on drawn scenes and show what it learned"
     ),
-    "train": Command("fastris.training.loop", "TrainConfig", "train CRIS, by default with the published recipe"),
-    "eval": Command("fastris.evaluation.evaluate", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
-    "predict": Command("fastris.inference.segmenter", "PredictConfig", "find what phrases name in a picture of yours"),
+    "train": Command("fastris.commands.train", "TrainConfig", "train CRIS, by default with the published recipe"),
+    "eval": Command("fastris.commands.eval", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
+    "predict": Command("fastris.commands.predict", "PredictConfig", "find what phrases name in a picture of yours"),
     "data": Command(
         "fastris.commands.data", "DataConfig", "look at, check or convert a data set: inspect, check, convert"
     ),
@@ -134,8 +135,6 @@ def _run(name: str, args: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FASTRIS_DEBUG", "") not in ("", "0"):
             raise
-        from fastris.runtime.distributed import report
-
         report(name, _message(error), error)
         return 2
 

@@ -19,7 +19,7 @@ from fastris.data.formats.table import FORMATS, NAMES, Found, choose_format, dis
 from fastris.options.declare import REQUIRED, option
 
 WORD_LEN = {"refcocog_u": 22, "refcocog_g": 22}  # as published; 17 for the others
-SHOWN = 5  # references that are named for each problem
+MOST_NAMED = 5  # references, for each problem
 
 
 @dataclass
@@ -113,16 +113,16 @@ def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
         reports["all"] = _unreadable(error)
         return reports
     word_len = WORD_LEN.get(entry.name, 17) if config.word_len is None else config.word_len
-    with _Tracker(config.progress) as tracker:
+    with _ProgressBars(config.progress) as bars:
         for split in splits:
             try:
                 dataset: Any = open_split(
                     entry.name, split, config.root, format=entry.format, images=config.images, on_error="defer"
                 )
                 if config.action == "inspect":
-                    reports[split] = count_split(dataset, tracker)
+                    reports[split] = count_split(dataset, bars)
                 else:
-                    reports[split] = check_split(dataset, word_len, tracker)
+                    reports[split] = check_split(dataset, word_len, bars)
             except MissingLibrary:
                 raise
             except DataError as error:
@@ -143,8 +143,8 @@ def _print(config: DataConfig, entry: Found, splits: dict[str, SplitReport]) -> 
         kinds += [f"{report.no_target} without a target"] if report.no_target else []
         print(f"  {printable(split):<6} {', '.join(kinds)}; {compare(entry.name, split, report.references)}")
         for problem, cases in report.problems.items():
-            ids = ", ".join(printable(ref_id) for ref_id, _ in cases[:SHOWN] if ref_id != "")
-            more = ", ..." if len(cases) > SHOWN else ""
+            ids = ", ".join(printable(ref_id) for ref_id, _ in cases[:MOST_NAMED] if ref_id != "")
+            more = ", ..." if len(cases) > MOST_NAMED else ""
             print(f"    {len(cases)} x {problem}" + (f": ref_id {ids}{more}" if ids else ""))
             print("      first: " + "\n".join(map(printable, cases[0][1].split("\n"))))
             print(f"      mend: {MENDS_OF_CHECK[problem]}")
@@ -177,7 +177,7 @@ def _write_json(config: DataConfig, reports: dict[Found, dict[str, SplitReport]]
 def _convert(config: DataConfig, found: list[Found]) -> int:
     entry = found[0]
     assert config.out is not None
-    with _Tracker(config.progress) as tracker:
+    with _ProgressBars(config.progress) as bars:
         manifest = convert(
             entry.name,
             config.root,
@@ -187,7 +187,7 @@ def _convert(config: DataConfig, found: list[Found]) -> int:
             images=config.images,
             on_error=config.on_error,
             copy_images=config.copy_images,
-            track=tracker,
+            track=bars,
         )
     print(f"wrote {config.out}: {printable(entry.name)}, from {entry.format}")
     for split, counts in manifest["splits"].items():
@@ -199,7 +199,7 @@ def _convert(config: DataConfig, found: list[Found]) -> int:
     return 0
 
 
-class _Tracker:
+class _ProgressBars:
     """Progress bars, one after another, on a terminal; passes items on elsewhere."""
 
     def __init__(self, show: bool):
@@ -207,7 +207,7 @@ class _Tracker:
         self._stack = ExitStack()
         self._bar: Any = None
 
-    def __enter__(self) -> _Tracker:
+    def __enter__(self) -> _ProgressBars:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fastris.data.formats.usable import MAX_SIDE
 from fastris.models.inputs import CLIP_INPUTS, Inputs
+
+if TYPE_CHECKING:
+    import torch
 
 CV2_LIMIT = MAX_SIDE
 
@@ -58,6 +61,7 @@ class Letterbox:
             (3, S, S) float32 on the CPU.
         """
         import cv2
+        import torch
 
         rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
         border = [mean * 255 for mean in inputs.mean]
@@ -77,6 +81,7 @@ class Letterbox:
             (1, S, S) float32 in [0, 1] on the CPU.
         """
         import cv2
+        import torch
 
         mask = self._checked("mask", mask, (self.height, self.width), np.bool_)
         square = (self.size, self.size)

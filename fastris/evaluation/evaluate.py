@@ -8,27 +8,25 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastris.data import DATASETS, ReferringDataset, load_split
+from fastris.data.base import ReferringDataset
 from fastris.data.samples import EvalSamples, worker_init
 from fastris.evaluation.metrics import Scores, per_sample_iou, score
-from fastris.evaluation.rules import RULES, Rule, find_rule
+from fastris.evaluation.rules import RULES, Rule, Sentences, find_rule
 from fastris.models.inputs import inputs_of
-from fastris.options.declare import REQUIRED, option
 from fastris.runtime import distributed
-from fastris.runtime.device import Amp, Precision, choose_device, choose_workers
-from fastris.runtime.plain import json_text, printable
+from fastris.runtime.device import Precision
+from fastris.runtime.plain import check_at_least, json_text, printable
+from fastris.runtime.storage import replacing
 
 if TYPE_CHECKING:
     from fastris.models.base import ReferringModel
-
-Sentences = Literal["all", "first"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,6 @@ class EvalResult:
 
     def save(self, folder: str | Path, **facts: Any) -> Path:
         """Write `per_sample.csv` and `metrics.json` into `folder`, each in one step; `facts` go into the latter."""
-        from fastris.weights.load import replacing
-
         folder = Path(folder)
         with (
             replacing(folder / "per_sample.csv") as path,
@@ -162,15 +158,13 @@ def evaluate(
         keep: (index, sentence number) of the expressions whose predicted masks the result holds.
 
     Raises:
-        ValueError: unknown rule, sentence rule or precision, or a data set without references.
+        ValueError: unknown rule, sentence rule or precision, a number too small, or a data set without references.
     """
     method = find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")
-    counts = {"workers": (workers, 0), "batch_size": (batch_size, 1), "images_per_batch": (images_per_batch, 1)}
-    for name, (count, least) in counts.items():
-        if count < least:
-            raise ValueError(f"{name}={count} must be at least {least}")
+    check_at_least(0, workers=workers)
+    check_at_least(1, batch_size=batch_size, images_per_batch=images_per_batch)
     if not len(dataset):
         raise ValueError(f"dataset {dataset.name} {dataset.split} is empty: there is no expression to score")
     started = time.perf_counter()
@@ -194,7 +188,26 @@ def evaluate(
         found = [pair for share in distributed.gather(own) for pair in share]
     finally:
         model.train(was_training)
-    found.sort(key=lambda pair: (pair[0].index, pair[0].sentence_number))
+    settings = {
+        "input_size": input_size,
+        "word_len": word_len,
+        "amp": precision.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": world,
+    }
+    return _result(found, dataset, rule, sentences, settings, seconds=time.perf_counter() - started)
+
+
+def _result(
+    found: list[tuple[SampleResult, np.ndarray | None]],
+    dataset: ReferringDataset,
+    rule: str,
+    sentences: Sentences,
+    settings: dict[str, Any],
+    seconds: float,
+) -> EvalResult:
+    """The result of all processes' samples, each with its mask where that was asked for, in the data set's order."""
+    found = sorted(found, key=lambda pair: (pair[0].index, pair[0].sentence_number))
     samples = [sample for sample, _ in found]
     return EvalResult(
         scores=score(
@@ -212,14 +225,8 @@ def evaluate(
         references=len({s.index for s in samples}),
         truncated=sum(s.truncated for s in samples),
         skipped=dataset.skipped,
-        seconds=time.perf_counter() - started,
-        settings={
-            "input_size": input_size,
-            "word_len": word_len,
-            "amp": precision.name,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "processes": world,
-        },
+        seconds=seconds,
+        settings=settings,
         masks={(sample.index, sample.sentence_number): mask for sample, mask in found if mask is not None},
     )
 
@@ -331,70 +338,3 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-@dataclass
-class EvalConfig:
-    """Scores a model: mIoU, oIoU and Pr@50-90, with the rule, the split and the sentence rule beside the numbers.
-
-    Numbers compare only under one rule:
-      cris      threshold 0.35, at each image's own size, as CRIS published
-      cgformer  threshold 0.5, otherwise the same
-      lavt      threshold 0.5, at 480 x 480, where every image weighs the same in oIoU
-      gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
-    """
-
-    model: str = option(REQUIRED, "checkpoint (.pth), folder or .safetensors file, or Hugging Face id of the model")
-    dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
-    data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
-    split: str = option("val", "split of the data set, such as val, testA, testB, test")
-    sentences: Sentences = option("all", "sentences of each object that are scored")
-    rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
-    images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
-    format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
-    on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
-    out: Path | None = option(
-        None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
-    )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    amp: Amp = option("off", "precision of the forward pass; off (float32) as published")
-    batch_size: int = option(32, "segmented at once", "expressions")
-    images_per_batch: int = option(8, "encoded at once", "images")
-    workers: int | None = option(None, "that read images and masks; 0: no extra one; none: up to 4", "processes")
-    input_size: int | None = option(None, "side of the letterboxed square; none: the model's", "pixels")
-    word_len: int | None = option(None, "length that a sentence is cut to; none: the model's", "tokens")
-    progress: bool = option(True, "show a progress bar on a terminal")
-
-
-def run(config: EvalConfig) -> None:
-    """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers.
-
-    Started by `torchrun`, each process scores its share, and the first one prints and writes.
-    """
-    from fastris.inference.folding import for_inference
-    from fastris.weights.load import load_model
-
-    device = choose_device(config.device)
-    with distributed.joined(device, timeout=10):
-        dataset = load_split(config, config.split)
-        result = evaluate(
-            for_inference(load_model(config.model)),
-            dataset,
-            sentences=config.sentences,
-            rule=config.rule,
-            device=device,
-            amp=config.amp,
-            workers=choose_workers(config.workers),
-            batch_size=config.batch_size,
-            images_per_batch=config.images_per_batch,
-            input_size=config.input_size,
-            word_len=config.word_len,
-            progress=config.progress,
-        )
-    if not distributed.is_main():
-        return
-    name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
-    folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
-    print(result.summary())
-    files = printable(f"{folder / 'metrics.json'} and {folder / 'per_sample.csv'}")
-    print(f"saved {files} (intersection and union of every expression)")

@@ -25,12 +25,14 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from fastris.evaluation.rules import find_rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PRECISION_LEVELS = (50, 60, 70, 80, 90)
 GENERALISED = ("gIoU", "cIoU", "N-acc", "T-acc")

@@ -31,13 +31,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from fastris.data.letterbox import Letterbox
 from fastris.inference.masks import THRESHOLD, on_square
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastris.data.letterbox import Letterbox
+
+Sentences = Literal["all", "first"]
+"""Which sentences of each object are scored; the rule does not say it, so it stands beside the scores too."""
 
 
 class Overlap(NamedTuple):

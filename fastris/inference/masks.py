@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fastris.data.letterbox import Letterbox
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastris.data.letterbox import Letterbox
 
 THRESHOLD = 0.35
 """A pixel belongs to the mask if its probability is above this, as CRIS published."""
 
 
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError where ``threshold`` is no probability."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in 0..1 (a probability), got {threshold}")
+
+
 def on_square(maps: Tensor, size: int, resize: str = "bicubic", align_corners: bool = True) -> np.ndarray:
     """Maps (E, 1, h, w) resized to the letterboxed square: (E, S, S) float32, by PyTorch's interpolation `resize`."""
     if maps.shape[-1] != size:
+        import torch.nn.functional as F
+
         maps = F.interpolate(maps, size=(size, size), mode=resize, align_corners=align_corners)
     return maps[:, 0].cpu().numpy()
 
@@ -26,4 +36,6 @@ def probability_on_image(logits: np.ndarray, warp: Letterbox) -> np.ndarray:
     Sigmoid, bicubic to the square, cubic inverse letterbox. Cubic interpolation overshoots at steep edges, so
     probabilities may leave [0, 1] by a little, as published.
     """
+    import torch
+
     return warp.unwarp(on_square(torch.from_numpy(logits)[None, None].float().sigmoid(), warp.size)[0])

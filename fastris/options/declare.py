@@ -94,9 +94,13 @@ def usage(cls: type) -> str:
 
 
 def describe(cls: type) -> str:
-    """The options of ``cls`` as lines of ``name  type  default  help [unit]``, for ``--help``."""
+    """The options of ``cls`` as lines of ``name  type  default  help [unit]``, for ``--help``.
+
+    What must be given comes first, then the rest in the order of the fields: inherited ones, then those of ``cls``.
+    """
     hints = typing.get_type_hints(cls)
     visible = [f for f in dataclasses.fields(cls) if not f.metadata.get("hidden") and f.name != _EXTRA]
+    visible.sort(key=lambda f: not _is_required(f))
     blocks = []
     for title, positional in (("arguments", True), ("options", False)):
         fields = [f for f in visible if bool(f.metadata.get("positional")) is positional]
@@ -179,8 +183,7 @@ class _Reader:
 
     def build(self) -> Any:
         for field in self.fields.values():
-            required = field.default is REQUIRED and field.default_factory is REQUIRED
-            if required and field.name not in self.values:
+            if _is_required(field) and field.name not in self.values:
                 name = field.name.upper() if field.metadata.get("positional") else f"{field.name}=..."
                 raise ValueError(f"{name} is missing ({field.metadata.get('help', '')}); {_SEE_HELP}")
         if self.extra_field is not None:
@@ -244,10 +247,14 @@ class _Reader:
         return f"unexpected argument {token!r}; write name=value, or an options file that ends in .yaml; {_SEE_HELP}"
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is REQUIRED and field.default_factory is REQUIRED
+
+
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if callable(field.default_factory):
         return str(field.default_factory())
-    if field.default is REQUIRED:
+    if _is_required(field):
         return "required"
     if field.default is None:
         return "none"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fastris.runtime import distributed
-
-Amp = Literal["auto", "bf16", "fp16", "off"]
 
 
 @dataclass(frozen=True)

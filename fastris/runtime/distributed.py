@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,55 +24,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastris.runtime.processes import (
+    LostProcess,
+    StoppedElsewhere,
+    has_group,
+    is_main,
+    local_rank,
+    local_world_size,
+    rank,
+    report,
+    restarted,
+    world_size,
+)
+
+__all__ = [
+    "LostProcess",
+    "StoppedElsewhere",
+    "from_main",
+    "gather",
+    "has_group",
+    "is_main",
+    "joined",
+    "local_rank",
+    "local_world_size",
+    "lost_process",
+    "rank",
+    "replicate",
+    "report",
+    "restarted",
+    "sum_over_processes",
+    "together",
+    "world_size",
+]
+
 T = TypeVar("T")
 
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out|TCPStore|failed to recv|socket", re.I)
-
-
-class StoppedElsewhere(RuntimeError):
-    """Another process of the run has ended it, and says why."""
-
-
-class LostProcess(RuntimeError):
-    """Another process of the run has gone, or has not answered in time."""
-
-
-def _started_by_launcher() -> bool:
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    """This process's number in the run, from 0; 0 if it runs alone."""
-    return dist.get_rank() if _has_group() else int(os.environ["RANK"]) if _started_by_launcher() else 0
-
-
-def world_size() -> int:
-    """Number of processes of the run, over all machines."""
-    return dist.get_world_size() if _has_group() else int(os.environ["WORLD_SIZE"]) if _started_by_launcher() else 1
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes files, logs and prints."""
-    return rank() == 0
-
-
-def local_rank() -> int:
-    """This process's number on its machine, which is also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
-
-
-def local_world_size() -> int:
-    """Number of the run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
-
-
-def restarted() -> bool:
-    """Whether `torchrun` has started this process again (`--max-restarts`) after one on its machine had died."""
-    return world_size() > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextmanager
@@ -90,7 +76,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     Raises:
         RuntimeError: the processes could not find each other.
     """
-    if world_size() == 1 or _has_group():
+    if world_size() == 1 or has_group():
         with _lost_by_name():
             yield
         return
@@ -240,23 +226,6 @@ def lost_process(error: BaseException, go_on: str) -> LostProcess | None:
         f"lost contact with another process of the run, which has ended or hangs ({_first_line(error)}); its own "
         f"message, or torchrun's report, says why. {go_on}"
     )
-
-
-def report(command: str, text: str, error: BaseException) -> None:
-    """Tell the user, once for all processes, why a command failed; and tell `torchrun`, whose report names the cause.
-
-    Before the processes have met, the main one speaks for all: an option that is wrong is wrong in each.
-    """
-    if isinstance(error, StoppedElsewhere):
-        return
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and world_size() > 1 and not isinstance(error, LostProcess):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
-    if is_main() or _has_group():
-        who = f" (process {rank()} of {world_size()})" if not is_main() else ""
-        print(f"fastris {command}{who}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -64,3 +64,10 @@ def check_file(name: str, path: Path, mend: str) -> None:
         kind = PermissionError if isinstance(error, PermissionError) else OSError
         raise kind(f"{name} cannot be read: {error.strerror or error}; {mend}") from None
     raise FileNotFoundError(f"{name} {why}; {mend}")
+
+
+def check_at_least(least: int, **counts: int | None) -> None:
+    """Raise a ValueError that names the first of ``counts`` that is smaller than ``least``; None is none to check."""
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise ValueError(f"{name}={count} must be at least {least}")

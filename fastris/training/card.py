@@ -1,14 +1,17 @@
-"""The model card of what a training run made: data, recipe, and how it scored by which rule."""
+"""The model card of a trained model: its data, its recipe, and its scores with the rule they were found by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastris.evaluation.metrics import Scores
 from fastris.evaluation.rules import find_rule
 from fastris.models.config import ModelConfig
 from fastris.weights.card import markdown_table, model_card
+
+if TYPE_CHECKING:
+    from fastris.training.run import Run
 
 _HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_lr", "lr_multi", "milestones",
                     "lr_decay", "weight_decay", "max_norm", "amp", "input_size", "word_len", "dropout")  # fmt: skip
@@ -28,7 +31,7 @@ def training_card(
 
     Args:
         config: of the model.
-        recipe: the run's settings (:func:`fastris.training.recipe.identity`), data and seed among them.
+        recipe: the run's settings (:attr:`fastris.training.run.Run.recipe`), data and seed among them.
         epoch, step: how many of them the weights have seen; no epoch where that is no unit of the training.
         scores: of the validation that chose them; None if there was none.
         device: what it was trained on. versions: of the libraries.
@@ -44,9 +47,30 @@ def training_card(
         "trained on": device,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    found = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
+    found: dict[str, Any] = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
     body = "## Training\n\n" + markdown_table(("setting", "value"), facts.items())
     return model_card(config, body, datasets=[recipe["dataset"]], **found)
+
+
+def card_of(run: Run, scores: Scores | None) -> str:
+    """The model card of a run's weights as they are, after the epoch that they are in."""
+    import torch
+
+    from fastris.evaluation.evaluate import versions
+    from fastris.runtime import distributed
+
+    position, device = run.position, run.precision.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    processes = distributed.world_size()
+    return training_card(
+        run.model.config,
+        run.recipe,
+        epoch=position.epoch + (position.batch > 0),
+        step=position.step,
+        scores=scores,
+        device=name if processes == 1 else f"{processes} x {name}",
+        versions=versions(),
+    )
 
 
 def _evaluation(scores: Scores) -> str:

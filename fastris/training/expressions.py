@@ -27,7 +27,6 @@ from fastris.models.inputs import CLIP_INPUTS, Inputs, inputs_of
 
 if TYPE_CHECKING:
     from fastris.models.config import ModelConfig
-    from fastris.training.recipe import TrainConfig
 
 
 class ImageSamples(TrainSamples):
@@ -93,21 +92,25 @@ class ImageSamples(TrainSamples):
         return [rounds[number % len(rounds)][1:] for number in range(self.expressions)]
 
 
-def training_samples(config: TrainConfig, dataset: ReferringDataset, model: ModelConfig) -> TrainSamples:
-    """The items of a training run: references with one sentence each, or images with several.
+def training_samples(
+    dataset: ReferringDataset, model: ModelConfig, seed: int, *, several: int, batch_size: int, references: int | None
+) -> TrainSamples:
+    """The items of a training run: references with one sentence each, or images with `several` expressions.
+
+    Args:
+        batch_size: expressions in a batch. references: only the first so many of the data set; None for all.
 
     Raises:
         ValueError: fewer images than a batch holds.
     """
-    common = (dataset, model.input_size, model.word_len, config.manual_seed, inputs_of(model))
-    several = config.expressions_per_image
+    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model))
     if several == 1:
         return TrainSamples(*common)
-    samples = ImageSamples(*common, expressions=several, references=config.limit_train or None)
-    if len(samples) < config.batch_size // several:
+    samples = ImageSamples(*common, expressions=several, references=references)
+    if len(samples) < batch_size // several:
         raise ValueError(
-            f"batch_size={config.batch_size} with expressions_per_image={several} needs "
-            f"{config.batch_size // several} images, but the training references are of {len(samples)}; give at most "
+            f"batch_size={batch_size} with expressions_per_image={several} needs "
+            f"{batch_size // several} images, but the training references are of {len(samples)}; give at most "
             f"batch_size={len(samples) * several}"
         )
     return samples

@@ -1,4 +1,4 @@
-"""How training gets its batches: workers that read ahead, and what happens when a sample cannot be read."""
+"""The batches of an epoch: workers read them ahead, and a sample that cannot be read is known one step early."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Feed:
 
 
 def dead_worker(error: BaseException) -> str | None:
-    """What to tell where PyTorch says that a data loading process has died; else None."""
+    """A message for the user if PyTorch's error is about a data loading process that has died; else None."""
     found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
     if not isinstance(error, RuntimeError) or found is None:
         return None
@@ -130,7 +130,7 @@ def dead_worker(error: BaseException) -> str | None:
 
 
 def count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
-    """Expressions of the batch that lost words: their row is full, and a sentence that was cut gives this very row."""
+    """Number of the batch's expressions that were cut: rows without padding that are the tokens of a cut sentence."""
     cut = 0
     for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
         if row[-1] != PAD:

@@ -1,4 +1,4 @@
-"""Training on one small GPU: named settings, what to do when memory runs out, and recomputation where a model has it.
+"""Training on one small GPU: named settings by the card's memory, and which one to try when a batch does not fit.
 
 =====  ===========  ==========  =====  ===================================================
 gpu=   micro-batch  recompute   GiB    of a batch of 64, cris_r50 at 416 pixels, bf16
@@ -19,19 +19,8 @@ is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (19.1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import torch
-from torch import nn
-
-from fastris.runtime import distributed
-from fastris.runtime.device import Precision
-
-if TYPE_CHECKING:
-    from fastris.training.recipe import TrainConfig
+from typing import Literal
 
 Recompute = Literal["auto", "none", "pointwise", "stages"]
 
@@ -43,7 +32,7 @@ class GpuSetting:
     Attributes:
         memory: of the card, in GiB.
         micro_batch: references in one forward and backward pass.
-        recompute: what is computed again in backward instead of kept; see :func:`set_recompute`.
+        recompute: what is computed again in backward instead of kept; see :func:`.memory.set_recompute`.
         fused: update all weights in one kernel (CUDA only).
     """
 
@@ -107,67 +96,34 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
     )
 
 
-def fp16_sums(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """The context of a run in which float16 products are summed as `fp16_accumulation` says.
+@dataclass(frozen=True)
+class MemoryUse:
+    """What decides how much memory a training step needs: the options of those names, and the number of processes."""
 
-    Raises ValueError where that setting would do nothing: on another device, or in another precision.
-    """
-    if not config.fp16_accumulation:
-        return nullcontext()
-    from fastris.runtime.float16_sums import allow_fp16_accumulation, fp16_accumulation_obstacle
+    batch_size: int
+    accumulate: int = 1
+    recompute: str = "none"
+    gpu: str | None = None
+    processes: int = 1
 
-    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
-    obstacle = fp16_accumulation_obstacle(device, names[Precision.choose(config.amp, device).name])
-    if obstacle:
-        raise ValueError(f"fp16_accumulation=true would do nothing: {obstacle}. Leave it out, or give amp=fp16 on CUDA")
-    return allow_fp16_accumulation(True, device)
-
-
-def set_recompute(model: nn.Module, mode: str) -> None:
-    """Have the model compute some of its activations again in backward, in place of keeping them. Changes no number.
-
-    `mode`: "none", "pointwise" (what is cheap to compute again) or "stages" (whole stages: the least memory, about a
-    seventh more time on a CPU).
-
-    Raises:
-        ValueError: the model does not offer it.
-    """
-    setter = getattr(model, "set_recompute", None)
-    if setter is not None:
-        setter(mode)
-    elif mode != "none":
-        raise ValueError(
-            f"recompute={mode} needs a model with set_recompute, which {type(model).__name__} of this version has not; "
-            "give recompute=none, and a smaller part of the batch instead (accumulate)"
-        )
+    @property
+    def at_once(self) -> int:
+        """References that one process holds in one forward and backward pass."""
+        return self.batch_size // self.accumulate // self.processes
 
 
-def fused_on(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the optimizer is fused: where it was asked for, on CUDA."""
-    return bool(config.fused) and device.type == "cuda"
-
-
-@contextmanager
-def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Within this block, PyTorch's out-of-memory error becomes a RuntimeError that says what to give next."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(f"{_first_line(error)}. {what_next(config)}") from error
-
-
-def what_next(config: TrainConfig) -> str:
+def what_next(use: MemoryUse) -> str:
     """What to do about a batch that does not fit, with the next smaller setting by name."""
-    gpu = f", gpu={config.gpu}" if config.gpu else ""
+    gpu = f", gpu={use.gpu}" if use.gpu else ""
     text = (
-        f"{config.micro_batch // distributed.world_size()} references at once (batch_size={config.batch_size}, "
-        f"accumulate={config.accumulate}, recompute={config.recompute}{gpu}) do not fit this GPU. "
+        f"{use.at_once} references at once (batch_size={use.batch_size}, "
+        f"accumulate={use.accumulate}, recompute={use.recompute}{gpu}) do not fit this GPU. "
     )
-    if config.recompute != "stages":
+    if use.recompute != "stages":
         text += "recompute=stages needs less memory and changes no number, so that --resume takes it. "
-    smaller = next_smaller(config)
+    smaller = next_smaller(use)
     if smaller is None:
-        text += f"There is no smaller setting; more parts are accumulate={2 * config.accumulate}"
+        text += f"There is no smaller setting; more parts are accumulate={2 * use.accumulate}"
     else:
         setting = GPU_SETTINGS[smaller]
         text += (
@@ -180,21 +136,15 @@ def what_next(config: TrainConfig) -> str:
     )
 
 
-def next_smaller(config: TrainConfig) -> str | None:
+def next_smaller(use: MemoryUse) -> str | None:
     """The largest setting that needs clearly less than what is in use, going by :func:`estimate_gib`; None: none does.
 
     Where `gpu` is given, only settings for smaller cards come into question.
     """
     names = list(GPU_SETTINGS)
-    names = names[: names.index(config.gpu)] if config.gpu else names
-    now = estimate_gib(config.micro_batch // distributed.world_size(), config.recompute)
+    names = names[: names.index(use.gpu)] if use.gpu else names
+    now = estimate_gib(use.at_once, use.recompute)
     less = [
         name for name in names if estimate_gib(GPU_SETTINGS[name].micro_batch, GPU_SETTINGS[name].recompute) < now - 0.1
     ]
     return less[-1] if less else None
-
-
-def _first_line(error: BaseException) -> str:
-    """PyTorch's own message up to its advice about the allocator."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.split(" See documentation")[0].split(" If reserved but")[0].rstrip(". ")[:300]

@@ -27,7 +27,8 @@ class StepRecord:
     Attributes:
         step: optimizer steps so far, from 1; epoch, batch: where it is, both from 1.
         loss: mean over the batch; iou: the published training IoU (:func:`.metrics.batch_iou`), a fraction of 1.
-        lr, lr_backbone: learning rates of the two parameter groups in this step.
+        lr, lr_backbone: learning rates in this step, of the head and of the group before it (a model without one: the
+            head's).
         images_per_s: images of this batch / seconds since the previous step, data loading included.
         memory_mib: peak GPU memory on CUDA, else the process's peak resident memory, in MiB.
     """
@@ -49,7 +50,7 @@ VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRE
 
 
 class CsvLog:
-    """A CSV file that is appended to, in which every step stands once.
+    """A CSV file that is appended to, with one row for each step, however often the run was resumed.
 
     Opening it drops the rows after `last_step` (a resumed run does those steps again) and a last line that a killed
     process left unfinished. Every row reaches the operating system at once, so that it outlives the process.
@@ -134,6 +135,22 @@ class _Lasting:
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What a run logs besides its CSV files.
+
+    Attributes:
+        options: text of `config.yaml`, from which the command can be repeated; empty for no such file.
+        print_freq, tensorboard, wandb, progress: see :class:`RunLog`.
+    """
+
+    options: str = ""
+    print_freq: int = 100
+    tensorboard: bool = False
+    wandb: str | None = None
+    progress: bool = True
 
 
 class SilentLog:

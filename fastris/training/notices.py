@@ -1,8 +1,8 @@
-"""What a run tells: at its start, and where it ends before its time, with what is left of it and how to go on."""
+"""Messages of a training run: its first lines, and its errors, which say what is saved and how to go on from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,20 +10,20 @@ from fastris.data import DataError
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.runtime import distributed
 from fastris.runtime.interrupt import StopSignal
+from fastris.training.checkpoints import resume_command, save_options
 from fastris.training.feed import DeadWorker, Unreadable, dead_worker
-from fastris.training.log import RunLog, SilentLog
-from fastris.training.recipe import TrainConfig, passed_over
-from fastris.training.run import Run, resume_command, save_options
+from fastris.training.log import LogSettings, RunLog, SilentLog
+from fastris.training.run import Run
 
 
 def stop_signal() -> StopSignal:
-    """What Ctrl-C asks for; the main process says so."""
+    """A stop signal that says what the first Ctrl-C does; only the main process says so."""
     text = "finishing this step, then saving; once more stops at once"
     return StopSignal(text if distributed.is_main() else "")
 
 
 @contextmanager
-def open_log(config: TrainConfig, run: Run) -> Iterator[RunLog]:
+def open_log(settings: LogSettings, run: Run) -> Iterator[RunLog]:
     """The run's log in the main process; it and the file of options are the first things written to the folder."""
     step, in_epoch = run.position.step, run.position.batch > 0
     log = cast(RunLog, SilentLog())
@@ -33,19 +33,22 @@ def open_log(config: TrainConfig, run: Run) -> Iterator[RunLog]:
                 run.folder,
                 last_step=step,
                 last_validation=step - 1 if in_epoch else step,
-                print_freq=config.print_freq,
-                tensorboard=config.tensorboard,
-                wandb=config.wandb,
+                print_freq=settings.print_freq,
+                tensorboard=settings.tensorboard,
+                wandb=settings.wandb,
                 settings=run.recipe,
-                progress=config.progress,
+                progress=settings.progress,
             )
-            save_options(config, run.folder)
+            if settings.options:
+                save_options(settings.options, run.folder)
     with log:
         yield log
 
 
-def introduce(config: TrainConfig, run: Run, samples: TrainSamples, sampler: EpochSampler, log: RunLog) -> None:
-    """Say what is trained, on what and where."""
+def introduce(
+    run: Run, samples: TrainSamples, sampler: EpochSampler, batch_size: int, ignored: Sequence[str], log: RunLog
+) -> None:
+    """Log what is trained, on what and where, and the keys of an options file that were `ignored`."""
     data, position, model = samples.dataset, run.position, run.model
     weights = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = str(run.precision.device)
@@ -53,18 +56,19 @@ def introduce(config: TrainConfig, run: Run, samples: TrainSamples, sampler: Epo
         where = f"{processes} processes ({where.partition(':')[0]}), BatchNorm in sync"
     log.note(f"{weights:.1f} M parameters on {where}, amp {run.precision.name}; run in {run.folder}")
     count = f"{run.recipe['references']} references of {data.name} {data.split}"
-    log.note(f"{count}, {sampler.batches_per_epoch} batches of {config.batch_size} an epoch")
+    log.note(f"{count}, {sampler.batches_per_epoch} batches of {batch_size} an epoch")
     for problem, refs in data.skipped.items():
         log.note(f"{len(refs)} references left out: {problem}")
-    if keys := passed_over(config):
-        log.note(f"{', '.join(keys)} mean nothing here (torchrun says which processes there are; BatchNorm is in sync)")
+    if ignored:
+        told = ", ".join(ignored)
+        log.note(f"{told} mean nothing here (torchrun says which processes there are; BatchNorm is in sync)")
     if position.step:
         log.note(f"going on after step {position.step}: epoch {position.epoch + 1}, batch {position.batch + 1}")
 
 
 @contextmanager
 def told_where_it_stands(run: Run) -> Iterator[None]:
-    """Errors of processes that died under this one say what is left of the run, and how it goes on."""
+    """Within this block, an error that tells of a dead process also says what is saved, and how to go on from it."""
     try:
         yield
     except RuntimeError as error:

@@ -1,34 +1,38 @@
-"""The published optimisation recipe: two learning rates, one step down, and mixed precision where it can run."""
+"""Adam with a learning rate for each of a model's parameter groups, and the published schedule of those rates."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastris.models.base import HEAD, ReferringModel
-
-
-def parameter_groups(model: ReferringModel, base_lr: float, lr_multi: float) -> list[dict[str, Any]]:
-    """The model's groups by "name": its head at `base_lr`, what starts from weights at `base_lr * lr_multi`."""
-    return [
-        {"name": name, "params": parameters, "lr": base_lr if name == HEAD else base_lr * lr_multi}
-        for name, parameters in model.parameter_groups().items()
-    ]
-
 
 def build_optimizer(
-    model: ReferringModel, base_lr: float, lr_multi: float, weight_decay: float = 0.0, fused: bool = False
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    rates: Mapping[str, float],
+    weight_decay: float = 0.0,
+    fused: bool = False,
 ) -> Adam:
-    """Adam with PyTorch's default betas over :func:`parameter_groups`, as published.
+    """Adam with PyTorch's default betas, as published.
 
-    `fused`: update all weights in one kernel; the same numbers up to rounding, without temporary copies of the weights.
+    Args:
+        groups: a model's parameters by the name of their group; each group of the optimizer has it as its "name".
+        rates: learning rate by the same names.
+        fused: update all weights in one kernel; the same numbers up to rounding, without temporary copies of them.
+
+    Raises:
+        ValueError: a group has no learning rate.
     """
-    groups = parameter_groups(model, base_lr, lr_multi)
-    return Adam(groups, lr=base_lr, weight_decay=weight_decay, fused=True if fused else None)
+    if missing := [name for name in groups if name not in rates]:
+        raise ValueError(
+            f"the model's parameter groups {', '.join(missing)} have no learning rate; there are rates for "
+            f"{', '.join(rates)}"
+        )
+    named = [{"name": name, "params": list(group), "lr": rates[name]} for name, group in groups.items()]
+    return Adam(named, weight_decay=weight_decay, fused=True if fused else None)
 
 
 def build_scheduler(
@@ -36,21 +40,18 @@ def build_scheduler(
     milestones: Sequence[int],
     lr_decay: float,
     *,
-    first_epoch_factor: float = 1.0,
+    first_epoch: Mapping[str, float] | None = None,
 ) -> LambdaLR:
     """Learning rates per epoch: times `lr_decay` from each of the epochs in `milestones` on (counted from 0).
 
-    Call `step()` after each epoch. The published code hands the encoders' rate to its optimizer as `initial_lr`, which
-    only the scheduler reads, so that they train the whole first epoch at the full `base_lr`.
-    `first_epoch_factor = 1 / lr_multi` does the same for all groups but the head; the default 1 does what the paper
-    says.
+    Call `step()` after each epoch. `first_epoch`: factors on the rates of some groups, by name, in the first epoch
+    only. The published code hands the CLIP encoders' rate to its optimizer as `initial_lr`, which only the scheduler
+    reads, so that they train the whole first epoch at the full `base_lr`. A factor of `1 / lr_multi` does the same;
+    without one the schedule does what the paper says.
     """
-    steps = sorted(milestones)
+    steps, factors = sorted(milestones), dict(first_epoch or {})
 
-    def head(epoch: int) -> float:
-        return lr_decay ** bisect_right(steps, epoch)
+    def rate(first: float) -> Callable[[int], float]:
+        return lambda epoch: lr_decay ** bisect_right(steps, epoch) * (first if epoch == 0 else 1.0)
 
-    def others(epoch: int) -> float:
-        return head(epoch) * (first_epoch_factor if epoch == 0 else 1.0)
-
-    return LambdaLR(optimizer, [head if group["name"] == HEAD else others for group in optimizer.param_groups])
+    return LambdaLR(optimizer, [rate(factors.get(group["name"], 1.0)) for group in optimizer.param_groups])

@@ -6,44 +6,17 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
 from fastris.runtime import distributed
+from fastris.training.run import MEND_NOT_FINITE, Run
 
 if TYPE_CHECKING:
     from fastris.data import ReferringDataset
-    from fastris.training.run import Run
 
 SKIPPED = "skipped.jsonl"
-MEND_NOT_FINITE = "Start a new run from it (weight=...) with a lower base_lr, max_norm=1 or amp=off"
-
-
-class Statistics:
-    """A copy of a model's buffers, so that a batch that is left out leaves no trace in BatchNorm's running statistics.
-
-    One NaN there would stay for good: the model would train on and never evaluate to anything.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.kept: Tensor | None = None
-
-    def keep(self) -> None:
-        """Remember them as they are now."""
-        if self.buffers:
-            self.kept = torch.cat([buffer.flatten() for buffer in self.buffers])
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Make them what they were at the last :meth:`keep`."""
-        if self.kept is not None:
-            for buffer, kept in zip(self.buffers, self.kept.split([b.numel() for b in self.buffers]), strict=True):
-                buffer.copy_(kept.view_as(buffer))
 
 
 def leave_out(run: Run, dataset: ReferringDataset, batch: list[int], loss: float, norm: float, at_most: int) -> str:
-    """Keep what was in the batch (indices of references) that the run has just left out; a line to tell about it.
+    """Record a batch (indices of references) that the run has just left out; returns a line for the log that says so.
 
     Every process calls it; the main one appends to `skipped.jsonl` in the run's folder.
 

@@ -14,7 +14,7 @@ def picture_path(folder: Path, epoch: int) -> Path:
 
 
 class Tracker(Protocol):
-    """What a training run tells a tracker: numbers by name and step, and pictures."""
+    """The interface of a tracker: it is given numbers by name and step, and pictures."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None: ...
 
@@ -24,7 +24,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers that are told the same."""
+    """Several trackers behind the interface of one."""
 
     def __init__(self, trackers: list[Tracker]):
         self.trackers = trackers

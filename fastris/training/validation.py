@@ -1,22 +1,60 @@
-"""What a training run does with a validation: pictures of some predictions, and the card of the best weights."""
+"""The validation after an epoch of training: scores on a data set, and pictures of some of the predictions."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from fastris.data import ReferringDataset
-from fastris.evaluation.evaluate import EvalResult, versions
+from fastris.evaluation.evaluate import EvalResult, evaluate
 from fastris.evaluation.metrics import Scores
 from fastris.runtime import distributed
-from fastris.training.card import training_card
+from fastris.training.run import Run
+from fastris.training.trackers import picture_path
 
 if TYPE_CHECKING:
     from fastris.pictures.gallery import GalleryRow
-    from fastris.training.run import Run
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a run is validated.
+
+    Attributes:
+        rule, sentences, batch_size, workers: see :func:`fastris.evaluation.evaluate.evaluate`.
+        pictures: how many predictions are drawn; 0 for none.
+        progress: show a bar, in the main process on a terminal.
+    """
+
+    dataset: ReferringDataset
+    rule: str = "cris"
+    sentences: Literal["all", "first"] = "first"
+    pictures: int = 8
+    batch_size: int = 64
+    workers: int = 0
+    progress: bool = True
+
+
+def validate(run: Run, validation: Validation) -> Scores:
+    """Score the run's model as it is, and draw some predictions into the run's folder; the same in all processes."""
+    result = evaluate(
+        run.model,
+        validation.dataset,
+        sentences=validation.sentences,
+        rule=validation.rule,
+        keep=pictured(validation.dataset, validation.pictures, validation.sentences),
+        device=run.precision.device,
+        workers=validation.workers,
+        batch_size=validation.batch_size,
+        progress=validation.progress and distributed.is_main(),
+    )
+    epoch, step = run.position.epoch + 1, run.position.step
+    with distributed.together():
+        draw_predictions(picture_path(run.folder, epoch), validation.dataset, result, f"epoch {epoch}, step {step}")
+    return distributed.from_main(lambda: result.scores)
 
 
 def pictured(dataset: ReferringDataset, count: int, sentences: str) -> list[tuple[int, int]]:
@@ -55,19 +93,3 @@ def _row(dataset: ReferringDataset, index: int, phrase: str, mask: np.ndarray, i
         rows, columns = (np.arange(side) * scored // side for side, scored in zip(truth.shape, mask.shape, strict=True))
         mask = mask[np.ix_(rows, columns)]
     return GalleryRow(image, phrase, truth, mask, iou)
-
-
-def card_of(run: Run, scores: Scores | None) -> str:
-    """The model card of a run's weights as they are, after the epoch that they are in."""
-    position, device = run.position, run.precision.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    processes = distributed.world_size()
-    return training_card(
-        run.model.config,
-        run.recipe,
-        epoch=position.epoch + (position.batch > 0),
-        step=position.step,
-        scores=scores,
-        device=name if processes == 1 else f"{processes} x {name}",
-        versions=versions(),
-    )

@@ -170,6 +170,54 @@ def test_only_the_chosen_commands_module_is_imported() -> None:
     assert subprocess_run([sys.executable, "-c", program]).stderr == ""
 
 
+HEAVY = {"torch", "torchvision", "triton", "cv2", "PIL", "open_clip", "huggingface_hub", "safetensors", "rich"}
+MISTAKES = {  # command -> wrong values, each with what the message says
+    "demo": [(["steps=soon"], "steps must be int (steps), got 'soon'"), (["lr=inf"], "lr=inf must be a finite number")],
+    "eval": [
+        ([], "model=... is missing"),
+        (["model=a", "sentences=some"], "sentences must be all|first, got 'some'"),
+        (["model=a", "rule=lavvt"], "rule='lavvt' is unknown; choose one of cris, lavt"),
+        (["model=a", "dataset=refcocoo"], "dataset='refcocoo' is unknown; choose one of synthetic, refcoco"),
+        (["model=a", "dataset=synthetic", "images=b"], "dataset=synthetic reads no files, so images must be left out"),
+        (["model=a", "images_per_batch=0"], "images_per_batch=0 must be at least 1"),
+    ],
+    "predict": [
+        (["a.png", "red", "model=a", "threshold=half"], "threshold must be float (probability, 0..1), got 'half'"),
+        (["a.png", "red", "model=a", "threshold=2"], "threshold must lie in 0..1 (a probability), got 2"),
+        (["a.png", " ", "model=a"], "phrases[0] is ' ', which names nothing"),
+    ],
+    "data": [(["lok", "."], "action must be inspect|check|convert, got 'lok'")],
+    "train": [
+        (["base_lrr=3"], "unknown option base_lrr; did you mean base_lr"),
+        (["base_lr=fast"], "base_lr must be float, got 'fast'"),
+        (["base_lr=-1"], "base_lr=-1.0 must be at least 0"),
+        (["val_rule=lavvt"], "rule='lavvt' is unknown; choose one of cris, lavt"),
+        (["dataset=refcocoo"], "dataset='refcocoo' is unknown; choose one of synthetic, refcoco"),
+        (["gpu=10gb"], "gpu='10gb' is unknown; choose one of 8gb"),
+        (["gpu=8gb", "batch_size=67"], "batch_size=67 does not split into equal parts of 2 to 16 references"),
+        (["numlayers=2"], "unknown option numlayers"),
+    ],
+    "doctor": [(["json=soon"], "json must be true|false, got 'soon'")],
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_help_and_mistakes_are_answered_without_a_heavy_import(name: str, tmp_path: Path) -> None:
+    asked = [["--help"], ["--hlep"], ["--zzz=1"], *(args for args, _ in MISTAKES[name])]
+    program = (
+        "import sys; from fastris.commands.cli import main\n"
+        f"codes = [main([{name!r}, *args]) for args in {asked!r}]\n"
+        f"print(codes, sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    found = subprocess_run([sys.executable, "-c", program], cwd=tmp_path)
+    assert found.stdout.startswith(f"usage: fastris {name} ")
+    assert found.stdout.splitlines()[-1] == f"{[0] + [2] * (len(asked) - 1)} []"
+    first, second, *errors = found.stderr.splitlines()
+    assert first.startswith(f"fastris {name}: unknown option --hlep") and "unknown option --zzz" in second
+    for error, (_, message) in zip(errors, MISTAKES[name], strict=True):
+        assert error.startswith(f"fastris {name}: ") and message in error
+
+
 def test_a_real_process_says_its_mistake_and_exits_with_2(tmp_path: Path) -> None:
     found = subprocess_run([sys.executable, "-m", "fastris", "doctor", "jsn=true"], cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
@@ -178,7 +226,7 @@ def test_a_real_process_says_its_mistake_and_exits_with_2(tmp_path: Path) -> Non
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     program = (
-        "import sys, os; from fastris import cli, config\n"
+        "import sys, os; from fastris.commands import cli\n"
         "sys.stdin.read()\n"  # the reader's end is closed by now
         "sys.exit(cli.main(['doctor', '--help']))"
     )
@@ -193,7 +241,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_output_closed_before_the_start_is_no_error_and_no_file_takes_its_place(closed: str) -> None:
-    look = "import os, sys; from fastris import cli; code = cli.main(['--help'])"
+    look = "import os, sys; from fastris.commands import cli; code = cli.main(['--help'])"
     program = f"{look}; sys.exit(code or os.readlink('/proc/self/fd/1') != os.devnull)"
     found = subprocess_run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program])
     assert (found.returncode, found.stderr) == (0, "")
@@ -235,7 +283,7 @@ def test_what_an_error_quotes_cannot_steer_the_terminal(
 
 
 def test_output_of_a_narrow_encoding_comes_escaped() -> None:
-    program = "from fastris import cli; cli._overview = lambda: 'caf\u00e9 \\udcff'; cli.main([])"
+    program = "from fastris.commands import cli; cli._overview = lambda: 'caf\u00e9 \\udcff'; cli.main([])"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=60)
     assert (found.stdout, found.stderr) == ("caf\\xe9 \\udcff\n", "")

@@ -10,8 +10,9 @@ from PIL import Image
 
 from fastris import Segmenter
 from fastris.commands.cli import main
-from fastris.commands.demo import DemoConfig, OtherPhrases, run
+from fastris.commands.demo import DemoConfig, run
 from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.data.scenes.other_phrases import OtherPhrases
 
 SHORT = {"steps": 3, "images": 2, "scenes": 4, "held_out": 2, "threads": 1, "progress": False}
 

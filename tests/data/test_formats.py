@@ -20,11 +20,11 @@ from format_trees import (
 from PIL import Image
 from refer_tree import blocks, make_refer_tree
 
+from fastris.commands.train import TrainConfig
 from fastris.data import DataError, load_dataset, load_split
 from fastris.data.formats import annotation as annotations
 from fastris.data.formats import extras
 from fastris.data.formats.table import discover
-from fastris.training.recipe import TrainConfig
 
 FORMATS = [*MAKERS]
 

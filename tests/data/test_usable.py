@@ -23,6 +23,7 @@ from training_helpers import rows as log_rows
 from training_helpers import train_config
 
 from fastris.commands import cli
+from fastris.commands.train import train
 from fastris.data import DataError, load_dataset
 from fastris.data.formats.annotated import AnnotatedDataset
 from fastris.data.formats.check import MENDS_OF_CHECK, check_split
@@ -32,7 +33,6 @@ from fastris.data.letterbox import letterbox
 from fastris.data.samples import EvalSamples, TrainSamples
 from fastris.evaluation.rules import RULES
 from fastris.training.expressions import ImageSamples
-from fastris.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 

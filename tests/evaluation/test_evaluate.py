@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from training_helpers import Boxes, model_config
 
 from fastris import CRIS
+from fastris.commands.eval import EvalConfig, run
 from fastris.data import Reference
 from fastris.data.tokens import tokenize
-from fastris.evaluation.evaluate import EvalConfig, evaluate, run
+from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import read_per_sample, score
 from fastris.evaluation.rules import RULES, overlap
 from fastris.models.inputs import CLIP_MEAN, CLIP_STD
@@ -224,7 +225,7 @@ def test_bad_arguments_are_refused_by_name(model):
 
 def test_command_scores_a_checkpoint_and_writes_both_files(model, tmp_path, monkeypatch, capsys):
     save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
-    monkeypatch.setattr("fastris.evaluation.evaluate.load_split", lambda *args, **kwargs: Boxes())
+    monkeypatch.setattr("fastris.commands.eval.load_split", lambda *args, **kwargs: Boxes())
     args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "sentences=first"]
     run(load_options(EvalConfig, args))
     printed = capsys.readouterr().out
@@ -244,7 +245,7 @@ def command_in_one_of_two_processes(rank: int, port: int, args: list[str], folde
 
 def test_command_started_twice_prints_and_writes_once(model, tmp_path, monkeypatch):
     save_atomic({"config": model.config.to_dict(), "state_dict": model.state_dict()}, tmp_path / "best.pth")
-    monkeypatch.setattr("fastris.evaluation.evaluate.load_split", lambda *args, **kwargs: Boxes())
+    monkeypatch.setattr("fastris.commands.eval.load_split", lambda *args, **kwargs: Boxes())
     args = [f"model={tmp_path / 'best.pth'}", f"out={tmp_path / 'eval'}", "workers=0", "device=cpu", "progress=false"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

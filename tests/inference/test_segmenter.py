@@ -385,7 +385,7 @@ def test_a_long_name_in_any_script_gives_names_that_a_file_system_takes(
 
 MEASURE = """
 import resource, sys
-from fastris.inference.segmenter import PredictConfig, Segmenter, run
+from fastris.commands.predict import PredictConfig, run
 from PIL import Image
 Image.init()
 model, picture, small, out = sys.argv[1:]

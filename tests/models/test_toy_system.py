@@ -21,6 +21,7 @@ from training_helpers import rows, train_set, val_set
 
 from fastris import CRIS, Segmenter
 from fastris.commands.convert import ConvertConfig, run_convert
+from fastris.commands.train import TrainConfig, train
 from fastris.data.letterbox import letterbox
 from fastris.data.tokens import TOKENIZERS, TokenBatch
 from fastris.evaluation.evaluate import evaluate
@@ -30,7 +31,6 @@ from fastris.models.config import ModelConfig
 from fastris.models.inputs import Inputs
 from fastris.models.registry import System
 from fastris.runtime.storage import load_torch
-from fastris.training.loop import TrainConfig, train
 from fastris.weights.load import load_clip, load_model, load_weights
 
 PHRASES = ["the red circle", "a small blue square on the left", "green"]

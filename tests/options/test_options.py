@@ -278,3 +278,22 @@ def test_help_tells_name_type_default_unit_and_help_of_every_option(monkeypatch:
     assert "extra" not in lines
     assert "required" in describe(Look)
     assert usage(Look) == "IMAGE PHRASE [PHRASE ...] [options.yaml] [name=value ...]"
+
+
+@dataclass(kw_only=True)
+class Shared:
+    folder: str = option("here", "shared by several commands")
+
+
+@dataclass(kw_only=True)
+class Inheriting(Shared):
+    steps: int = option(3, "its own")
+    weights: str = option(REQUIRED, "its own, without a default")
+
+
+def test_help_shows_what_must_be_given_first_then_shared_options_then_a_commands_own() -> None:
+    names = [line.split()[0] for line in describe(Inheriting).splitlines()[1:]]
+    assert names == ["weights", "folder", "steps"]
+    assert load_options(Inheriting, ["weights=a", "folder=b"]) == Inheriting(weights="a", folder="b")
+    with pytest.raises(ValueError, match=r"weights=\.\.\. is missing"):
+        load_options(Inheriting, ["folder=b"])

@@ -16,15 +16,16 @@ import torch
 import torch.distributed as dist
 from process_helpers import run_processes
 from torch import nn
-from training_helpers import rows, train_config, train_set, val_set
+from training_helpers import parts_of, rows, train_config, train_set, val_set
 
+from fastris.commands import assemble
+from fastris.commands.train import train
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.ops import contrastive
 from fastris.runtime import distributed
 from fastris.runtime.sync_batchnorm import CPUSyncBatchNorm, synchronise_batchnorm
 from fastris.training import loop as training
-from fastris.training.loop import train
 from fastris.weights.load import load_torch
 
 OPTIONS = {"batch_size": 4, "epochs": 1, "evaluate": False, "print_freq": 1}
@@ -54,13 +55,13 @@ def run(folder: Path, changes: dict, data: SyntheticExpressions | None = None) -
 def exact_run(folder: Path, changes: dict) -> str:
     """As `run`, in float64 and without dropout: two ways to sum the same numbers agree to more digits than Adam,
     which divides by the gradient's size, can blow up."""
-    build, sample = training.build_model, TrainSamples.__getitem__
+    build, sample = assemble.build_model, TrainSamples.__getitem__
 
     def item(samples, index):
         found = sample(samples, index)
         return found | {"image": found["image"].double(), "mask": found["mask"].double()}
 
-    training.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
+    assemble.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
     TrainSamples.__getitem__ = item
     return run(folder, changes | {"extra": train_config(folder).extra | {"dropout": 0.0}})
 
@@ -113,8 +114,8 @@ def interrupted_run(folder: Path, changes: dict, step: int) -> str:
     """Stopped by a signal that the second process alone gets, after `step` of its steps."""
     made = training.train_step
 
-    def step_and_stop(config, run, batch, *signals):
-        result = made(config, run, batch, *signals)
+    def step_and_stop(plan, run, batch, *signals):
+        result = made(plan, run, batch, *signals)
         if distributed.rank() == 1 and run.position.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
@@ -139,7 +140,7 @@ def test_two_processes_that_are_interrupted_in_an_epoch_go_on_exactly(tmp_path):
 
 def start(folder: Path) -> tuple[float, list[float]]:
     with distributed.joined(torch.device("cpu"), 1):
-        run, *_ = training.prepare(train_config(folder, **OPTIONS), train_set(), None)
+        run = parts_of(train_config(folder, **OPTIONS)).run
     return sum(weight.double().sum().item() for weight in run.model.parameters()), torch.rand(3).tolist()
 
 
@@ -177,12 +178,12 @@ def test_batch_that_processes_cannot_share_is_one_error(tmp_path):
 def failing_run(folder: Path, how: str) -> str:
     """The second process raises, or is killed, in the middle of the third step."""
 
-    def fail(config, run, batch, *signals):
+    def fail(plan, run, batch, *signals):
         if distributed.rank() == 1 and run.position.step == 2:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise MemoryError("no memory left")
-        return made(config, run, batch, *signals)
+        return made(plan, run, batch, *signals)
 
     made, training.train_step = training.train_step, fail
     return run(folder, {"save_every_steps": 1})
@@ -207,8 +208,8 @@ def run_with_nan(folder: Path, changes: dict, reference: int) -> tuple[str, str]
         found = sample(samples, index)
         return found | {"image": found["image"] * (float("nan") if index == reference else 1)}
 
-    def step(config, run, batch, *signals):
-        result = made(config, run, batch, *signals)
+    def step(plan, run, batch, *signals):
+        result = made(plan, run, batch, *signals)
         weights.append(sum(value.double().sum().item() for value in run.model.state_dict().values()))
         return result
 

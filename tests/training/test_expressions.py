@@ -12,14 +12,14 @@ from test_distributed import assert_nearly_same_run, exact_run
 from test_resume import assert_same_run
 from torch import nn
 from torch.utils.data import DataLoader
-from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
+from training_helpers import Boxes, model_config, parts_of, rows, train_config, train_set, val_set
 
 from fastris import CRIS
+from fastris.commands.train import train
 from fastris.data.samples import TrainSamples, worker_init
 from fastris.data.tokens import tokenize
 from fastris.training import loop as training
 from fastris.training.expressions import ImageSamples, references_of
-from fastris.training.loop import train
 
 L = 12
 
@@ -148,12 +148,13 @@ def test_batches_that_do_not_fit_are_refused(tmp_path) -> None:
 
 def test_parts_of_a_batch_hold_whole_images(tmp_path) -> None:
     config = train_config(tmp_path, batch_size=8, expressions_per_image=2, accumulate=2)
-    run, samples, sampler = training.prepare(config, train_set(), None)
-    batch = next(iter(DataLoader(samples, batch_sampler=sampler)))
+    parts = parts_of(config)
+    run, batches = parts.run, parts.batches
+    batch = next(iter(DataLoader(batches.samples, batch_sampler=batches.sampler)))
     seen = []
     run.model.register_forward_pre_hook(lambda module, args: seen.append([tuple(a.shape) for a in args]))
     run.model.train()
-    training.train_step(config, run, batch)
+    training.train_step(parts.plan, run, batch)
     assert seen == [[(2, 3, 64, 64), (2, 2, 12), (2, 2, 1, 64, 64)]] * 2
 
 

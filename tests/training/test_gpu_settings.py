@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_helpers import train_config, train_set
+from training_helpers import parts_of, train_config, train_set
 
 from fastris import CRIS, CRISConfig
+from fastris.commands import find_batch
+from fastris.commands.assemble import memory_use
+from fastris.commands.train import TrainConfig, run, train
 from fastris.options.declare import load_options
-from fastris.training import find_batch, gpu_settings
+from fastris.training import gpu_settings
 from fastris.training import loop as training
-from fastris.training.find_batch import StepProbe, largest_that_fits
+from fastris.training.find_batch import largest_that_fits
 from fastris.training.gpu_settings import (
     GPU_SETTINGS,
     GpuSetting,
@@ -22,12 +25,11 @@ from fastris.training.gpu_settings import (
     find_setting,
     next_smaller,
     parts_for,
-    set_recompute,
 )
-from fastris.training.loop import train
-from fastris.training.recipe import TrainConfig
+from fastris.training.memory import set_recompute
+from fastris.training.optim import build_optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list(GPU_SETTINGS))
@@ -44,12 +46,12 @@ def test_every_setting_leaves_a_quarter_of_the_card_by_the_estimate(setting: Gpu
 
 
 def test_the_documented_tables_are_the_one_in_use() -> None:
-    readme = (ROOT / "README.md").read_text().splitlines()
+    page = (ROOT / "docs" / "training.md").read_text().splitlines()
     for name, setting in GPU_SETTINGS.items():
         gib = f"{estimate_gib(setting.micro_batch, setting.recompute):.1f}"
         row = next(line for line in gpu_settings.__doc__.splitlines() if line.startswith(f"{name} "))
         assert row.split()[:4] == [name, str(setting.micro_batch), setting.recompute, gib]
-        assert f"| `{name}` | {setting.micro_batch} | {setting.recompute} | {gib} GiB |" in readme
+        assert f"| `{name}` | {setting.micro_batch} | {setting.recompute} | {gib} GiB |" in page
     assert f"({estimate_gib(64, 'none'):.1f} GiB)" in gpu_settings.__doc__
 
 
@@ -113,7 +115,9 @@ def test_processes_share_the_batch_of_a_setting(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     config = load_options(TrainConfig, ["gpu=8gb"])
     assert (config.accumulate, config.micro_batch) == (1, 64)
-    assert next_smaller(load_options(TrainConfig, ["recompute=stages"])) is None  # 16 at once need what 8gb needs
+    assert (
+        next_smaller(memory_use(load_options(TrainConfig, ["recompute=stages"]))) is None
+    )  # 16 at once need what 8gb needs
 
 
 def test_recompute_goes_to_the_model_or_says_that_it_cannot() -> None:
@@ -131,9 +135,9 @@ def test_recompute_goes_to_the_model_or_says_that_it_cannot() -> None:
 
 def test_fused_optimizer_is_for_cuda_only(tmp_path) -> None:
     config = train_config(tmp_path, fused=True)
-    run, *_ = training.prepare(config, train_set(), None)
-    assert not run.optimizer.defaults["fused"]
-    assert training.build_optimizer(run.model, 1e-4, 0.1, fused=True).defaults["fused"]
+    assert not parts_of(config).run.optimizer.defaults["fused"]
+    groups = {"head": list(nn.Linear(1, 1).parameters())}
+    assert build_optimizer(groups, {"head": 1e-4}, fused=True).defaults["fused"]
 
 
 CUDA_SAYS = (
@@ -175,7 +179,7 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path, monkeypatch) -> 
     ],
 )
 def test_next_smaller_setting_needs_less_memory(options: list[str], smaller: str | None) -> None:
-    assert next_smaller(load_options(TrainConfig, options)) == smaller
+    assert next_smaller(memory_use(load_options(TrainConfig, options))) == smaller
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -207,7 +211,7 @@ def test_search_prints_its_trials_and_the_option_to_use(capsys) -> None:
 @pytest.mark.parametrize("several", [1, 2])
 def test_probe_takes_real_steps_and_sees_memory_run_out(tmp_path, several: int) -> None:
     config = train_config(tmp_path, batch_size=8, expressions_per_image=several)
-    probe = StepProbe(config)
+    probe = find_batch.probe_of(config)
     before = probe.model.proj.txt.weight.clone()
     forward, seen = probe.model.forward, []
 
@@ -225,10 +229,10 @@ def test_probe_takes_real_steps_and_sees_memory_run_out(tmp_path, several: int) 
 
 
 def test_search_on_a_cpu_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(find_batch, "StepProbe", lambda config: 1 / 0)
+    monkeypatch.setattr(find_batch, "probe_of", lambda options: 1 / 0)
     options = [f"output_folder={tmp_path}", "model=tiny", "dataset=synthetic", "device=cpu", "--find-batch"]
     with pytest.raises(ValueError, match="find_batch searches for the limit of a GPU's memory, but device is cpu"):
-        training.run(load_options(TrainConfig, options))
+        run(load_options(TrainConfig, options))
 
 
 def test_float16_sums_that_would_do_nothing_are_refused(tmp_path) -> None:

@@ -4,14 +4,16 @@ import sys
 
 import pytest
 import torch
-from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
+from training_helpers import Boxes, model_config, parts_of, rows, train_config, train_set, val_set
 
+from fastris import CRIS
+from fastris.commands import assemble
+from fastris.commands.assemble import model_config as configured_model
+from fastris.commands.train import TrainConfig, train
 from fastris.data.tokens import tokenize
 from fastris.options.declare import load_options
 from fastris.training import loop as training
 from fastris.training.feed import count_cut
-from fastris.training.loop import TrainConfig, train
-from fastris.training.recipe import model_config as configured_model
 from fastris.weights.load import load_model, load_torch
 
 
@@ -43,8 +45,8 @@ def test_checkpoints_are_there_from_the_start_and_load_as_models(uninterrupted, 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     step = training.train_step
 
-    def broken(config, run, batch, *signals):
-        result = step(config, run, batch, *signals)
+    def broken(plan, run, batch, *signals):
+        result = step(plan, run, batch, *signals)
         with torch.no_grad():
             run.model.proj.txt.bias[0] = float("inf")
         return result
@@ -72,11 +74,12 @@ def test_accumulated_parts_give_the_gradient_of_their_mean(tmp_path):
     gradients = []
     for accumulate, repeats in ((1, 1), (2, 2)):
         config = train_config(tmp_path, batch_size=6, accumulate=accumulate, extra=no_dropout)
-        run, samples, _ = training.prepare(config, train_set(), None)
+        parts = parts_of(config)
+        run, samples = parts.run, parts.batches.samples
         items = [samples[i] for i in range(3)] * repeats
         batch = {name: torch.stack([item[name] for item in items]) for name in ("image", "tokens", "mask")}
         run.model.train()
-        loss, iou, *_ = training.train_step(config, run, batch)
+        loss, iou, *_ = training.train_step(parts.plan, run, batch)
         gradients.append((loss, iou, run.model.proj.txt.weight.grad.clone()))
     (loss, iou, gradient), (loss_parts, iou_parts, gradient_parts) = gradients
     assert (loss_parts, iou_parts) == pytest.approx((loss, iou))
@@ -84,11 +87,11 @@ def test_accumulated_parts_give_the_gradient_of_their_mean(tmp_path):
 
 
 def test_gradients_are_clipped_to_max_norm(tmp_path):
-    config = train_config(tmp_path, max_norm=1e-3)
-    run, samples, sampler = training.prepare(config, train_set(), None)
-    batch = next(iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler)))
+    parts = parts_of(train_config(tmp_path, max_norm=1e-3))
+    run, batches = parts.run, parts.batches
+    batch = next(iter(torch.utils.data.DataLoader(batches.samples, batch_sampler=batches.sampler)))
     run.model.train()
-    training.train_step(config, run, batch)
+    training.train_step(parts.plan, run, batch)
     norms = [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -98,8 +101,7 @@ def test_cut_expressions_are_counted_and_reported(tmp_path, capsys):
     train(train_config(tmp_path, batch_size=6, epochs=1, evaluate=False, print_freq=0), data)
     cut = load_torch(tmp_path / "last.pth")
     assert cut["step"] == 1
-    config = train_config(tmp_path)
-    samples = training.prepare(config, data, None)[1]
+    samples = parts_of(train_config(tmp_path), data).batches.samples
     long = torch.stack([tokenize(data.reference(0).sentences[2], 12).tokens[0]] * 3)
     short = torch.stack([tokenize(data.reference(0).sentences[1], 12).tokens[0]] * 3)
     index = torch.tensor([0, 2, 4])
@@ -109,10 +111,14 @@ def test_cut_expressions_are_counted_and_reported(tmp_path, capsys):
 
 
 def test_large_model_without_clip_weights_warns(tmp_path, monkeypatch):
-    holder = type("Model", (), {})
-    monkeypatch.setattr("fastris.models.cris.model.CRIS", lambda config: setattr(holder, "config", config) or holder)
+    class Unbuilt(CRIS):
+        def __init__(self, config):
+            torch.nn.Module.__init__(self)
+            self.config = config
+
+    monkeypatch.setattr("fastris.models.cris.model.CRIS", Unbuilt)
     with pytest.warns(UserWarning, match="random weights.*clip_pretrain=RN50:openai"):
-        training.build_model(TrainConfig(model="cris_r50", output_folder=tmp_path))
+        assemble.build_model(TrainConfig(model="cris_r50", output_folder=tmp_path))
 
 
 def test_bf16_trains_on_the_cpu(tmp_path):

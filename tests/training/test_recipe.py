@@ -6,10 +6,11 @@ from training_helpers import model_config as tiny_config
 from training_helpers import train_config
 
 from fastris import CRIS, CRISConfig
+from fastris.commands.assemble import make_optimizer, model_config, passed_over
+from fastris.commands.train import TrainConfig
 from fastris.options.declare import load_options
 from fastris.runtime.device import Precision, choose_device
 from fastris.training.optim import build_optimizer, build_scheduler
-from fastris.training.recipe import TrainConfig, model_config, passed_over
 
 PUBLISHED_YAML = """
 DATA:
@@ -56,7 +57,7 @@ TEST:
 
 def test_parameter_groups_are_the_published_ones():
     model = CRIS(tiny_config())
-    optimizer = build_optimizer(model, base_lr=1e-4, lr_multi=0.1)
+    optimizer = make_optimizer(TrainConfig(base_lr=1e-4, lr_multi=0.1), model, torch.device("cpu"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     backbone, head = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
     assert sorted(backbone + head) == sorted(names.values())
@@ -73,8 +74,9 @@ def test_parameter_groups_are_the_published_ones():
     [(1.0, (1e-5, 1e-4)), (10.0, (1e-4, 1e-4))],  # published: the first epoch runs the backbone at the full rate
 )
 def test_learning_rates_follow_the_published_schedule(quirk, first):
-    optimizer = build_optimizer(CRIS(tiny_config()), 1e-4, 0.1)
-    scheduler = build_scheduler(optimizer, (35,), 0.1, first_epoch_factor=quirk)
+    groups = {"backbone": [torch.nn.Parameter(torch.ones(1))], "head": [torch.nn.Parameter(torch.ones(1))]}
+    optimizer = build_optimizer(groups, {"backbone": 1e-5, "head": 1e-4})
+    scheduler = build_scheduler(optimizer, (35,), 0.1, first_epoch={"backbone": quirk})
     rates = []
     for _ in range(50):
         rates.append(tuple(group["lr"] for group in optimizer.param_groups))
@@ -83,6 +85,12 @@ def test_learning_rates_follow_the_published_schedule(quirk, first):
     assert rates[0] == pytest.approx(first)
     assert rates[1] == rates[34] == pytest.approx((1e-5, 1e-4))
     assert rates[35] == rates[49] == pytest.approx((1e-6, 1e-5))
+
+
+def test_group_without_a_learning_rate_is_refused_by_name():
+    groups = {"head": [torch.nn.Parameter(torch.ones(1))], "neck": [torch.nn.Parameter(torch.ones(1))]}
+    with pytest.raises(ValueError, match="parameter groups neck have no learning rate; there are rates for head"):
+        build_optimizer(groups, {"head": 1e-4})
 
 
 def test_defaults_are_the_published_recipe():

@@ -12,14 +12,15 @@ import yaml
 from training_helpers import MODEL, rows, train_config, train_set, val_set
 
 from fastris import CRIS
+from fastris.commands import assemble
+from fastris.commands.train import TrainConfig, run, train
 from fastris.data.samples import TrainSamples
 from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.options.declare import load_options
 from fastris.runtime.device import layout_for
 from fastris.runtime.interrupt import StopSignal
-from fastris.training import loop as training
+from fastris.training import validation
 from fastris.training.log import CsvLog, RunLog, StepRecord
-from fastris.training.loop import TrainConfig, train
 from fastris.training.run import restore_rng, rng_state
 from fastris.weights.load import load_torch, save_atomic
 
@@ -84,7 +85,7 @@ def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted
 
 def test_layout_of_gpus_trains_saves_and_goes_on_exactly(tmp_path, interrupt_at, monkeypatch):
     assert layout_for(torch.device("cuda")) is torch.channels_last
-    monkeypatch.setattr(training, "layout_for", lambda device: torch.channels_last)
+    monkeypatch.setattr(assemble, "layout_for", lambda device: torch.channels_last)
     whole, parts, saved = (tmp_path / name for name in ("whole", "parts", "saved"))
     model = run_to_the_end(whole).model
     convolution = model.backbone.visual.layer1[0].conv2.weight
@@ -99,13 +100,13 @@ def test_layout_of_gpus_trains_saves_and_goes_on_exactly(tmp_path, interrupt_at,
 
 
 def test_run_interrupted_in_validation_goes_on_exactly(tmp_path, uninterrupted, monkeypatch):
-    evaluate = training.evaluate
+    evaluate = validation.evaluate
 
     def interrupted(*args, **kwargs):
-        monkeypatch.setattr(training, "evaluate", evaluate)
+        monkeypatch.setattr(validation, "evaluate", evaluate)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(validation, "evaluate", interrupted)
     assert run_to_the_end(tmp_path).interrupted
     assert load_torch(tmp_path / "last.pth")["step"] == 4
     run_to_the_end(tmp_path, resume="auto")
@@ -316,10 +317,10 @@ def test_command_says_how_to_go_on_and_where_things_are(tmp_path, interrupt_at, 
     options = "dataset=synthetic input_size=64 word_len=12 batch_size=4 epochs=2 limit_train=8 evaluate=false workers=0"
     args = [str(tmp_path / "tiny.yaml"), *options.split(), "device=cpu", f"output_folder={folder}"]
     interrupt_at(1)
-    assert training.run(load_options(TrainConfig, args)) == 130
+    assert run(load_options(TrainConfig, args)) == 130
     command = capsys.readouterr().out.splitlines()[-1].strip()
     assert command == f"fastris train '{folder / 'config.yaml'}' --resume"
-    assert training.run(load_options(TrainConfig, [str(folder / "config.yaml"), "--resume"])) == 0
+    assert run(load_options(TrainConfig, [str(folder / "config.yaml"), "--resume"])) == 0
     printed = capsys.readouterr().out
     assert "done: 2 epochs, 4 steps" in printed
     assert f"fastris eval model='{folder / 'last.pth'}' dataset=synthetic split=val" in printed

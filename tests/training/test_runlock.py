@@ -19,9 +19,9 @@ from process_helpers import run_processes
 from training_helpers import rows, train_config, train_set
 
 from fastris.commands.cli import main
+from fastris.commands.train import train
 from fastris.runtime.runlock import LOCK, locked
 from fastris.training import loop as training
-from fastris.training.loop import train
 from fastris.weights.load import load_torch
 
 OPTIONS = ("output_folder", "exp_name")

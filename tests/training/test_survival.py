@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import rows, train_config, train_set
+from training_helpers import parts_of, rows, train_config, train_set
 
-from fastris.commands import cli
+from fastris.commands import assemble, cli
+from fastris.commands.train import train
 from fastris.data import DataError
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.training import checkpoints
 from fastris.training import loop as training
-from fastris.training import run as runstate
 from fastris.training.log import RunLog
-from fastris.training.loop import train
 from fastris.weights.load import load_torch, save_atomic
 
 
@@ -176,11 +176,11 @@ def test_folder_that_cannot_be_written_to_is_an_error_before_any_work(tmp_path, 
     def refuse(**options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(training, "load_split", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(assemble, "load_split", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match=r"output_folder: nothing can be written into .* \(Read-only file system\)"):
         train(train_config(tmp_path / "new" / "run"))
-    monkeypatch.setattr(tempfile, "TemporaryFile", runstate.tempfile.NamedTemporaryFile)
+    monkeypatch.setattr(tempfile, "TemporaryFile", checkpoints.tempfile.NamedTemporaryFile)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"output_folder: nothing can be written into .*file \(Not a directory\)"):
         train(train_config(tmp_path / "file" / "run"))
@@ -295,26 +295,26 @@ def test_batch_whose_loss_is_nan_is_left_out_counted_and_kept(tmp_path, nan_in, 
 
 
 def test_batch_that_is_left_out_changes_no_weight_and_no_statistic(tmp_path, nan_in):
-    config = train_config(tmp_path)
-    made, samples, _ = training.prepare(config, train_set(), None)
+    parts = parts_of(train_config(tmp_path))
+    made, samples = parts.run, parts.batches.samples
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     nan_in({1})
     items = [samples[index] for index in range(3)]
     batch = {name: torch.stack([item[name] for item in items]) for name in ("image", "tokens", "mask")}
     made.model.train()
-    assert not training.train_step(config, made, batch).applied
+    assert not training.train_step(parts.plan, made, batch).applied
     for name, value in made.model.state_dict().items():
         assert "num_batches" in name or torch.equal(value, before[name]), name
     assert not made.optimizer.state
 
 
 def test_gradient_that_is_not_finite_is_no_step_either(tmp_path):
-    config = train_config(tmp_path)
-    made, samples, sampler = training.prepare(config, train_set(), None)
-    batch = next(iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler)))
+    parts = parts_of(train_config(tmp_path))
+    made, batches = parts.run, parts.batches
+    batch = next(iter(torch.utils.data.DataLoader(batches.samples, batch_sampler=batches.sampler)))
     made.model.train()
     made.model.proj.txt.weight.register_hook(lambda gradient: gradient * float("inf"))
-    result = training.train_step(config, made, batch)
+    result = training.train_step(parts.plan, made, batch)
     assert torch.isfinite(torch.tensor(result.loss)) and not result.applied
     assert not made.optimizer.state
 

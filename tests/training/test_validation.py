@@ -15,14 +15,15 @@ from PIL import Image
 from training_helpers import Boxes, model_config, rows, train_config, train_set, val_set
 
 from fastris import CRIS
+from fastris.commands.assemble import identity
 from fastris.commands.convert import ConvertConfig, run_convert
+from fastris.commands.train import train
 from fastris.evaluation.evaluate import evaluate
 from fastris.evaluation.metrics import score
 from fastris.pictures.gallery import AGREE
 from fastris.training import loop as training
 from fastris.training.card import training_card
-from fastris.training.loop import TrainResult, train
-from fastris.training.recipe import identity
+from fastris.training.loop import TrainResult
 from fastris.training.run import Position
 from fastris.training.trackers import open_trackers, picture_path
 from fastris.training.validation import draw_predictions, pictured

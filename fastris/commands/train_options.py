@@ -1,48 +1,39 @@
-"""The options of training: the published recipe as defaults, and which of them make a run the run that it is."""
+"""The options of `fastris train`, with the published recipe as defaults, and their checks. Imports no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fastris.data import DATASETS, ReferringDataset
-from fastris.evaluation.evaluate import Sentences
-from fastris.evaluation.rules import RULES, find_rule
+from fastris.data.options import DataOptions
+from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models import registry
-from fastris.models.config import ModelConfig
-from fastris.models.cris.config import PUBLISHED_OTHER_KEYS
 from fastris.options.declare import extra_option, option
-from fastris.runtime import distributed
-from fastris.runtime.device import Amp
+from fastris.options.shared import Amp
+from fastris.runtime.processes import world_size
 from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
 
 
-def _model_keys() -> Iterable[str]:
+def model_keys() -> Iterable[str]:
     """Model options that may stand on the command line beside those of :class:`TrainConfig`."""
     own = {field.name for field in fields(TrainConfig)}
     return [name for name in registry.model_keys() if name not in own]
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(DataOptions):
     """Options under the names of the published YAML files, whose recipe is the default; model keys may be given too."""
 
     model: str = option("", "cris_r50, cris_r101 or tiny; empty: the model keys of a YAML file, else cris_r50")
     clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
     weight: str | None = option(None, "CRIS weights to start from (path, folder or Hugging Face id)")
-    dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
-    data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
     val_rule: str = option("cris", "prediction and scoring rule of validation: " + ", ".join(RULES))
     val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
-    images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
-    format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
-    on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
     input_size: int | None = option(
         None, "side of the letterboxed square; none: the model's, 416 as published", "pixels"
     )
@@ -111,9 +102,10 @@ class TrainConfig:
     process_timeout: float = option(10.0, "that one of several processes waits for the others", "minutes")
     tensorboard: bool = option(False, "also write TensorBoard files (pip install 'fastris[tensorboard]')")
     wandb: str | None = option(None, "also log to this Weights & Biases project (pip install 'fastris[wandb]')")
-    extra: dict[str, Any] = extra_option(_model_keys)
+    extra: dict[str, Any] = extra_option(model_keys)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
         self._follow_gpu()
         find_rule(self.val_rule)
@@ -144,9 +136,7 @@ class TrainConfig:
         setting = find_setting(self.gpu) if self.gpu else None
         if self.accumulate == 0:
             several = max(1, self.expressions_per_image)
-            self.accumulate = (
-                parts_for(self.batch_size, setting.micro_batch, distributed.world_size(), several) if setting else 1
-            )
+            self.accumulate = parts_for(self.batch_size, setting.micro_batch, world_size(), several) if setting else 1
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:
@@ -161,52 +151,3 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run lives: `output_folder/exp_name`."""
         return self.output_folder.expanduser() / self.exp_name
-
-
-def model_config(config: TrainConfig) -> ModelConfig:
-    """The preset or the YAML file's model keys, with the single options over it.
-
-    Raises:
-        ValueError: keys are missing or do not fit together.
-    """
-    own = {name: getattr(config, name) for name in ("input_size", "word_len") if getattr(config, name) is not None}
-    source = "the training configuration"
-    has_keys = bool(config.extra.keys() & set(_model_keys()))
-    if config.model or not has_keys:
-        base = registry.preset(config.model or "cris_r50").to_dict()
-    else:
-        base = {"clip_pretrain": config.clip_pretrain}
-        source += ", which names no preset (model=cris_r50),"
-    return registry.read_config(base | config.extra | own, source)
-
-
-def passed_over(config: TrainConfig) -> list[str]:
-    """Keys of a published YAML file that are accepted, but that say nothing to one process on one device."""
-    return sorted(config.extra.keys() & PUBLISHED_OTHER_KEYS)
-
-
-def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
-    """What identifies the first `count` references: name, split, number, and a digest of a sample of their text."""
-    sample = [dataset.reference(index) for index in range(0, count, max(1, count // 16))]
-    text = repr([(str(r.ref_id), str(r.image_id), r.sentences) for r in sample])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return {"dataset": dataset.name, "train_split": dataset.split, "references": count, "text_digest": digest}
-
-
-def identity(config: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[str, Any]:
-    """The settings that a resumed run must share with the one that it goes on with.
-
-    Everything that changes a number on the way: not where files lie, how long to train, or what to log. `resolved`
-    replaces options by what they came to (amp=auto became bf16) and adds what only the data knows (its size).
-    """
-    names = ("accumulate", "batch_size", "base_lr", "lr_multi", "milestones", "lr_decay", "weight_decay", "max_norm",
-             "published_first_epoch_quirk", "manual_seed")  # fmt: skip
-    if config.fp16_accumulation:
-        resolved["fp16_accumulation"] = True
-    if config.expressions_per_image > 1:
-        resolved["expressions_per_image"] = config.expressions_per_image
-    flat: dict[str, Any] = {}
-    for name, value in model.to_dict().items():
-        inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-        flat.update(inner)
-    return {**{name: getattr(config, name) for name in names}, **flat, **resolved}
