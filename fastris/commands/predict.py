@@ -45,6 +45,7 @@ def run(config: PredictConfig) -> int:
     """Predict, write three pictures per phrase and ``predictions.json`` to ``config.out``, print a table."""
     phrases = check_phrases(config.phrases)
     rgb = read_image(config.image)
+    # Only now: they bring PyTorch, which takes seconds, and nobody should wait for it to hear of a wrong picture.
     from fastris.inference.segmenter import Segmenter
     from fastris.inference.write import read_records, write_phrase, write_records
 
