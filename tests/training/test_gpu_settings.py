@@ -27,7 +27,7 @@ from fastris.training.gpu_settings import (
 from fastris.training.loop import train
 from fastris.training.recipe import TrainConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list(GPU_SETTINGS))
@@ -44,7 +44,7 @@ def test_every_setting_leaves_a_quarter_of_the_card_by_the_estimate(setting: Gpu
 
 
 def test_the_documented_tables_are_the_one_in_use() -> None:
-    readme = (ROOT / "README.md").read_text().splitlines()
+    readme = (ROOT / "docs" / "training.md").read_text().splitlines()
     for name, setting in GPU_SETTINGS.items():
         gib = f"{estimate_gib(setting.micro_batch, setting.recompute):.1f}"
         row = next(line for line in gpu_settings.__doc__.splitlines() if line.startswith(f"{name} "))
