@@ -44,7 +44,7 @@ def training_card(
         "trained on": device,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    found = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
+    found: dict[str, Any] = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
     body = "## Training\n\n" + markdown_table(("setting", "value"), facts.items())
     return model_card(config, body, datasets=[recipe["dataset"]], **found)
 
