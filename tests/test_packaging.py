@@ -100,4 +100,7 @@ def test_kernels_folder_is_no_top_level_package():
 def test_every_package_folder_is_listed_for_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "fastris").rglob("__init__.py")}
-    assert listed == folders | {"fastris.bench", "fastris.kernels"}
+    bench = {
+        ".".join(("fastris", *init.parent.relative_to(ROOT).parts)) for init in (ROOT / "bench").rglob("__init__.py")
+    }
+    assert listed == folders | bench | {"fastris.kernels"}

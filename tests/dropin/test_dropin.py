@@ -384,7 +384,7 @@ def test_model_of_fastris_is_said_to_be_one_and_stays_as_it_is():
 
 
 def test_class_derived_from_ours_with_a_forward_of_its_own_is_proved():
-    class Doubled(fastris.nn.Projector):
+    class Doubled(cris.Projector):
         def forward(self, x, word):
             return 2 * super().forward(x, word)
 
