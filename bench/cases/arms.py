@@ -30,6 +30,7 @@ from fastris import CRIS, for_inference
 from fastris.dispatch import triton_obstacle, use_impl
 
 from .problem import Problem
+from .repaired import repair
 
 COMPILE_CAPABILITY = (7, 0)
 """The least compute capability that torch.compile makes code for."""
@@ -58,8 +59,6 @@ class Arm:
     def prepare(self, problem: Problem) -> tuple[Problem, Callable[..., Any]]:
         """``problem`` as this arm computes it, on the same parameters, and what is called in its module's place."""
         if self.repaired:
-            from .repaired import repair
-
             problem = problem.with_module(repair(problem.module))
         if self.impl != "reference" and not problem.training and isinstance(problem.module, CRIS):
             problem = problem.with_module(for_inference(problem.module))

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..report import charts
 from ..report import tables as report
 from ..timing import machine
+from ..timing.roofline import measure_ceilings
+from . import kernel_traffic, step_traffic
 
 FORMAT = 1
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -96,11 +100,6 @@ class Rates:
 
 def model(results: Path = RESULTS) -> dict[str, Any]:
     """Count, model every card, and hold the model against every result file in ``results``."""
-    from . import (
-        kernel_traffic,  # PyTorch's and fastris's imports are not needed to print a file
-        step_traffic,
-    )
-
     paths = step_traffic.count_stages(BATCH)
     paths["triton"] = kernel_traffic.with_kernels(paths["torch"], BATCH)
     stages = {
@@ -128,8 +127,30 @@ def model(results: Path = RESULTS) -> dict[str, Any]:
         },
         "batch": BATCH,
         "paths": stages,
-        "checks": step_traffic.checks(results),
+        "checks": step_traffic.checks(results, rates_of),
     }
+
+
+def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[step_traffic.Counted], float], str] | None:
+    """How long operations take on a measured device, and its rates in words: its card's, or ceilings measured with it.
+
+    A processor whose file has no ceilings is measured now. None for a device that is no processor and no known card.
+    """
+    about = result["machine"]
+    for card in CARDS:
+        if card.name.removesuffix(" 12GB") in about["device"]["name"]:
+            return card.rates().milliseconds, f"as assumed for the {card.name}"
+    if about["device"]["type"] != "cpu":
+        return None
+    ceilings, origin = result.get("ceilings"), "in the same run"
+    if not ceilings:
+        torch.set_num_threads(about["threads"])
+        dtype = getattr(torch, result["settings"]["dtype"])
+        ceilings = asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
+        origin = "when the model was made"
+    matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
+    text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
+    return Rates(matrix, matrix, copy, LAUNCH_SECONDS).milliseconds, text
 
 
 def load(path: Path) -> dict[str, Any]:

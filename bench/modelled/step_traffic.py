@@ -21,14 +21,16 @@ from fastris import CRIS, CRISConfig, use_impl
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import CASES, Case
 from ..report import tables as report
-from ..timing.roofline import measure_ceilings, without_numbers
-from . import cards
+from ..timing.roofline import without_numbers
 from .traffic import Operation, Traffic
 
 PATHS = ("reference", "repaired", "torch")
 """What is counted; repaired is the reference path without the attention weights that nobody reads."""
 
 Counted = list[dict[str, Any]]
+
+RatesOf = Callable[[dict[str, Any]], tuple[Callable[[Counted], float], str] | None]
+"""From a result file: what gives the milliseconds of operations on its device, and its rates in words; or None."""
 
 
 def count_stages(batch: int, preset: str = "cris_r50") -> dict[str, dict[str, Counted]]:
@@ -138,7 +140,7 @@ def count_case(case: Case, path: str, dtype: torch.dtype, gpu: bool) -> Counted:
         return counted
 
 
-def checks(folder: Path) -> list[dict[str, Any]]:
+def checks(folder: Path, rates_of: RatesOf) -> list[dict[str, Any]]:
     """The model of every measured case and arm that it has a path for, beside the median that was measured."""
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
@@ -146,16 +148,17 @@ def checks(folder: Path) -> list[dict[str, Any]]:
             result = report.load(path)
         except ValueError:
             continue
-        found += _checks_of(result) if result.get("cases") else []
+        found += _checks_of(result, rates_of) if result.get("cases") else []
     return found
 
 
-def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _checks_of(result: dict[str, Any], rates_of: RatesOf) -> Iterator[dict[str, Any]]:
     machine, dtype = result["machine"], getattr(torch, result["settings"]["dtype"])
     known = {case.name: case for case in CASES}
-    rates, described = _rates(result, dtype)
-    if rates is None:
+    known_device = rates_of(result)
+    if known_device is None:
         return
+    time_of, described = known_device
     for entry in result["cases"]:
         case = known.get(entry["name"])
         if case is None or set(case.sizes) != set(entry["sizes"]) or case.passes != entry["passes"]:
@@ -169,7 +172,7 @@ def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "rates": described,
                     "case": report.case_name(entry),
                     "arm": arm,
-                    "modelled_ms": rates.milliseconds(operations),
+                    "modelled_ms": time_of(operations),
                     "measured_ms": report.Spread.of(cell["ms"]).median,
                 }
 
@@ -177,22 +180,3 @@ def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _as_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """As in the table of cases, where JSON has lists for tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
-
-
-def _rates(result: dict[str, Any], dtype: torch.dtype) -> tuple[cards.Rates | None, str]:
-    """What the measured device is taken to reach, and in words: its card's, or the ceilings measured with it or now."""
-    name = result["machine"]["device"]["name"]
-    for card in cards.CARDS:
-        if card.name.removesuffix(" 12GB") in name:
-            return card.rates(), f"as assumed for the {card.name}"
-    if result["machine"]["device"]["type"] != "cpu":
-        return None, ""
-    ceilings = result.get("ceilings")
-    origin = "in the same run"
-    if not ceilings:
-        torch.set_num_threads(result["machine"]["threads"])
-        ceilings = dataclasses.asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
-        origin = "when the model was made"
-    matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
-    text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
-    return cards.Rates(matrix, matrix, copy, cards.LAUNCH_SECONDS), text

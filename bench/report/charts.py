@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from fastris.runtime.storage import replacing
+
 from .tables import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
 
 INK, FAINT, GRID, SLOWER, GOAL = "#1f2328", "#59636e", "#d1d9e0", "#c4432b", "#9a6700"
@@ -141,8 +143,6 @@ def is_drawn(chart: Chart, svg: str) -> bool:
 
 def draw(chart: Chart, path: Path) -> None:
     """Write the chart as SVG. Raises ModuleNotFoundError, with the mend, where matplotlib is not installed."""
-    from fastris.runtime.storage import replacing
-
     with _style():
         figure = figure_of(chart)
         with replacing(path) as temporary:

@@ -18,6 +18,7 @@ from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
 from .check import Checker, WrongNumbersError
+from .tracing import write_trace
 
 Progress = Callable[[str], None]
 
@@ -112,13 +113,10 @@ def _check_and_time(case: Case, arms: list[Arm], setting: Setting, cells: dict[s
     steps = _prepared_steps(case, [arm for arm in arms if cells[arm.name].status == "checked"], setting, cells)
     take_turns(steps, cells, setting.effort, setting.synchronize, setting.progress)
     if setting.profile is not None:
-        from .tracing import write_trace
-
         for name in [name for name in steps if cells[name].status == "measured"]:
             setting.progress(f"tracing {name}")
-            write_trace(
-                steps[name], setting.profile / f"{case.name}-B{case.sizes['batch']}-{case.timed}-{name}.json.gz"
-            )
+            step, file = steps[name], f"{case.name}-B{case.sizes['batch']}-{case.timed}-{name}.json.gz"
+            write_trace(step, setting.profile / file, step.problem.module if step.arm.compile is None else None)
     steps.clear()
     for arm in arms:
         forget_compiled(arm)

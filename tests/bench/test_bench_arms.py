@@ -268,7 +268,7 @@ def test_targets_say_what_was_reached_and_what_was_not():
 def test_a_trace_names_the_stages(tmp_path):
     case = NAMED["train_step"]
     problem = case.problem(**{**case.small, **case.check, "batch": 2})
-    write_trace(Step(problem, ARMS["torch"]), tmp_path / "trace.json.gz")
+    write_trace(Step(problem, ARMS["torch"]), tmp_path / "trace.json.gz", problem.module)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     stages = {"model.backbone.visual", "model.backbone.encode_text", "model.neck.fuse", "model.decoder", "model.proj"}
