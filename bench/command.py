@@ -20,7 +20,7 @@ from fastris.runtime.host_memory import keep_freed_memory
 
 from .cases.arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
 from .cases.table import PASSES, Case, choose_cases
-from .memory import kept as memory
+from .memory import whole as memory
 from .report import compare, details
 from .report import tables as report
 from .timing import machine

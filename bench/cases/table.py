@@ -293,7 +293,7 @@ CASES: tuple[Case, ...] = (
 )
 
 MEMORY = "memory"
-"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/kept.py."""
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/whole.py."""
 
 
 def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:

@@ -23,8 +23,8 @@ from fastris.runtime.host_memory import keep_freed_memory
 from ..cases.arms import BASELINE, choose_arms
 from ..timing import machine
 from ..timing.harness import order_of_round, timed
-from .kept import BATCH, DTYPE, Kept
-from .whole import CARDS, GOALS, MIB, PUBLISHED_BATCH, WholeCell, count_whole, model_and_batch
+from .counter import Kept
+from .whole import BATCH, CARD_SIZES, DTYPE, MIB, PUBLISHED_BATCH, WHOLE_GOALS, WholeCell, count_whole, model_and_batch
 
 TIME_GOAL = 1.15
 """A step with ``"stages"`` takes at most this many times one with ``"none"``."""
@@ -55,7 +55,7 @@ def run(config: WholeConfig) -> int:
     content: dict[str, Any] = {
         "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
         "batch": BATCH,
-        "goals": GOALS,
+        "goals": WHOLE_GOALS,
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
     if config.rounds:
@@ -130,7 +130,7 @@ def kept_table(cells: Sequence[WholeCell]) -> str:
         total = sum(kept.total for kept in stages.values()) / BATCH / MIB
         copies = sum(kept.weight_copies for kept in stages.values()) / BATCH / MIB
         parts = ", ".join(f"{name} {kept.total / BATCH / MIB:.0f}" for name, kept in stages.items())
-        goal = GOALS.get(cell.recompute)
+        goal = WHOLE_GOALS.get(cell.recompute)
         met = "-" if goal is None else "yes" if total <= goal else "no"
         figures = (f"{total:.0f} ({parts})", f"{copies:.0f}") if not cell.message else (cell.message, "-")
         rows.append((cell.arm, cell.recompute, *figures, f"at most {goal}" if goal else "-", met))
@@ -155,7 +155,7 @@ def fits_table(cells: Sequence[WholeCell]) -> str:
         (
             cell.arm,
             cell.recompute,
-            *(str(cell.largest_batch(card)) for card in CARDS),
+            *(str(cell.largest_batch(card)) for card in CARD_SIZES),
             f"{cell.step_bytes(PUBLISHED_BATCH) / 2**30:.1f}",
             "yes" if cell.largest_batch(12) >= PUBLISHED_BATCH else "no",
         )
@@ -163,7 +163,13 @@ def fits_table(cells: Sequence[WholeCell]) -> str:
         if not cell.message
     ]
     published = f"B={PUBLISHED_BATCH}"
-    columns = ("arm", "recompute", *(f"{card} GB" for card in CARDS), f"{published} needs GiB", f"{published} in 12 GB")
+    columns = (
+        "arm",
+        "recompute",
+        *(f"{card} GB" for card in CARD_SIZES),
+        f"{published} needs GiB",
+        f"{published} in 12 GB",
+    )
     title = "Largest batch of one training step with Adam, forecast from counted bytes, tried on no card."
     return f"{title}\n\n{_table(columns, rows)}"
 

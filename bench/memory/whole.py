@@ -1,4 +1,4 @@
-"""What a training step of the whole of CRIS keeps and needs, by path and recompute setting.
+"""What a training step of CRIS keeps and needs: its own parts alone, and the whole by path and recompute setting.
 
 Kept is what stays allocated between forward and backward. What a card needs beside that is counted, too: weights,
 gradients and Adam's state in float32, the batch, and the largest number of bytes alive in any part of forward and
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,14 +23,23 @@ from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
 from ..cases.arms import BASELINE, Arm
 from ..cases.builders import enliven, make_tokens
 from ..cases.table import REAL_LENGTHS
-from ..timing.harness import Progress, failures_into, release
-from .kept import BATCH, DTYPE, Kept, MemoryCell
-from .live import LiveStorages
+from ..timing.harness import Outcome, Progress, failures_into, release
+from .counter import Kept, LiveStorages, SavedStorages
 
-GOALS = {"pointwise": 240, "stages": 135}
+GOAL = 0.5
+"""Bytes kept by an arm, at most this fraction of the baseline's."""
+
+BATCH = 2
+DTYPE = torch.bfloat16
+TITLE = (
+    f"kept for backward per image: neck + decoder + projector + loss of CRIS-RN50 at 416x416, B={BATCH}, dropout 0.1, "
+    f"{str(DTYPE).removeprefix('torch.')} autocast, 17 words, of which 4 and 5 real"
+)
+
+WHOLE_GOALS = {"pointwise": 240, "stages": 135}
 """Recompute setting -> MiB kept per image, at most, with the weights' copies, by every arm but the baseline."""
 
-CARDS = (8, 12, 16, 24)
+CARD_SIZES = (8, 12, 16, 24)
 """Memory of the cards in GiB."""
 
 CONTEXT = 512 * 2**20
@@ -60,6 +69,13 @@ MIB, GIB = 2**20, 2**30
 
 
 @dataclass
+class MemoryCell(Outcome):
+    """One arm's count for a batch of :data:`BATCH`: stage -> :class:`Kept`, as a dict."""
+
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class WholeCell(MemoryCell):
     """One arm with one recompute setting: ``stages`` as in :class:`MemoryCell`; ``fixed`` bytes for weights and
     optimizer state; ``lines`` part -> (bytes, bytes per image) at that part's peak."""
@@ -77,6 +93,47 @@ class WholeCell(MemoryCell):
         room = gib * GIB - CONTEXT - WORKSPACE - self.fixed
         batch = min(((room - start) / slope for start, slope in self.lines.values() if slope > 0), default=0)
         return max(0, int(batch)) if all(start <= room for start, _ in self.lines.values()) else 0
+
+
+def count_memory(
+    arms: list[Arm], device: torch.device, progress: Progress, cells: dict[str, MemoryCell], config: CRISConfig
+) -> None:
+    """Count for every arm what CRIS's own parts keep at the sizes of ``config``. Fills ``cells``."""
+    cells.update({arm.name: MemoryCell(arm.name) for arm in arms})
+    for arm in arms:
+        progress(f"counting {arm.name}")
+        with failures_into(cells[arm.name]), arm.active():
+            stages = kept_by_own_parts(config, device)
+            cells[arm.name].stages = {name: asdict(kept) for name, kept in stages.items()}
+            cells[arm.name].status = "measured"
+        release(device)
+
+
+def kept_by_own_parts(config: CRISConfig, device: torch.device) -> dict[str, Kept]:
+    """What neck, decoder and projector with the loss keep for a batch of :data:`BATCH` in a training step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = enliven(CRIS(config)).train()
+        parts = torch.nn.ModuleDict({"neck": model.neck, "decoder": model.decoder, "proj": model.proj}).to(device)
+        side = config.input_size // 32
+        maps = [
+            torch.randn(BATCH, channels, scale * side, scale * side).to(device, DTYPE).requires_grad_()
+            for channels, scale in zip(config.fpn_in, (4, 2, 1), strict=True)
+        ]
+        words = torch.randn(BATCH, config.word_len, config.vis_dim).to(device).requires_grad_()
+        state = torch.randn(BATCH, config.word_dim).to(device, DTYPE).requires_grad_()
+        padding = (make_tokens(BATCH, config.word_len, REAL_LENGTHS) == 0).to(device)
+        mask = torch.rand(BATCH, 1, config.input_size, config.input_size).to(device)
+    counter = SavedStorages([*parts.parameters(), *parts.buffers()])
+    with torch.autocast(device.type, dtype=DTYPE):
+        with counter.saved("neck"):
+            fused = parts["neck"](maps, state)
+        with counter.saved("decoder"):
+            decoded = parts["decoder"](fused, words, padding)
+            decoded = (decoded[-1] if isinstance(decoded, list) else decoded).reshape(fused.shape)
+        with counter.saved("projector + loss"):
+            parts["proj"](decoded, state, mask)
+    return counter.kept()
 
 
 def count_whole(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
 from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
+from ..memory.counter import SavedStorages
 from .check import Checker, WrongNumbersError
 from .tracing import write_trace
 
@@ -195,26 +195,15 @@ def _prepared_steps(case: Case, arms: Iterable[Arm], setting: Setting, cells: Ma
 def kept_bytes(step: Step) -> int | None:
     """Bytes that a forward pass keeps for the backward pass, every storage whole and once, without what stays anyway.
 
-    None where there is no backward pass. bench/memory/kept.py counts the whole model by stages.
+    None where there is no backward pass.
     """
     problem = step.problem
     if not problem.training:
         return None
-    resident = {
-        tensor.untyped_storage().data_ptr() for tensor in (*problem.module.parameters(), *problem.module.buffers())
-    }
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), step.arm.active():
-        outputs = problem.training_forward(step.runnable)
-    del outputs
-    return sum(storage.nbytes() for storage in kept.values())
+    counter = SavedStorages((*problem.module.parameters(), *problem.module.buffers()))
+    with counter.saved(compiled=True), step.arm.active():
+        problem.training_forward(step.runnable)
+    return counter.total()
 
 
 def peak_bytes(step: Step, device: torch.device) -> int | None:

@@ -17,7 +17,8 @@ from fastris.bench.cases.arms import ARMS, choose_arms
 from fastris.bench.cases.builders import small_config
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
-from fastris.bench.memory.kept import KeptStorages, kept_by_own_parts
+from fastris.bench.memory.counter import SavedStorages
+from fastris.bench.memory.whole import kept_by_own_parts
 from fastris.bench.report import tables as report
 from fastris.bench.timing.check import Checker, WrongNumbersError
 from fastris.bench.timing.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
@@ -212,27 +213,29 @@ def test_unknown_arms_list_the_rest_and_impossible_ones_say_why():
 def test_a_storage_is_counted_once_whole_and_without_parameters():
     linear = nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = KeptStorages(linear.parameters())
-    with counter.stage("first"):
+    counter = SavedStorages(linear.parameters())
+    with counter.saved("first"):
         hidden = linear(x)  # keeps x, and the weight, which is a parameter
         left = hidden.sigmoid()  # keeps its output
         (left[:2] * left[2:]).sum()  # keeps two views of that output
-    with counter.stage("second"):
+    with counter.saved("second"):
         x.exp().sum()  # keeps its output; x itself is the first stage's
         torch.ones(1000, dtype=torch.uint8)[:3].float().mul(x[0, :3]).sum()  # three floats, and a view of x
-    assert counter.stages["first"].activations == 2 * 4 * 8 * 4 and counter.stages["first"].weight_copies == 0
-    assert counter.stages["second"].activations == 4 * 8 * 4 + 3 * 4
+    kept = counter.kept()
+    assert kept["first"].activations == 2 * 4 * 8 * 4 and kept["first"].weight_copies == 0
+    assert kept["second"].activations == 4 * 8 * 4 + 3 * 4
 
 
 def test_low_precision_copies_of_weights_are_counted_apart():
     linear = nn.Linear(8, 6)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = KeptStorages(linear.parameters())
-    with torch.autocast("cpu", torch.bfloat16), counter.stage("all"):
+    counter = SavedStorages(linear.parameters())
+    with torch.autocast("cpu", torch.bfloat16), counter.saved("all"):
         linear(x).sum()
-    assert counter.stages["all"].weight_copies == 8 * 6 * 2
-    assert counter.stages["all"].activations == 4 * 8 * 2
-    assert counter.stages["all"].total == 8 * 6 * 2 + 4 * 8 * 2
+    kept = counter.kept()["all"]
+    assert kept.weight_copies == 8 * 6 * 2
+    assert kept.activations == 4 * 8 * 2
+    assert kept.total == 8 * 6 * 2 + 4 * 8 * 2
 
 
 def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path():

@@ -16,14 +16,13 @@ sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed packag
 from bench.cases.arms import ARMS
 from bench.cases.builders import small_config
 from bench.memory import command as recompute
-from bench.memory.kept import KeptStorages
-from bench.memory.live import LiveStorages
+from bench.memory.counter import LiveStorages, SavedStorages
 from bench.memory.whole import (
     CONTEXT,
     GIB,
-    GOALS,
     MIB,
     STAGES,
+    WHOLE_GOALS,
     WORKSPACE,
     StepCount,
     WholeCell,
@@ -79,12 +78,12 @@ def test_what_a_checkpoint_holds_is_counted_where_hooks_see_nothing():
 @pytest.mark.parametrize("arm", ["reference", "torch"])
 def test_live_count_agrees_with_what_autograd_saves(arm):
     model, data = model_and_batch(small_config(), "none", CPU, 2)
-    saved = KeptStorages([*model.parameters(), *model.buffers(), *data])
+    saved = SavedStorages([*model.parameters(), *model.buffers(), *data])
     with ARMS[arm].active():
-        with torch.autocast("cpu", torch.bfloat16), saved.stage("all"):
+        with torch.autocast("cpu", torch.bfloat16), saved.saved("all"):
             model(*data)
         live = count_step(small_config(), "none", CPU).kept.values()
-    expected, actual = saved.stages["all"].total, sum(kept.total for kept in live)
+    expected, actual = saved.total(), sum(kept.total for kept in live)
     # A table of positions stays cached, the sentence's padding with the tokens; autograd saves neither.
     assert expected <= actual <= 1.02 * expected
 
@@ -161,7 +160,8 @@ def test_bad_options_are_one_line(arguments, message, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arm", "setting", "most"), [("reference", "none", 476), *(("torch", name, goal) for name, goal in GOALS.items())]
+    ("arm", "setting", "most"),
+    [("reference", "none", 476), *(("torch", name, goal) for name, goal in WHOLE_GOALS.items())],
 )
 def test_cris_r50_keeps_no_more_than_its_goal(arm, setting, most):
     with ARMS[arm].active():
