@@ -139,14 +139,6 @@ ARMS = {
     )
 }
 
-THEIRS = ("repaired", "compiled", "max_autotune")
-"""What the headline compares with: the published formulas at their best."""
-
-
-def ours(measured: Mapping[str, Any]) -> tuple[str, ...]:
-    """The arms that the headline counts as fastris's: its eager path, Triton where that was measured, and compiled."""
-    return ("triton" if "triton" in measured else "torch", "fastris_compiled")
-
 
 def choose_arms(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> list[Arm]:
     """The arms called ``names``, with the baseline first; for no names, all that run on ``device`` in ``dtype``.

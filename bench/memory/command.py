@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,11 +14,13 @@ import torch
 
 from fastris import CRISConfig
 from fastris.nn.recompute import RECOMPUTE_SETTINGS
-from fastris.options.declare import describe, load_options, option
+from fastris.options.declare import option
 from fastris.runtime.device import choose_device
 from fastris.runtime.host_memory import keep_freed_memory
 
 from ..cases.arms import BASELINE, choose_arms
+from ..commandline import with_options
+from ..report import results
 from ..timing import machine
 from ..timing.harness import order_of_round, timed
 from .counter import Kept
@@ -65,7 +65,7 @@ def run(config: WholeConfig) -> int:
             print("", time_table(seconds, config.batch, name), sep="\n")
             content["seconds"][name] = seconds
     if config.json is not None:
-        config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        results.save(config.json, content)
     return int(any(cell.message for cell in cells))
 
 
@@ -101,9 +101,9 @@ def time_settings(
     return seconds
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_counts(path: Path) -> dict[str, Any]:
     """A file that ``python -m bench.memory json=FILE`` wrote. Raises ValueError when it is none."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = results.load_json(path, f"write it anew with python -m bench.memory json={path}")
     if not isinstance(content, dict) or "cells" not in content:
         raise ValueError(f"{path} holds no counts; write it anew with python -m bench.memory json={path}")
     return content
@@ -197,12 +197,4 @@ def _say(what: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print("usage: python -m bench.memory [name=value ...]\n")
-        print(f"{inspect.getdoc(WholeConfig)}\n\n{describe(WholeConfig)}")
-        return 0
-    try:
-        return run(load_options(WholeConfig, arguments))
-    except (ValueError, OSError) as error:
-        print(f"bench.memory: {error}", file=sys.stderr)
-        return 2
+    return with_options("bench.memory", WholeConfig, run, arguments)

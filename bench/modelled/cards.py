@@ -11,7 +11,6 @@ bench/modelled/kernel_traffic.py.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,9 @@ from typing import Any
 
 import torch
 
-from ..report import charts
-from ..report import tables as report
+from ..commandline import with_arguments
+from ..report import charts, results
+from ..report.tables import table
 from ..timing import machine
 from ..timing.roofline import measure_ceilings
 from . import kernel_traffic, step_traffic
@@ -98,8 +98,8 @@ class Rates:
         return 1000 * total
 
 
-def model(results: Path = RESULTS) -> dict[str, Any]:
-    """Count, model every card, and hold the model against every result file in ``results``."""
+def model(folder: Path = RESULTS) -> dict[str, Any]:
+    """Count, model every card, and hold the model against every result file in ``folder``."""
     paths = step_traffic.count_stages(BATCH)
     paths["triton"] = kernel_traffic.with_kernels(paths["torch"], BATCH)
     stages = {
@@ -127,7 +127,7 @@ def model(results: Path = RESULTS) -> dict[str, Any]:
         },
         "batch": BATCH,
         "paths": stages,
-        "checks": step_traffic.checks(results, rates_of),
+        "checks": step_traffic.checks(folder, rates_of),
     }
 
 
@@ -153,9 +153,9 @@ def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[step_traffic.Counted]
     return Rates(matrix, matrix, copy, LAUNCH_SECONDS).milliseconds, text
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_model(path: Path) -> dict[str, Any]:
     """A file of this command. Raises ValueError when it is of another format."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = results.load_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "paths" not in content:
         raise ValueError(f"{path} is not of this version's python -m bench.modelled.cards; write it again")
     return content
@@ -191,12 +191,12 @@ def _steps(content: Mapping[str, Any]) -> str:
     rows = []
     for card in _cards(content):
         times = [step_ms(content, path, card) for path in paths]
-        cells = [f"{report.number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
-        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(report.OTHERS))
-        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(report.OTHERS))
+        cells = [f"{results.number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
+        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(results.OTHERS))
+        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(results.OTHERS))
         rows.append((card, *cells, f"{times[0] / best_own:.2f}x, {best_other / best_own:.2f}x"))
     gain = f"gain over {paths[0]}, over the best other path"
-    return report.table(("*modelled*", *paths, gain), rows, aligned=False)
+    return table(("*modelled*", *paths, gain), rows, aligned=False)
 
 
 def _assumptions(content: Mapping[str, Any]) -> str:
@@ -220,7 +220,7 @@ def _assumptions(content: Mapping[str, Any]) -> str:
         "nothing, the grouped convolution reaches the same share as any other, dropout is left out, and the processor "
         "keeps up with launches. The triton column takes the kernels' traffic from their documentation."
     )
-    return f"{text}\n\n{report.table(head, rows, aligned=False)}"
+    return f"{text}\n\n{table(head, rows, aligned=False)}"
 
 
 def _stages(content: Mapping[str, Any]) -> str:
@@ -229,11 +229,11 @@ def _stages(content: Mapping[str, Any]) -> str:
     rows = []
     for name in next(iter(paths.values())):
         counted = [stages[name] for stages in paths.values()]
-        cells = [(f"{s['flops'] / 1e9:.0f}", f"{s['bytes'] / 1e9:.2f}", report.number(s["ms"][card])) for s in counted]
+        cells = [(f"{s['flops'] / 1e9:.0f}", f"{s['bytes'] / 1e9:.2f}", results.number(s["ms"][card])) for s in counted]
         rows.append((name, *map(", ".join, cells)))
     return (
         f"Stage by stage, forward and backward: GFLOP, GB through memory, and *modelled* ms on the {card}.\n\n"
-        + report.table(("stage", *paths), rows, aligned=False)
+        + table(("stage", *paths), rows, aligned=False)
     )
 
 
@@ -254,19 +254,19 @@ def _checks(content: Mapping[str, Any]) -> str:
         f"Modelled / measured ms on {devices}, how many times longer it took than modelled, and the gain of {arms[-1]} "
         f"over {arms[0]}, modelled / measured."
     )
-    return f"{text}\n\n{report.table(('case', *arms, 'gain'), rows, aligned=False)}"
+    return f"{text}\n\n{table(('case', *arms, 'gain'), rows, aligned=False)}"
 
 
 def _off(check: Mapping[str, Any]) -> str:
     modelled, measured = check["modelled_ms"], check["measured_ms"]
-    return f"{report.number(modelled)} / {report.number(measured)} ({measured / modelled:.2f}x)"
+    return f"{results.number(modelled)} / {results.number(measured)} ({measured / modelled:.2f}x)"
 
 
 def _gain(found: Mapping[str, Any], arms: Sequence[str], kind: str) -> str:
     """Of the last arm over the first."""
     if arms[0] not in found or arms[-1] not in found:
         return "-"
-    return f"{report.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
+    return f"{results.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
 
 
 def chart(content: Mapping[str, Any]) -> charts.Chart:
@@ -274,24 +274,20 @@ def chart(content: Mapping[str, Any]) -> charts.Chart:
     groups = []
     for card in _cards(content):
         times = {path: step_ms(content, path, card) for path in content["paths"]}
-        bars = tuple(charts.Bar(path, ms, f"{report.number(ms)} ms") for path, ms in times.items())
+        bars = tuple(charts.Bar(path, ms, f"{results.number(ms)} ms") for path, ms in times.items())
         groups.append(charts.Group(card, "modelled", bars))
     text = content["modelled"]
     return charts.Chart("Modelled, not measured: ms per training step", text[0].upper() + text[1:], tuple(groups))
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments:
-        print("usage: python -m bench.modelled.cards", file=sys.stderr)
-        return 2
-    try:
+    def work() -> int:
         content = model()
-        report.save(RESULT, content)
-    except (OSError, ValueError) as error:
-        print(f"bench.modelled.cards: {error}", file=sys.stderr)
-        return 2
-    print(page(content, str(RESULT.relative_to(machine.ROOT))))
-    return 0
+        results.save(RESULT, content)
+        print(page(content, str(RESULT.relative_to(machine.ROOT))))
+        return 0
+
+    return with_arguments("bench.modelled.cards", "", not arguments, work)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fastris import CRIS, CRISConfig, use_impl
 
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import CASES, Case
-from ..report import tables as report
+from ..report import results
 from ..timing.roofline import without_numbers
 from .traffic import Operation, Traffic
 
@@ -145,7 +145,7 @@ def checks(folder: Path, rates_of: RatesOf) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = report.load(path)
+            result = results.load(path)
         except ValueError:
             continue
         found += _checks_of(result, rates_of) if result.get("cases") else []
@@ -165,15 +165,15 @@ def _checks_of(result: dict[str, Any], rates_of: RatesOf) -> Iterator[dict[str, 
             continue  # of another version, or of one pass alone
         case = dataclasses.replace(case, sizes=_as_sizes(entry["sizes"]))
         for arm, cell in entry["arms"].items():
-            if arm in PATHS and report.is_measured(cell):
+            if arm in PATHS and results.is_measured(cell):
                 operations = count_case(case, arm, dtype, machine["device"]["type"] != "cpu")
                 yield {
                     "device": ", ".join((machine["device"]["name"], f"{machine['threads']} threads", str(dtype)[6:])),
                     "rates": described,
-                    "case": report.case_name(entry),
+                    "case": results.case_name(entry),
                     "arm": arm,
                     "modelled_ms": time_of(operations),
-                    "measured_ms": report.Spread.of(cell["ms"]).median,
+                    "measured_ms": results.Spread.of(cell["ms"]).median,
                 }
 
 

@@ -18,12 +18,12 @@ from xml.etree import ElementTree
 
 from fastris.runtime.storage import replacing
 
-from .tables import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
+from .results import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
 
 INK, FAINT, GRID, SLOWER, GOAL = "#1f2328", "#59636e", "#d1d9e0", "#c4432b", "#9a6700"
 OTHER_COLOURS = ("#8c959f", "#b6bfc8", "#6e7781", "#d0d7de")
 OWN_COLOURS = ("#1f6feb", "#1a7f64", "#8250df", "#bf5b04")
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Segoe UI", "Helvetica", "Arial", "DejaVu Sans"],
     "svg.fonttype": "none",  # text stays text: small, legible at any size, and read back by texts_of

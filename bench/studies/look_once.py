@@ -14,7 +14,6 @@ sentences of the batch.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris import CRIS, CRISConfig
-from fastris.options.declare import describe, load_options, option
+from fastris.options.declare import option
 from fastris.runtime.device import choose_device
 from fastris.runtime.host_memory import keep_freed_memory
 
@@ -35,9 +34,11 @@ from ..cases.arms import Arm
 from ..cases.builders import enliven, make_tokens, small_config
 from ..cases.problem import Problem
 from ..cases.table import REAL_LENGTHS, Case
-from ..report import tables as report
+from ..commandline import with_options
+from ..report import results
+from ..report.tables import caption, table
 from ..timing import machine
-from ..timing.harness import Cell, Effort, Setting, measure_case
+from ..timing.harness import Cell, Effort, Setting, case_entry, measure_case
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "look_once.json"
 CHECKED_EXPRESSIONS = 6
@@ -162,7 +163,7 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     content: dict[str, Any] = {
-        "format": report.FORMAT,
+        "format": results.FORMAT,
         "command": ["python", "-m", "bench.studies.look_once", *arguments],
         "complete": False,
         "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
@@ -177,11 +178,11 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
     try:
         for kind, count in wanted:
             _measure(make_case(kind, count, config.model), WAYS[kind], setting, content)
-            report.save(config.json, content)
+            results.save(config.json, content)
         content["complete"] = True
     except KeyboardInterrupt:
         pass
-    report.save(config.json, content)
+    results.save(config.json, content)
     return content
 
 
@@ -191,18 +192,7 @@ def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[st
     try:
         measure_case(case, list(arms), setting, cells)
     finally:
-        content["cases"].append(
-            {
-                "name": case.name,
-                "op": case.op,
-                "title": case.title,
-                "sizes": dict(case.sizes),
-                "passes": case.passes,
-                "baseline": PUBLISHED.name,
-                "goal": None,
-                "arms": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
-            }
-        )
+        content["cases"].append(case_entry(case, PUBLISHED.name, cells))
 
 
 def page(result: Mapping[str, Any], source: str) -> str:
@@ -211,7 +201,7 @@ def page(result: Mapping[str, Any], source: str) -> str:
     rows = []
     for case in result["cases"]:
         count, kind = case["sizes"]["expressions"], case["title"].partition(":")[0].lower()
-        gain = report.gains(case).get("look once")
+        gain = results.gains(case).get("look once")
         cells = [_rates(case["arms"].get(arm), count) for arm in arms]
         rows.append((f"{kind}, {count} per image", *cells, "-" if gain is None else _gain(gain)))
     head = ("", *arms, "gain")
@@ -221,8 +211,8 @@ def page(result: Mapping[str, Any], source: str) -> str:
     )
     lines = [
         notes,
-        report.table(head, rows, aligned=False),
-        f"<sub>{report.caption(result)} Raw data: `{source}`.</sub>",
+        table(head, rows, aligned=False),
+        f"<sub>{caption(result)} Raw data: `{source}`.</sub>",
     ]
     return "\n\n".join(lines)
 
@@ -230,29 +220,24 @@ def page(result: Mapping[str, Any], source: str) -> str:
 def _rates(cell: Mapping[str, Any] | None, count: int) -> str:
     if cell is None:
         return ""
-    if not report.is_measured(cell):
+    if not results.is_measured(cell):
         return f"**{cell['status'].upper()}**"
-    images = 1000 / report.Spread.of(cell["ms"]).median
-    return f"{report.number(count * images)} ({report.number(images)})"
+    images = 1000 / results.Spread.of(cell["ms"]).median
+    return f"{results.number(count * images)} ({results.number(images)})"
 
 
-def _gain(gain: report.Spread) -> str:
-    return f"**{report.number(gain.median)}x** ({report.number(gain.low)} to {report.number(gain.high)})"
+def _gain(gain: results.Spread) -> str:
+    return f"**{results.number(gain.median)}x** ({results.number(gain.low)} to {results.number(gain.high)})"
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        usage = "usage: python -m bench.studies.look_once [name=value ...]"
-        print(f"{usage}\n\n{inspect.getdoc(LookOnceConfig)}\n\n{describe(LookOnceConfig)}")
-        return 0
-    try:
-        result = run(load_options(LookOnceConfig, arguments), arguments, lambda text: print(text, file=sys.stderr))
-    except (ValueError, OSError) as error:
-        print(f"bench.studies.look_once: {error}", file=sys.stderr)
-        return 2
-    print(page(result, os.path.relpath(load_options(LookOnceConfig, arguments).json)))
-    trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
-    return int(trouble) if result["complete"] else 130
+    def work(config: LookOnceConfig) -> int:
+        result = run(config, arguments, lambda text: print(text, file=sys.stderr))
+        print(page(result, os.path.relpath(config.json)))
+        trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
+        return int(trouble) if result["complete"] else 130
+
+    return with_options("bench.studies.look_once", LookOnceConfig, work, arguments)
 
 
 if __name__ == "__main__":

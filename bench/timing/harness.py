@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+def case_entry(case: Case, baseline: str, cells: Mapping[str, Cell]) -> dict[str, Any]:
+    """What a result file holds of one case."""
+    return {
+        "name": case.name,
+        "op": case.op,
+        "title": case.title,
+        "sizes": dict(case.sizes),
+        "passes": case.passes,
+        "baseline": baseline,
+        "goal": None,
+        "arms": {name: asdict(cell) for name, cell in cells.items()},
+    }
 
 
 def release(device: torch.device | None = None) -> None:

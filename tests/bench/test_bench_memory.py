@@ -144,7 +144,7 @@ def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, 
     assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out
     assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
-    block = recompute.page(recompute.load(path), "memory.json")
+    block = recompute.page(recompute.load_counts(path), "memory.json")
     assert all(f"{table}\n" in block for table in printed.split("\n\n") if table.startswith("| arm"))
     assert "Raw data: `memory.json`" in block
 

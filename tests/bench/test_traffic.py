@@ -125,7 +125,7 @@ def test_kernels_multiply_as_the_algebra_does_and_move_fewer_bytes():
 
 
 def test_every_table_of_the_page_says_that_it_is_modelled():
-    content = cards.load(cards.RESULT)
+    content = cards.load_model(cards.RESULT)
     page = cards.page(content, "x.json")
     assert page.startswith("**Modelled, not measured:**")
     for table in [part for part in page.split("\n\n") if part.startswith("|")]:
@@ -138,5 +138,5 @@ def test_a_file_of_something_else_is_no_model(tmp_path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"format": 1, "cases": []}))
     with pytest.raises(ValueError, match=r"other\.json is not of this version's python -m bench\.modelled\.cards"):
-        cards.load(path)
+        cards.load_model(path)
     assert cards.main(["--help"]) == 2
