@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from fastris import reference
 from fastris.models.cris import TransformerDecoder, TransformerDecoderLayer
 
-from .builders import CrossAttention
-from .stages import SelfAttention
+from .builders import CrossAttention, SelfAttention
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -21,10 +21,11 @@ from fastris.runtime.host_memory import keep_freed_memory
 from ..cases.arms import BASELINE, choose_arms
 from ..commandline import with_options
 from ..report import results
+from ..report.results import MIB
+from ..report.tables import table
 from ..timing import machine
-from ..timing.harness import order_of_round, timed
-from .counter import Kept
-from .whole import BATCH, CARD_SIZES, DTYPE, MIB, PUBLISHED_BATCH, WHOLE_GOALS, WholeCell, count_whole, model_and_batch
+from ..timing.harness import order_of_round, synchronize, timed
+from .whole import BATCH, CARD_SIZES, DTYPE, PUBLISHED_BATCH, WHOLE_GOALS, WholeCell, count_whole, model_and_batch
 
 TIME_GOAL = 1.15
 """A step with ``"stages"`` takes at most this many times one with ``"none"``."""
@@ -86,16 +87,12 @@ def time_settings(
             loss = model(*data)[2]
         loss.backward()
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     seconds: dict[str, list[float]] = {setting: [] for setting in RECOMPUTE_SETTINGS}
     for number in range(rounds + 1):
         for setting in order_of_round(list(RECOMPUTE_SETTINGS), number):
             _say(f"timing {setting}, round {number} of {rounds}")
             model.set_recompute(setting)
-            taken = timed(step, 1, synchronize)
+            taken = timed(step, 1, lambda: synchronize(device))
             if number:
                 seconds[setting].append(taken)
     return seconds
@@ -115,38 +112,34 @@ def page(content: dict[str, Any], source: str) -> str:
     parts = [kept_table(cells), fits_table(cells)]
     parts += [time_table(taken, content["timed_batch"], name) for name, taken in content.get("seconds", {}).items()]
     about = content["machine"]
-    parts.append(
-        f"<sub>{about['device']['name']}, {about['threads']} threads, PyTorch {about['versions']['torch']}, "
-        f"{about['date'][:10]}. Raw data: `{source}`.</sub>"
-    )
-    return "\n\n".join(parts)
+    facts = about["device"]["name"], f"{about['threads']} threads", f"PyTorch {about['versions']['torch']}"
+    return "\n\n".join([*parts, f"<sub>{', '.join(facts)}, {about['date'][:10]}. Raw data: `{source}`.</sub>"])
 
 
 def kept_table(cells: Sequence[WholeCell]) -> str:
     """MiB kept for backward per image by the whole model, in Markdown."""
     rows = []
     for cell in cells:
-        stages = {name: Kept(**kept) for name, kept in cell.stages.items()}
-        total = sum(kept.total for kept in stages.values()) / BATCH / MIB
-        copies = sum(kept.weight_copies for kept in stages.values()) / BATCH / MIB
-        parts = ", ".join(f"{name} {kept.total / BATCH / MIB:.0f}" for name, kept in stages.items())
+        total, copies = mib_per_image(cell), sum(kept["weight_copies"] for kept in cell.stages.values()) / BATCH / MIB
+        parts = ", ".join(f"{name} {mib_per_image(cell, name):.0f}" for name in cell.stages)
         goal = WHOLE_GOALS.get(cell.recompute)
         met = "-" if goal is None else "yes" if total <= goal else "no"
         figures = (f"{total:.0f} ({parts})", f"{copies:.0f}") if not cell.message else (cell.message, "-")
         rows.append((cell.arm, cell.recompute, *figures, f"at most {goal}" if goal else "-", met))
     columns = ("arm", "recompute", "MiB per image", "of them copies of weights", "goal", "met")
     title = f"Kept for backward per image by the whole of CRIS-RN50 at 416x416, B={BATCH}, bfloat16 autocast, 17 words."
-    return f"{title}\n\n{_table(columns, rows)}"
+    return f"{title}\n\n{table(columns, rows, aligned=False)}"
 
 
 def kept_per_image(content: dict[str, Any]) -> dict[str, float]:
     """MiB kept for backward per image by the whole model, by arm and recompute setting: "torch stages"."""
-    found = {}
-    for cell in (WholeCell(**cell) for cell in content["cells"]):
-        if not cell.message:
-            total = sum(Kept(**kept).total for kept in cell.stages.values())
-            found[f"{cell.arm} {cell.recompute}"] = total / BATCH / MIB
-    return found
+    cells = [WholeCell(**cell) for cell in content["cells"]]
+    return {f"{cell.arm} {cell.recompute}": mib_per_image(cell) for cell in cells if not cell.message}
+
+
+def mib_per_image(cell: WholeCell, *stages: str) -> float:
+    """MiB kept for backward per image in these stages, or in all."""
+    return results.kept_bytes(vars(cell), *stages) / BATCH / MIB
 
 
 def fits_table(cells: Sequence[WholeCell]) -> str:
@@ -163,15 +156,10 @@ def fits_table(cells: Sequence[WholeCell]) -> str:
         if not cell.message
     ]
     published = f"B={PUBLISHED_BATCH}"
-    columns = (
-        "arm",
-        "recompute",
-        *(f"{card} GB" for card in CARD_SIZES),
-        f"{published} needs GiB",
-        f"{published} in 12 GB",
-    )
+    sizes = (f"{size} GB" for size in CARD_SIZES)
+    columns = ("arm", "recompute", *sizes, f"{published} needs GiB", f"{published} in 12 GB")
     title = "Largest batch of one training step with Adam, forecast from counted bytes, tried on no card."
-    return f"{title}\n\n{_table(columns, rows)}"
+    return f"{title}\n\n{table(columns, rows, aligned=False)}"
 
 
 def time_table(seconds: dict[str, list[float]], batch: int, dtype: str) -> str:
@@ -184,12 +172,7 @@ def time_table(seconds: dict[str, list[float]], batch: int, dtype: str) -> str:
         rows.append((setting, f"{statistics.median(taken):.2f}", f"{ratio:.2f}x [{spread}]", met))
     rounds = len(seconds["none"])
     title = f"Forward and backward, B={batch}, {dtype}, channels_last, {rounds} rounds; goal {TIME_GOAL:g}x."
-    return f"{title}\n\n{_table(('recompute', 's, median', 'times none [min-max]', 'met'), rows)}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{title}\n\n{table(('recompute', 's, median', 'times none [min-max]', 'met'), rows, aligned=False)}"
 
 
 def _say(what: str) -> None:

@@ -65,7 +65,7 @@ PARTS = STAGES | {
 }
 """The stages and what they are made of, for the peaks."""
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 
 
 @dataclass

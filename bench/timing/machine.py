@@ -40,14 +40,16 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's as Linux knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return next(iter(_processor("model name")), "") or platform.processor() or platform.machine()
+
+
+def _processor(field: str) -> list[str]:
+    """What Linux says of each core; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
@@ -60,11 +62,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
         asked = [f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={place}"]
         answer = _output("nvidia-smi", *asked)
         return None if answer is None else dict(zip(names, answer.split(", "), strict=False))
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    rates = [float(rate) for rate in _processor("cpu MHz")]
     return {"cpu": f"{min(rates):.0f} to {max(rates):.0f} MHz"} if rates else None
 
 

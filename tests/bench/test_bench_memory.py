@@ -20,7 +20,6 @@ from bench.memory.counter import LiveStorages, SavedStorages
 from bench.memory.whole import (
     CONTEXT,
     GIB,
-    MIB,
     STAGES,
     WHOLE_GOALS,
     WORKSPACE,
@@ -31,6 +30,7 @@ from bench.memory.whole import (
     lines_through,
     model_and_batch,
 )
+from bench.report.results import MIB
 from fastris import CRISConfig
 
 CPU = torch.device("cpu")
