@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,38 +18,22 @@ from torch import Tensor
 
 from fastris import CRIS, CRISConfig
 from fastris.nn.recompute import RECOMPUTE_SETTINGS
-from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
 
 from ..cases.arms import BASELINE, Arm
 from ..cases.builders import enliven, make_tokens
 from ..cases.table import REAL_LENGTHS
-from ..timing.harness import Outcome, Progress, failures_into, release
-from .counter import Kept, LiveStorages, SavedStorages
+from ..counter import Kept, LiveStorages, SavedStorages
+from ..report.memory import BATCH, DTYPE, MemoryCell, WholeCell
+from ..timing.harness import Progress, failures_into, release
 
 GOAL = 0.5
 """Bytes kept by an arm, at most this fraction of the baseline's."""
 
-BATCH = 2
-DTYPE = torch.bfloat16
 TITLE = (
     f"kept for backward per image: neck + decoder + projector + loss of CRIS-RN50 at 416x416, B={BATCH}, dropout 0.1, "
     f"{str(DTYPE).removeprefix('torch.')} autocast, 17 words, of which 4 and 5 real"
 )
 
-WHOLE_GOALS = {"pointwise": 240, "stages": 135}
-"""Recompute setting -> MiB kept per image, at most, with the weights' copies, by every arm but the baseline."""
-
-CARD_SIZES = (8, 12, 16, 24)
-"""Memory of the cards in GiB."""
-
-CONTEXT = 512 * 2**20
-"""Bytes of a card that PyTorch's allocator does not get: CUDA's context, kernels, a desktop. Estimated."""
-
-WORKSPACE = GPU_PART_BYTES - CPU_PART_BYTES + 256 * 2**20
-"""Bytes that come and go within an operation: on a GPU the projector's larger tap images, and cuDNN's and cuBLAS's
-workspaces, estimated."""
-
-PUBLISHED_BATCH = 64
 STAGES = {
     "image encoder": ("backbone.encode_image",),
     "text encoder": ("backbone.encode_text",),
@@ -64,35 +48,6 @@ PARTS = STAGES | {
     **{f"layer{number}": (f"backbone.visual.layer{number}.forward",) for number in range(1, 5)},
 }
 """The stages and what they are made of, for the peaks."""
-
-GIB = 2**30
-
-
-@dataclass
-class MemoryCell(Outcome):
-    """One arm's count for a batch of :data:`BATCH`: stage -> :class:`Kept`, as a dict."""
-
-    stages: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class WholeCell(MemoryCell):
-    """One arm with one recompute setting: ``stages`` as in :class:`MemoryCell`; ``fixed`` bytes for weights and
-    optimizer state; ``lines`` part -> (bytes, bytes per image) at that part's peak."""
-
-    recompute: str = "none"
-    fixed: int = 0
-    lines: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def step_bytes(self, batch: int) -> float:
-        """Forecast of a training step's bytes on a card, without what the allocator does not get."""
-        return self.fixed + WORKSPACE + max(start + batch * slope for start, slope in self.lines.values())
-
-    def largest_batch(self, gib: float) -> int:
-        """The largest batch whose step fits on a card of ``gib``; 0 where one image does not."""
-        room = gib * GIB - CONTEXT - WORKSPACE - self.fixed
-        batch = min(((room - start) / slope for start, slope in self.lines.values() if slope > 0), default=0)
-        return max(0, int(batch)) if all(start <= room for start, _ in self.lines.values()) else 0
 
 
 def count_memory(

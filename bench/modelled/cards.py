@@ -1,6 +1,6 @@
 """``python -m bench.modelled.cards``: a model of CRIS's training step on cards that nobody here has measured.
 
-Every number is *modelled*: each operation of the step (see traffic.py) takes the longer of its arithmetic at an
+Every number is *modelled*: each operation of the step (see step_traffic.py) takes the longer of its arithmetic at an
 assumed share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch.
 The same model is held against every device that was measured, so that a reader sees how far off it is.
 
@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from ..commandline import with_arguments
-from ..report import charts, results
-from ..report.tables import table
+from ..report.pages import CARDS_FORMAT, cards_page
+from ..report.results import save
 from ..timing import machine
 from ..timing.roofline import measure_ceilings
 from . import kernel_traffic, step_traffic
 
-FORMAT = 1
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESULT = RESULTS / "modelled_cards.json"
 BATCH = 16
@@ -115,7 +114,7 @@ def model(folder: Path = RESULTS) -> dict[str, Any]:
         for path, counted in paths.items()
     }
     return {
-        "format": FORMAT,
+        "format": CARDS_FORMAT,
         "command": ["python", "-m", "bench.modelled.cards"],
         "modelled": f"training step of CRIS-RN50, 416x416, 17 words, batch {BATCH}, bf16 autocast, fused Adam",
         "git": machine.git_state(),
@@ -153,138 +152,11 @@ def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[step_traffic.Counted]
     return Rates(matrix, matrix, copy, LAUNCH_SECONDS).milliseconds, text
 
 
-def load_model(path: Path) -> dict[str, Any]:
-    """A file of this command. Raises ValueError when it is of another format."""
-    content = results.load_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "paths" not in content:
-        raise ValueError(f"{path} is not of this version's python -m bench.modelled.cards; write it again")
-    return content
-
-
-def page(content: Mapping[str, Any], source: str) -> str:
-    """All tables: the step, its stages, the assumptions, and how far off the model is where something was measured."""
-    return "\n\n".join(
-        [
-            f"**Modelled, not measured:** {content['modelled']}, ms per step (images per second).",
-            _steps(content),
-            "<details><summary>Assumptions, stages, and how far off the model is on a measured device</summary>",
-            _assumptions(content),
-            _stages(content),
-            _checks(content),
-            f"Raw numbers: `{source}`.",
-            "</details>",
-        ]
-    )
-
-
-def step_ms(content: Mapping[str, Any], path: str, card: str) -> float:
-    """Modelled milliseconds of the whole step."""
-    return sum(stage["ms"][card] for stage in content["paths"][path].values())
-
-
-def _cards(content: Mapping[str, Any]) -> list[str]:
-    return [card["name"] for card in content["assumptions"]["cards"]]
-
-
-def _steps(content: Mapping[str, Any]) -> str:
-    paths, batch = list(content["paths"]), content["batch"]
-    rows = []
-    for card in _cards(content):
-        times = [step_ms(content, path, card) for path in paths]
-        cells = [f"{results.number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
-        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(results.OTHERS))
-        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(results.OTHERS))
-        rows.append((card, *cells, f"{times[0] / best_own:.2f}x, {best_other / best_own:.2f}x"))
-    gain = f"gain over {paths[0]}, over the best other path"
-    return table(("*modelled*", *paths, gain), rows, aligned=False)
-
-
-def _assumptions(content: Mapping[str, Any]) -> str:
-    made = content["assumptions"]
-    rows = [
-        (
-            card["name"],
-            f"{card['matrix_rate'] / 1e12:.1f}",
-            f"{card['wide_rate'] / 1e12:.1f}",
-            f"{card['bandwidth']:g}",
-            f"{card['memory']}",
-            card["source"],
-        )
-        for card in made["cards"]
-    ]
-    head = ("card", "bf16 TFLOP/s, dense, float32 sums", "float32 TFLOP/s", "GB/s", "GB", "source")
-    text = (
-        f"Every operation takes the longest of: its products at {made['matrix_share']:.0%} of the matrix rate, its "
-        f"bytes at {made['bandwidth_share']:.0%} of the bandwidth, {1e6 * made['launch_seconds']:.0f} us for a launch. "
-        "Nothing is fused but what the path fuses itself, each input is read and each output written once, caches keep "
-        "nothing, the grouped convolution reaches the same share as any other, dropout is left out, and the processor "
-        "keeps up with launches. The triton column takes the kernels' traffic from their documentation."
-    )
-    return f"{text}\n\n{table(head, rows, aligned=False)}"
-
-
-def _stages(content: Mapping[str, Any]) -> str:
-    paths = content["paths"]
-    card = _cards(content)[0]
-    rows = []
-    for name in next(iter(paths.values())):
-        counted = [stages[name] for stages in paths.values()]
-        cells = [(f"{s['flops'] / 1e9:.0f}", f"{s['bytes'] / 1e9:.2f}", results.number(s["ms"][card])) for s in counted]
-        rows.append((name, *map(", ".join, cells)))
-    return (
-        f"Stage by stage, forward and backward: GFLOP, GB through memory, and *modelled* ms on the {card}.\n\n"
-        + table(("stage", *paths), rows, aligned=False)
-    )
-
-
-def _checks(content: Mapping[str, Any]) -> str:
-    if not content["checks"]:
-        return "No device has been measured to check the model against."
-    cases: dict[tuple[str, str], dict[str, Any]] = {}
-    for check in content["checks"]:
-        cases.setdefault((check["device"], check["case"]), {})[check["arm"]] = check
-    arms = list(dict.fromkeys(check["arm"] for check in content["checks"]))
-    rows = []
-    for (_, name), found in cases.items():
-        cells = [_off(found[arm]) if arm in found else "" for arm in arms]
-        gains = [_gain(found, arms, kind) for kind in ("modelled_ms", "measured_ms")]
-        rows.append((name, *cells, " / ".join(gains)))
-    devices = "; ".join(dict.fromkeys(f"{check['device']} ({check['rates']})" for check in content["checks"]))
-    text = (
-        f"Modelled / measured ms on {devices}, how many times longer it took than modelled, and the gain of {arms[-1]} "
-        f"over {arms[0]}, modelled / measured."
-    )
-    return f"{text}\n\n{table(('case', *arms, 'gain'), rows, aligned=False)}"
-
-
-def _off(check: Mapping[str, Any]) -> str:
-    modelled, measured = check["modelled_ms"], check["measured_ms"]
-    return f"{results.number(modelled)} / {results.number(measured)} ({measured / modelled:.2f}x)"
-
-
-def _gain(found: Mapping[str, Any], arms: Sequence[str], kind: str) -> str:
-    """Of the last arm over the first."""
-    if arms[0] not in found or arms[-1] not in found:
-        return "-"
-    return f"{results.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
-
-
-def chart(content: Mapping[str, Any]) -> charts.Chart:
-    """Modelled milliseconds of a step on every card by every path."""
-    groups = []
-    for card in _cards(content):
-        times = {path: step_ms(content, path, card) for path in content["paths"]}
-        bars = tuple(charts.Bar(path, ms, f"{results.number(ms)} ms") for path, ms in times.items())
-        groups.append(charts.Group(card, "modelled", bars))
-    text = content["modelled"]
-    return charts.Chart("Modelled, not measured: ms per training step", text[0].upper() + text[1:], tuple(groups))
-
-
 def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         content = model()
-        results.save(RESULT, content)
-        print(page(content, str(RESULT.relative_to(machine.ROOT))))
+        save(RESULT, content)
+        print(cards_page(content, str(RESULT.relative_to(machine.ROOT))))
         return 0
 
     return with_arguments("bench.modelled.cards", "", not arguments, work)

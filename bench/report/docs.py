@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..memory import command as memory
-from ..modelled import cards
-from ..studies import look_once
-from . import charts, results, tables
+from . import charts, memory, pages, results, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench") / "results"
@@ -62,23 +59,12 @@ def _percent(share: float) -> str:
 
 
 TIMED = Kind(results.load, tables.page, charts.speed_chart, "times faster than the published formulas")
+ASKED = "expressions per second, over expressions per image"
+MODELLED = "modelled time of a training step on cards that were not measured"
 SPECIAL = {
-    "look-once": (
-        "look_once.json",
-        Kind(
-            results.load, look_once.page, charts.look_once_chart, "expressions per second, over expressions per image"
-        ),
-    ),
-    "cards": (
-        "modelled_cards.json",
-        Kind(
-            cards.load_model,
-            cards.page,
-            cards.chart,
-            "modelled time of a training step on cards that were not measured",
-        ),
-    ),
-    "memory": ("whole_memory.json", Kind(memory.load_counts, memory.page)),
+    "look-once": ("look_once.json", Kind(results.load, pages.look_once_page, charts.look_once_chart, ASKED)),
+    "cards": ("modelled_cards.json", Kind(pages.load_model, pages.cards_page, pages.cards_chart, MODELLED)),
+    "memory": ("whole_memory.json", Kind(memory.load_counts, memory.memory_page)),
     "demo": ("demo_metrics.json", Kind(results.load_json, _demo_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""
@@ -88,14 +74,14 @@ class BlockError(ValueError):
     """A page's marks do not fit each other or the result files; the message says which and how to mend it."""
 
 
-def pages(root: Path) -> list[Path]:
+def pages_of(root: Path) -> list[Path]:
     """The pages that may hold blocks: README.md, then docs/ by name."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def generate(root: Path) -> dict[Path, str]:
     """What the pages of the checkout ``root`` have to be. Raises BlockError, OSError, ValueError."""
-    return {page: "".join(text for _, text in _pieces(root, page)) for page in pages(root)}
+    return {page: "".join(text for _, text in _pieces(root, page)) for page in pages_of(root)}
 
 
 def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
@@ -111,7 +97,7 @@ def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
 def differences(root: Path) -> list[str]:
     """What in the checkout is not as the result files say: blocks by name, charts by path. Empty if all agrees."""
     found = []
-    for page in pages(root):
+    for page in pages_of(root):
         text, at = page.read_text(encoding="utf-8"), 0
         for name, wanted in _pieces(root, page):
             if name is None:

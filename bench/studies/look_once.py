@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..cases.problem import Problem
 from ..cases.table import REAL_LENGTHS, Case
 from ..commandline import with_options
 from ..report import results
-from ..report.tables import caption, table
+from ..report.pages import look_once_page
 from ..timing import machine
 from ..timing.harness import Cell, Effort, Setting, case_entry, measure_case
 
@@ -195,45 +195,10 @@ def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[st
         content["cases"].append(case_entry(case, PUBLISHED.name, cells))
 
 
-def page(result: Mapping[str, Any], source: str) -> str:
-    """The table for README: expressions per second, and images per second, of every arm."""
-    arms = list(dict.fromkeys(arm for case in result["cases"] for arm in case["arms"]))
-    rows = []
-    for case in result["cases"]:
-        count, kind = case["sizes"]["expressions"], case["title"].partition(":")[0].lower()
-        gain = results.gains(case).get("look once")
-        cells = [_rates(case["arms"].get(arm), count) for arm in arms]
-        rows.append((f"{kind}, {count} per image", *cells, "-" if gain is None else _gain(gain)))
-    head = ("", *arms, "gain")
-    notes = (
-        "Expressions per second (images per second) with several expressions about each image. Published: one by one, "
-        "by the published formulas. The gain is looking once over that, with the middle 60 % of the rounds."
-    )
-    lines = [
-        notes,
-        table(head, rows, aligned=False),
-        f"<sub>{caption(result)} Raw data: `{source}`.</sub>",
-    ]
-    return "\n\n".join(lines)
-
-
-def _rates(cell: Mapping[str, Any] | None, count: int) -> str:
-    if cell is None:
-        return ""
-    if not results.is_measured(cell):
-        return f"**{cell['status'].upper()}**"
-    images = 1000 / results.Spread.of(cell["ms"]).median
-    return f"{results.number(count * images)} ({results.number(images)})"
-
-
-def _gain(gain: results.Spread) -> str:
-    return f"**{results.number(gain.median)}x** ({results.number(gain.low)} to {results.number(gain.high)})"
-
-
 def main(arguments: list[str]) -> int:
     def work(config: LookOnceConfig) -> int:
         result = run(config, arguments, lambda text: print(text, file=sys.stderr))
-        print(page(result, os.path.relpath(config.json)))
+        print(look_once_page(result, os.path.relpath(config.json)))
         trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
         return int(trouble) if result["complete"] else 130
 

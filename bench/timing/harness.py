@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
-from ..memory.counter import SavedStorages
+from ..counter import SavedStorages
 from .check import Checker, WrongNumbersError
 from .tracing import write_trace
 

@@ -17,7 +17,7 @@ from fastris.bench.cases.arms import ARMS, choose_arms
 from fastris.bench.cases.builders import small_config
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
-from fastris.bench.memory.counter import SavedStorages
+from fastris.bench.counter import SavedStorages
 from fastris.bench.memory.whole import kept_by_own_parts
 from fastris.bench.report import results
 from fastris.bench.report import tables as report

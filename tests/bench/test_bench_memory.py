@@ -15,21 +15,11 @@ sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed packag
 
 from bench.cases.arms import ARMS
 from bench.cases.builders import small_config
-from bench.memory import command as recompute
-from bench.memory.counter import LiveStorages, SavedStorages
-from bench.memory.whole import (
-    CONTEXT,
-    GIB,
-    STAGES,
-    WHOLE_GOALS,
-    WORKSPACE,
-    StepCount,
-    WholeCell,
-    count_step,
-    count_whole,
-    lines_through,
-    model_and_batch,
-)
+from bench.counter import LiveStorages, SavedStorages
+from bench.memory import __main__ as recompute
+from bench.memory.whole import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
+from bench.report import memory as report
+from bench.report.memory import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
 from bench.report.results import MIB
 from fastris import CRISConfig
 
@@ -134,7 +124,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
         ("torch", "pointwise", "out of memory"),
         ("torch", "stages", "measured"),
     ]
-    assert "no room" in recompute.kept_table(cells) and "no room" not in recompute.fits_table(cells)
+    assert "no room" in report.kept_table(cells) and "no room" not in report.fits_table(cells)
 
 
 @pytest.mark.slow
@@ -144,7 +134,7 @@ def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, 
     assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out
     assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
-    block = recompute.page(recompute.load_counts(path), "memory.json")
+    block = report.memory_page(report.load_counts(path), "memory.json")
     assert all(f"{table}\n" in block for table in printed.split("\n\n") if table.startswith("| arm"))
     assert "Raw data: `memory.json`" in block
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastris.bench.report import results
+from fastris.bench.report import pages, results
 from fastris.bench.studies import look_once
 from fastris.bench.timing.check import Checker, WrongNumbersError
 from fastris.bench.timing.harness import Effort, Setting, measure_case
@@ -51,7 +51,7 @@ def test_the_page_shows_rates_and_the_gain_over_the_published_way():
         case["arms"][arm].update(status="measured", ms=[ms, ms, ms])
     case["sizes"]["expressions"] = 4
     content["cases"] = [case]
-    text = look_once.page(content, "x.json")
+    text = pages.look_once_page(content, "x.json")
     assert "| 40.0 (10.0) | 80.0 (20.0) | 160 (40.0) | **4.00x** (4.00 to 4.00) |" in text
 
 
