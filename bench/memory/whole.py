@@ -3,7 +3,7 @@
 Kept is what stays allocated between forward and backward. What a card needs beside that is counted, too: weights,
 gradients and Adam's state in float32, the batch, and the largest number of bytes alive in any part of forward and
 backward. Each part's bytes are a line through two counted batches, and the step's are the largest line. Counted on a
-CPU, it is a forecast for a GPU; ``tests/test_recompute.py`` tries its largest claim on one.
+CPU, it is a forecast for a GPU; ``tests/models/test_recompute.py`` tries its largest claim on one.
 """
 
 from __future__ import annotations

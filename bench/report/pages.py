@@ -51,28 +51,20 @@ def _steps(content: Mapping[str, Any]) -> str:
     paths, batch = list(content["paths"]), content["batch"]
     rows = []
     for card in _cards(content):
-        times = [step_ms(content, path, card) for path in paths]
-        cells = [f"{number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
-        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(OTHERS))
-        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(OTHERS))
-        rows.append((card, *cells, f"{times[0] / best_own:.2f}x, {best_other / best_own:.2f}x"))
+        times = {path: step_ms(content, path, card) for path in paths}
+        cells = [f"{number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times.values()]
+        other, own = (min(ms for path, ms in times.items() if path.startswith(OTHERS) is is_) for is_ in (True, False))
+        rows.append((card, *cells, f"{times[paths[0]] / own:.2f}x, {other / own:.2f}x"))
     gain = f"gain over {paths[0]}, over the best other path"
     return table(("*modelled*", *paths, gain), rows, aligned=False)
 
 
 def _assumptions(content: Mapping[str, Any]) -> str:
     made = content["assumptions"]
-    rows = [
-        (
-            card["name"],
-            f"{card['matrix_rate'] / 1e12:.1f}",
-            f"{card['wide_rate'] / 1e12:.1f}",
-            f"{card['bandwidth']:g}",
-            f"{card['memory']}",
-            card["source"],
-        )
-        for card in made["cards"]
-    ]
+    rows = []
+    for card in made["cards"]:
+        rates = (f"{card[kind] / 1e12:.1f}" for kind in ("matrix_rate", "wide_rate"))
+        rows.append((card["name"], *rates, f"{card['bandwidth']:g}", f"{card['memory']}", card["source"]))
     head = ("card", "bf16 TFLOP/s, dense, float32 sums", "float32 TFLOP/s", "GB/s", "GB", "source")
     text = (
         f"Every operation takes the longest of: its products at {made['matrix_share']:.0%} of the matrix rate, its "

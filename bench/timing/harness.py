@@ -254,19 +254,14 @@ def order_of_round(names: list[str], number: int) -> list[str]:
 def timed(step: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
     """Seconds per step, from an idle device to an idle device; what a :class:`Step` sets up before it is not timed."""
     set_up = getattr(step, "set_up", None)
-    if set_up is None:
+    seconds, at_once = 0.0, repeats if set_up is None else 1
+    for _ in range(repeats // at_once):
+        if set_up is not None:
+            set_up()
         synchronize()
         begin = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(at_once):
             step()
-        synchronize()
-        return (time.perf_counter() - begin) / repeats
-    seconds = 0.0
-    for _ in range(repeats):
-        set_up()
-        synchronize()
-        begin = time.perf_counter()
-        step()
         synchronize()
         seconds += time.perf_counter() - begin
     return seconds / repeats
