@@ -14,7 +14,6 @@ import torch
 from fastris import CRISConfig
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
-from fastris.runtime.host_memory import keep_freed_memory
 
 from .cases.arms import ARMS, BASELINE, Arm, choose_arms
 from .cases.table import PASSES, Case, choose_cases
@@ -102,14 +101,14 @@ class BenchConfig:
 class Result:
     """What was found so far, kept on disk as it grows."""
 
-    def __init__(self, config: BenchConfig, setting: Setting, keeps_freed_memory: bool):
+    def __init__(self, config: BenchConfig, setting: Setting):
         self.path = config.json
         self.ceilings: Ceilings | None = None
         self.content: dict[str, Any] = {
             "format": results.FORMAT,
             "command": config.command(),
             "complete": False,
-            "machine": machine.describe(setting.device, keeps_freed_memory),
+            "machine": machine.prepare(setting.device, config.threads),
             "settings": {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())},
             "ceilings": None,
             "cases": [],
@@ -141,13 +140,11 @@ def run(config: BenchConfig) -> int:
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
     cases, with_memory = config.chosen_cases()
     arms = choose_arms(config.arms, device, dtype)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     progress = ProgressLine(len(cases) + with_memory)
     if config.profile is not None:
         config.profile.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
-    result = Result(config, setting, device.type == "cpu" and keep_freed_memory())
+    result = Result(config, setting)
     result.save()  # a file that cannot be written is better known now
     code = 0
     try:

@@ -14,7 +14,6 @@ from fastris import CRISConfig
 from fastris.nn.recompute import RECOMPUTE_SETTINGS
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
-from fastris.runtime.host_memory import keep_freed_memory
 
 from ..cases.arms import BASELINE, choose_arms
 from ..commandline import with_options
@@ -48,7 +47,7 @@ def run(config: WholeConfig) -> int:
     count_whole(eager, device, _say, cells, model)
     print(kept_table(cells), fits_table(cells), sep="\n\n")
     content: dict[str, Any] = {
-        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
+        "machine": machine.prepare(device),
         "batch": BATCH,
         "goals": WHOLE_GOALS,
         "cells": [dataclasses.asdict(cell) for cell in cells],

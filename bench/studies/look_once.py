@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from fastris import CRIS, CRISConfig
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
-from fastris.runtime.host_memory import keep_freed_memory
 
 from ..cases.arms import Arm
 from ..cases.builders import enliven, make_tokens, small_config
@@ -159,14 +158,12 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
     for name, counts, least in (("expressions", config.expressions, 1), ("training", config.training, 2)):
         if any(count < least for count in counts):
             raise ValueError(f"{name} must be at least {least} each, got {', '.join(map(str, counts))}")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     content: dict[str, Any] = {
         "format": results.FORMAT,
         "command": ["python", "-m", "bench.studies.look_once", *arguments],
         "complete": False,
-        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
+        "machine": machine.prepare(device, config.threads),
         "settings": {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds},
         "note": NOTE,
         "cases": [],

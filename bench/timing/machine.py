@@ -11,18 +11,24 @@ from typing import Any
 
 import torch
 
+from fastris.runtime.host_memory import keep_freed_memory
 from fastris.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def describe(device: torch.device, keeps_freed_memory: bool = False) -> dict[str, Any]:
-    """Everything that a reader needs to measure the same again, as it goes into a result file."""
+def prepare(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """Make this process ready to measure: its threads, and on a CPU freed memory that is kept for all arms alike.
+
+    Returns everything that a reader needs to measure the same again, as it goes into a result file.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "threads": torch.get_num_threads(),
-        "keeps_freed_memory": keeps_freed_memory,
+        "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
         "clocks": clocks(device),
         "system": platform.platform(),
         "versions": {

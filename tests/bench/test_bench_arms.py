@@ -18,9 +18,8 @@ from torch import nn
 
 from fastris import testing as bounds
 from fastris.bench import command
-from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed
+from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed, repair
 from fastris.bench.cases.problem import Problem
-from fastris.bench.cases.repaired import repair
 from fastris.bench.cases.table import CASES
 from fastris.bench.report.results import headline
 from fastris.bench.report.tables import target_lines
