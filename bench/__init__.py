@@ -3,12 +3,15 @@
 ``fastris bench --help``, or ``python -m bench --help`` in a checkout; the folder is imported as ``fastris.bench``.
 ``python -m pytest bench --benchmark-only`` runs the same cases through pytest-benchmark.
 
-    command.py     the command
+    command.py     the command; commandline.py is what the ``python -m bench.*`` commands share
+    counter.py     the one counter of bytes kept for the backward pass
     cases/         what is measured (table.py), what is compared (arms.py), and how both are built
     timing/        rounds, an arm's numbers against float64 before its time counts, rooflines, traces
-    memory/        bytes kept for the backward pass; ``python -m bench.memory`` for the whole training step
+    report/        results.py reads files and says what is best; tables, pages, charts, what moved; docs.py fills pages
+    memory/        what the model and its whole training step keep and need: ``python -m bench.memory``
     modelled/      cards that nobody has measured: ``python -m bench.modelled.cards``
-    report/        tables.py prints a result file, compare.py what moved, charts.py draws, docs.py fills pages
     studies/       questions of their own: looking once, the data loader, float16 sums
     results/       result files, one per device
+
+Imports run one way: command, memory, modelled and studies know report, which knows timing, which knows cases.
 """

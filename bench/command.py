@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -16,16 +14,14 @@ import torch
 from fastris import CRISConfig
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
-from fastris.runtime.host_memory import keep_freed_memory
 
-from .cases.arms import ARMS, BASELINE, THEIRS, Arm, choose_arms
+from .cases.arms import ARMS, BASELINE, Arm, choose_arms
 from .cases.table import PASSES, Case, choose_cases
-from .memory import kept as memory
-from .report import compare, details
-from .report import tables as report
+from .memory import whole as memory
+from .report import compare, results, tables
 from .timing import machine
-from .timing.harness import Cell, Effort, Progress, Setting, measure_case
-from .timing.roofline import Ceilings, count_work, measure_ceilings
+from .timing.harness import Cell, Effort, Progress, Setting, case_entry, measure_case
+from .timing.roofline import Ceilings, add_shares, count_work, measure_ceilings
 
 QUICK = Effort(rounds=5, min_rounds=2, seconds=5.0)
 
@@ -105,14 +101,14 @@ class BenchConfig:
 class Result:
     """What was found so far, kept on disk as it grows."""
 
-    def __init__(self, config: BenchConfig, setting: Setting, keeps_freed_memory: bool):
+    def __init__(self, config: BenchConfig, setting: Setting):
         self.path = config.json
         self.ceilings: Ceilings | None = None
         self.content: dict[str, Any] = {
-            "format": report.FORMAT,
+            "format": results.FORMAT,
             "command": config.command(),
             "complete": False,
-            "machine": machine.describe(setting.device, keeps_freed_memory),
+            "machine": machine.prepare(setting.device, config.threads),
             "settings": {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())},
             "ceilings": None,
             "cases": [],
@@ -121,40 +117,34 @@ class Result:
 
     def save(self) -> None:
         """Write the file as a whole, so that whoever reads it sees the old or the new one."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        if self.path is not None:
+            results.save(self.path, self.content)
 
     def hold_to(self, ceilings: Ceilings) -> None:
         """Hold every timing to ``ceilings``, or to the best ones found before."""
         self.ceilings = ceilings.or_better(self.ceilings or ceilings)
         self.content["ceilings"] = dataclasses.asdict(self.ceilings)
-        details.add_shares(self.content, self.ceilings)
+        add_shares(self.content["cases"], self.ceilings)
 
     def troubles(self) -> bool:
         """Whether an arm was refused, failed or ran out of memory."""
         tables = [*self.content["cases"], *filter(None, [self.content["memory"]])]
         cells = [cell for table in tables for cell in table["arms"].values()]
-        return any(cell["message"] and cell["status"] != report.LEFT_OUT for cell in cells)
+        return any(cell["message"] and cell["status"] != results.LEFT_OUT for cell in cells)
 
 
 def run(config: BenchConfig) -> int:
     """Measure what ``config`` asks for. Raises ValueError for names and devices that do not exist."""
     config.check()
-    older = None if config.compare is None else compare.load(config.compare)
+    older = None if config.compare is None else compare.load_any(config.compare)
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
     cases, with_memory = config.chosen_cases()
     arms = choose_arms(config.arms, device, dtype)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     progress = ProgressLine(len(cases) + with_memory)
     if config.profile is not None:
         config.profile.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
-    result = Result(config, setting, device.type == "cpu" and keep_freed_memory())
+    result = Result(config, setting)
     result.save()  # a file that cannot be written is better known now
     code = 0
     try:
@@ -170,9 +160,9 @@ def run(config: BenchConfig) -> int:
         code = 130
     progress.end()
     result.save()
-    print(report.markdown(result.content))
+    print(tables.markdown(result.content))
     if cases:
-        print("\n" + details.markdown(result.content))
+        print("\n" + tables.details(result.content))
     slower = _compare(older, result.content) if older is not None else 0
     return code or int(result.troubles()) or slower
 
@@ -187,10 +177,10 @@ def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting,
         for arm in arms:
             if arm not in soon:
                 why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
-                cells[arm.name] = Cell(arm.name, report.LEFT_OUT, why)
+                cells[arm.name] = Cell(arm.name, results.LEFT_OUT, why)
         result.content["cases"].append(_entry(case, cells, setting, roofline))
         if result.ceilings is not None:
-            details.add_shares(result.content, result.ceilings)
+            add_shares(result.content["cases"], result.ceilings)
         result.save()
 
 
@@ -207,22 +197,15 @@ def _work(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[str, Any]) -> dict[str, Any]:
-    arms = {name: dataclasses.asdict(cells[name]) for name in ARMS if name in cells}
     precision = str(setting.dtype).removeprefix("torch.")
-    return {
-        "name": case.name,
-        "op": case.op,
-        "title": case.title,
-        "sizes": dict(case.sizes),
-        "passes": case.passes,
-        "baseline": BASELINE,
+    entry = case_entry(case, BASELINE, {name: cells[name] for name in ARMS if name in cells})
+    entry |= {
         "goal": case.goals.get(f"{setting.device.type}/{precision}"),
-        "goal_arms": [name for name in arms if name not in (BASELINE, *THEIRS)],
+        "goal_arms": [name for name in entry["arms"] if name != BASELINE and not name.startswith(results.OTHERS)],
         "targets": dict(case.targets) if (setting.device.type, precision) == ("cuda", "bfloat16") else {},
         "roofline": roofline,
-        "headline": details.headline(arms),
-        "arms": arms,
     }
+    return entry | {"headline": results.headline(entry)}
 
 
 def _compare(older: dict[str, Any], newer: dict[str, Any]) -> int:

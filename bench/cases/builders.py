@@ -1,5 +1,8 @@
 """How each case is built: modules with lively random weights, and inputs such as CRIS sees.
 
+Sizes of whole stages follow one image of ``side`` pixels through the configuration that ``preset`` names, or a small
+one for None.
+
 A builder returns a :class:`~bench.cases.problem.Problem` in float32 on the CPU, drawn from PyTorch's global generator.
 A module that is trained returns its loss first. Operators are imported when a case runs: a broken one spoils no other.
 """
@@ -14,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastris import CRIS, CLIPConfig, CRISConfig, reference
-from fastris.models.cris import Projector, TransformerDecoder
-from fastris.reference import AttentionWeights
+from fastris.models.cris import FPN, Projector, TransformerDecoder
+from fastris.nn.clip import CLIPBackbone, DenseResNet
+from fastris.nn.losses import TextToPixelContrastiveLoss
+from fastris.reference import AttentionWeights, FeedForwardWeights
 
 from .problem import Problem
 
@@ -77,8 +82,8 @@ def cross_attention(
     return Problem(CrossAttention(dim, heads), inputs, data)
 
 
-class CrossAttention(nn.Module):
-    """:func:`fastris.ops.cross_attention.cross_attention` with its parameters, dropout 0."""
+class AttentionBlock(nn.Module):
+    """The parameters of an attention sub-layer."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -86,23 +91,123 @@ class CrossAttention(nn.Module):
         self.norm, self.post_norm = (enliven(nn.LayerNorm(dim)) for _ in range(2))
         self.attention = enliven(nn.MultiheadAttention(dim, heads))
 
+    def weights(self) -> AttentionWeights:
+        """As the operators take them."""
+        norm, attention, post = self.norm, self.attention, self.post_norm
+        projections = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight
+        ends = attention.out_proj.bias, post.weight, post.bias
+        return AttentionWeights(norm.weight, norm.bias, *projections, *ends)
+
+
+class CrossAttention(AttentionBlock):
+    """:func:`fastris.ops.cross_attention.cross_attention` with its parameters, dropout 0."""
+
     def forward(
         self, x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, padding_mask: Tensor
     ) -> Tensor:
         from fastris.ops.cross_attention import cross_attention
 
-        attention = self.attention
-        weights = AttentionWeights(
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            in_proj_weight=attention.in_proj_weight,
-            in_proj_bias=attention.in_proj_bias,
-            out_proj_weight=attention.out_proj.weight,
-            out_proj_bias=attention.out_proj.bias,
-            post_norm_weight=self.post_norm.weight,
-            post_norm_bias=self.post_norm.bias,
+        return cross_attention(
+            x, text, positions, text_positions, padding_mask, self.weights(), self.heads, training=True
         )
-        return cross_attention(x, text, positions, text_positions, padding_mask, weights, self.heads, training=True)
+
+
+def image_encoder(preset: str | None, side: int, batch: int) -> Problem:
+    """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
+    clip = _config(preset).clip
+    heads = clip.vision_width * 32 // 64
+    encoder = DenseResNet(clip.vision_layers, clip.embed_dim, heads, clip.image_resolution, clip.vision_width)
+    return Problem(enliven(encoder), {}, {"x": torch.randn(batch, 3, side, side)})
+
+
+def text_encoder(preset: str | None, words: int, lengths: Sequence[int], batch: int) -> Problem:
+    """CLIP's text transformer: tokens (B, words) to every word and the sentence."""
+    clip = dataclasses.asdict(_config(preset).clip)
+    backbone = CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
+    tokens = make_tokens(batch, words, lengths, clip["vocab_size"])
+    return Problem(enliven(TextEncoder(backbone)), {}, {"text": tokens})
+
+
+class TextEncoder(nn.Module):
+    """:meth:`fastris.nn.clip.CLIPBackbone.encode_text` without the other encoder."""
+
+    def __init__(self, backbone: CLIPBackbone):
+        super().__init__()
+        backbone.visual = nn.Identity()  # type: ignore[assignment]
+        self.backbone = backbone
+
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backbone.encode_text(text)
+
+
+def neck(preset: str | None, side: int, batch: int) -> Problem:
+    """The cross-modal neck: three maps and the sentence to one map."""
+    config = _config(preset)
+    levels = zip("345", config.fpn_in, (8, 16, 32), strict=True)
+    maps = {f"c{name}": torch.randn(batch, width, side // step, side // step) for name, width, step in levels}
+    inputs = {**maps, "state": torch.randn(batch, config.word_dim)}
+    return Problem(enliven(Neck(config)), inputs, {})
+
+
+class Neck(nn.Module):
+    """:class:`fastris.models.cris.FPN` with its maps as arguments of their own."""
+
+    def __init__(self, config: CRISConfig):
+        super().__init__()
+        self.neck = FPN(config.fpn_in, config.fpn_out)
+
+    def forward(self, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
+        return self.neck((c3, c4, c5), state)
+
+
+def self_attention(batch: int, height: int, width: int, dim: int, heads: int) -> Problem:
+    """The decoder's first sub-layer, dropout 0."""
+    inputs = {"x": torch.randn(batch, height * width, dim)}
+    data = {"positions": reference.sine_positions_2d(height, width, dim)}
+    return Problem(SelfAttention(dim, heads), inputs, data)
+
+
+class SelfAttention(AttentionBlock):
+    """:func:`fastris.ops.self_attention.self_attention` with its parameters, dropout 0."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        from fastris.ops.self_attention import self_attention
+
+        return self_attention(x, positions, self.weights(), self.heads, training=True)
+
+
+def feed_forward(batch: int, height: int, width: int, dim: int, dim_ffn: int) -> Problem:
+    """The decoder's third sub-layer, dropout 0."""
+    return Problem(FeedForward(dim, dim_ffn), {"x": torch.randn(batch, height * width, dim)}, {})
+
+
+class FeedForward(nn.Module):
+    """:func:`fastris.ops.feed_forward.feed_forward` with its parameters, dropout 0."""
+
+    def __init__(self, dim: int, dim_ffn: int):
+        super().__init__()
+        self.norm, self.inner_norm = enliven(nn.LayerNorm(dim)), enliven(nn.LayerNorm(dim_ffn))
+        self.up, self.down = nn.Linear(dim, dim_ffn), nn.Linear(dim_ffn, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from fastris.ops.feed_forward import feed_forward
+
+        first, second = (self.norm, self.up), (self.inner_norm, self.down)
+        weights = [tensor for part in (*first, *second) for tensor in (part.weight, part.bias)]
+        return feed_forward(x, FeedForwardWeights(*weights), training=True)
+
+
+def projector(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
+    """The whole projector, from the decoder's map to logits."""
+    inputs = {"x": torch.randn(batch, 2 * in_dim, side, side), "word": torch.randn(batch, word_dim)}
+    return Problem(enliven(Projector(word_dim, in_dim)), inputs, {})
+
+
+def loss(batch: int, side: int, mask_side: int) -> Problem:
+    """The text-to-pixel contrastive loss on given logits, the mask's resizing included."""
+    inputs = {"logits": torch.randn(batch, 1, side, side)}
+    mask = torch.rand(batch, 1, mask_side, mask_side)
+    return Problem(TextToPixelContrastiveLoss(), inputs, {"mask": mask})
 
 
 def projector_loss(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
@@ -159,9 +264,13 @@ def inference(preset: str | None, side: int, words: int, lengths: Sequence[int],
 def _model(
     preset: str | None, side: int, words: int, lengths: Sequence[int], batch: int, dropout: float
 ) -> tuple[CRIS, dict[str, Tensor]]:
-    config = dataclasses.replace(CRISConfig.preset(preset) if preset else small_config(), dropout=dropout)
+    config = dataclasses.replace(_config(preset), dropout=dropout)
     tokens = make_tokens(batch, words, lengths, config.clip.vocab_size)
     return enliven(CRIS(config)), {"img": torch.randn(batch, 3, side, side), "word": tokens}
+
+
+def _config(preset: str | None) -> CRISConfig:
+    return CRISConfig.preset(preset) if preset else small_config()
 
 
 def small_config() -> CRISConfig:

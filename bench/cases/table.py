@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import builders, stages
+from . import builders
 from .problem import Problem
 
 
@@ -196,7 +196,7 @@ CASES: tuple[Case, ...] = (
         name="image_encoder",
         op="encoders",
         title="image encoder: CLIP RN50, 416x416, B=2 (checked smaller)",
-        build=stages.image_encoder,
+        build=builders.image_encoder,
         composed=True,
         sizes={"preset": "cris_r50", "side": 416, "batch": 2},
         small={"preset": None, "side": 96, "batch": 6},
@@ -207,7 +207,7 @@ CASES: tuple[Case, ...] = (
         name="text_encoder",
         op="encoders",
         title="text encoder: 12 layers, 17 words, B=4 (checked smaller)",
-        build=stages.text_encoder,
+        build=builders.text_encoder,
         composed=True,
         sizes={"preset": "cris_r50", "words": 17, "lengths": REAL_LENGTHS, "batch": 4},
         small={"preset": None, "batch": 3},
@@ -218,7 +218,7 @@ CASES: tuple[Case, ...] = (
         name="neck",
         op="neck",
         title="neck: 52x52, 26x26, 13x13, B=4 (checked smaller)",
-        build=stages.neck,
+        build=builders.neck,
         composed=True,
         sizes={"preset": "cris_r50", "side": 416, "batch": 4},
         small={"preset": None, "side": 96, "batch": 6},
@@ -230,7 +230,7 @@ CASES: tuple[Case, ...] = (
         name="self_attention",
         op="self_attention",
         title="self-attention block: 676 pixels, 8 heads, B=4, dropout 0",
-        build=stages.self_attention,
+        build=builders.self_attention,
         sizes={"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8},
         small={"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4},
     ),
@@ -238,7 +238,7 @@ CASES: tuple[Case, ...] = (
         name="feed_forward",
         op="feed_forward",
         title="FFN block: 676 pixels, 512->2048->512, B=4, dropout 0",
-        build=stages.feed_forward,
+        build=builders.feed_forward,
         composed=True,
         sizes={"batch": 4, "height": 26, "width": 26, "dim": 512, "dim_ffn": 2048},
         small={"batch": 2, "height": 5, "width": 7, "dim": 64, "dim_ffn": 96},
@@ -247,7 +247,7 @@ CASES: tuple[Case, ...] = (
         name="projector",
         op="projector",
         title="projector: 512 channels from 26x26, B=4",
-        build=stages.projector,
+        build=builders.projector,
         composed=True,
         sizes={"batch": 4, "side": 26, "word_dim": 1024, "in_dim": 256},
         small={"batch": 3, "side": 7, "word_dim": 24, "in_dim": 16},
@@ -257,7 +257,7 @@ CASES: tuple[Case, ...] = (
         name="loss",
         op="loss",
         title="loss alone: logits 104x104, mask 416x416, B=4",
-        build=stages.loss,
+        build=builders.loss,
         sizes={"batch": 4, "side": 104, "mask_side": 416},
         small={"batch": 2, "side": 13, "mask_side": 52},
     ),
@@ -293,7 +293,7 @@ CASES: tuple[Case, ...] = (
 )
 
 MEMORY = "memory"
-"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/kept.py."""
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/whole.py."""
 
 
 def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:

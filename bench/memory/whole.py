@@ -1,16 +1,16 @@
-"""What a training step of the whole of CRIS keeps and needs, by path and recompute setting.
+"""What a training step of CRIS keeps and needs: its own parts alone, and the whole by path and recompute setting.
 
 Kept is what stays allocated between forward and backward. What a card needs beside that is counted, too: weights,
 gradients and Adam's state in float32, the batch, and the largest number of bytes alive in any part of forward and
 backward. Each part's bytes are a line through two counted batches, and the step's are the largest line. Counted on a
-CPU, it is a forecast for a GPU; ``tests/test_recompute.py`` tries its largest claim on one.
+CPU, it is a forecast for a GPU; ``tests/models/test_recompute.py`` tries its largest claim on one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,29 +18,22 @@ from torch import Tensor
 
 from fastris import CRIS, CRISConfig
 from fastris.nn.recompute import RECOMPUTE_SETTINGS
-from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
 
 from ..cases.arms import BASELINE, Arm
 from ..cases.builders import enliven, make_tokens
 from ..cases.table import REAL_LENGTHS
+from ..counter import Kept, LiveStorages, SavedStorages
+from ..report.memory import BATCH, DTYPE, MemoryCell, WholeCell
 from ..timing.harness import Progress, failures_into, release
-from .kept import BATCH, DTYPE, Kept, MemoryCell
-from .live import LiveStorages
 
-GOALS = {"pointwise": 240, "stages": 135}
-"""Recompute setting -> MiB kept per image, at most, with the weights' copies, by every arm but the baseline."""
+GOAL = 0.5
+"""Bytes kept by an arm, at most this fraction of the baseline's."""
 
-CARDS = (8, 12, 16, 24)
-"""Memory of the cards in GiB."""
+TITLE = (
+    f"kept for backward per image: neck + decoder + projector + loss of CRIS-RN50 at 416x416, B={BATCH}, dropout 0.1, "
+    f"{str(DTYPE).removeprefix('torch.')} autocast, 17 words, of which 4 and 5 real"
+)
 
-CONTEXT = 512 * 2**20
-"""Bytes of a card that PyTorch's allocator does not get: CUDA's context, kernels, a desktop. Estimated."""
-
-WORKSPACE = GPU_PART_BYTES - CPU_PART_BYTES + 256 * 2**20
-"""Bytes that come and go within an operation: on a GPU the projector's larger tap images, and cuDNN's and cuBLAS's
-workspaces, estimated."""
-
-PUBLISHED_BATCH = 64
 STAGES = {
     "image encoder": ("backbone.encode_image",),
     "text encoder": ("backbone.encode_text",),
@@ -56,27 +49,46 @@ PARTS = STAGES | {
 }
 """The stages and what they are made of, for the peaks."""
 
-MIB, GIB = 2**20, 2**30
+
+def count_memory(
+    arms: list[Arm], device: torch.device, progress: Progress, cells: dict[str, MemoryCell], config: CRISConfig
+) -> None:
+    """Count for every arm what CRIS's own parts keep at the sizes of ``config``. Fills ``cells``."""
+    cells.update({arm.name: MemoryCell(arm.name) for arm in arms})
+    for arm in arms:
+        progress(f"counting {arm.name}")
+        with failures_into(cells[arm.name]), arm.active():
+            stages = kept_by_own_parts(config, device)
+            cells[arm.name].stages = {name: asdict(kept) for name, kept in stages.items()}
+            cells[arm.name].status = "measured"
+        release(device)
 
 
-@dataclass
-class WholeCell(MemoryCell):
-    """One arm with one recompute setting: ``stages`` as in :class:`MemoryCell`; ``fixed`` bytes for weights and
-    optimizer state; ``lines`` part -> (bytes, bytes per image) at that part's peak."""
-
-    recompute: str = "none"
-    fixed: int = 0
-    lines: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def step_bytes(self, batch: int) -> float:
-        """Forecast of a training step's bytes on a card, without what the allocator does not get."""
-        return self.fixed + WORKSPACE + max(start + batch * slope for start, slope in self.lines.values())
-
-    def largest_batch(self, gib: float) -> int:
-        """The largest batch whose step fits on a card of ``gib``; 0 where one image does not."""
-        room = gib * GIB - CONTEXT - WORKSPACE - self.fixed
-        batch = min(((room - start) / slope for start, slope in self.lines.values() if slope > 0), default=0)
-        return max(0, int(batch)) if all(start <= room for start, _ in self.lines.values()) else 0
+def kept_by_own_parts(config: CRISConfig, device: torch.device) -> dict[str, Kept]:
+    """What neck, decoder and projector with the loss keep for a batch of :data:`BATCH` in a training step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = enliven(CRIS(config)).train()
+        parts = torch.nn.ModuleDict({"neck": model.neck, "decoder": model.decoder, "proj": model.proj}).to(device)
+        side = config.input_size // 32
+        maps = [
+            torch.randn(BATCH, channels, scale * side, scale * side).to(device, DTYPE).requires_grad_()
+            for channels, scale in zip(config.fpn_in, (4, 2, 1), strict=True)
+        ]
+        words = torch.randn(BATCH, config.word_len, config.vis_dim).to(device).requires_grad_()
+        state = torch.randn(BATCH, config.word_dim).to(device, DTYPE).requires_grad_()
+        padding = (make_tokens(BATCH, config.word_len, REAL_LENGTHS) == 0).to(device)
+        mask = torch.rand(BATCH, 1, config.input_size, config.input_size).to(device)
+    counter = SavedStorages([*parts.parameters(), *parts.buffers()])
+    with torch.autocast(device.type, dtype=DTYPE):
+        with counter.saved("neck"):
+            fused = parts["neck"](maps, state)
+        with counter.saved("decoder"):
+            decoded = parts["decoder"](fused, words, padding)
+            decoded = (decoded[-1] if isinstance(decoded, list) else decoded).reshape(fused.shape)
+        with counter.saved("projector + loss"):
+            parts["proj"](decoded, state, mask)
+    return counter.kept()
 
 
 def count_whole(

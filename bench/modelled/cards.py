@@ -1,6 +1,6 @@
 """``python -m bench.modelled.cards``: a model of CRIS's training step on cards that nobody here has measured.
 
-Every number is *modelled*: each operation of the step (see traffic.py) takes the longer of its arithmetic at an
+Every number is *modelled*: each operation of the step (see step_traffic.py) takes the longer of its arithmetic at an
 assumed share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch.
 The same model is held against every device that was measured, so that a reader sees how far off it is.
 
@@ -11,18 +11,21 @@ bench/modelled/kernel_traffic.py.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report import charts
-from ..report import tables as report
-from ..timing import machine
+import torch
 
-FORMAT = 1
+from ..commandline import with_arguments
+from ..report.pages import CARDS_FORMAT, cards_page
+from ..report.results import save
+from ..timing import machine
+from ..timing.roofline import measure_ceilings
+from . import kernel_traffic, step_traffic
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESULT = RESULTS / "modelled_cards.json"
 BATCH = 16
@@ -94,13 +97,8 @@ class Rates:
         return 1000 * total
 
 
-def model(results: Path = RESULTS) -> dict[str, Any]:
-    """Count, model every card, and hold the model against every result file in ``results``."""
-    from . import (
-        kernel_traffic,  # PyTorch's and fastris's imports are not needed to print a file
-        step_traffic,
-    )
-
+def model(folder: Path = RESULTS) -> dict[str, Any]:
+    """Count, model every card, and hold the model against every result file in ``folder``."""
     paths = step_traffic.count_stages(BATCH)
     paths["triton"] = kernel_traffic.with_kernels(paths["torch"], BATCH)
     stages = {
@@ -116,7 +114,7 @@ def model(results: Path = RESULTS) -> dict[str, Any]:
         for path, counted in paths.items()
     }
     return {
-        "format": FORMAT,
+        "format": CARDS_FORMAT,
         "command": ["python", "-m", "bench.modelled.cards"],
         "modelled": f"training step of CRIS-RN50, 416x416, 17 words, batch {BATCH}, bf16 autocast, fused Adam",
         "git": machine.git_state(),
@@ -128,149 +126,40 @@ def model(results: Path = RESULTS) -> dict[str, Any]:
         },
         "batch": BATCH,
         "paths": stages,
-        "checks": step_traffic.checks(results),
+        "checks": step_traffic.checks(folder, rates_of),
     }
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A file of this command. Raises ValueError when it is of another format."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "paths" not in content:
-        raise ValueError(f"{path} is not of this version's python -m bench.modelled.cards; write it again")
-    return content
+def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[step_traffic.Counted], float], str] | None:
+    """How long operations take on a measured device, and its rates in words: its card's, or ceilings measured with it.
 
-
-def page(content: Mapping[str, Any], source: str) -> str:
-    """All tables: the step, its stages, the assumptions, and how far off the model is where something was measured."""
-    return "\n\n".join(
-        [
-            f"**Modelled, not measured:** {content['modelled']}, ms per step (images per second).",
-            _steps(content),
-            "<details><summary>Assumptions, stages, and how far off the model is on a measured device</summary>",
-            _assumptions(content),
-            _stages(content),
-            _checks(content),
-            f"Raw numbers: `{source}`.",
-            "</details>",
-        ]
-    )
-
-
-def step_ms(content: Mapping[str, Any], path: str, card: str) -> float:
-    """Modelled milliseconds of the whole step."""
-    return sum(stage["ms"][card] for stage in content["paths"][path].values())
-
-
-def _cards(content: Mapping[str, Any]) -> list[str]:
-    return [card["name"] for card in content["assumptions"]["cards"]]
-
-
-def _steps(content: Mapping[str, Any]) -> str:
-    paths, batch = list(content["paths"]), content["batch"]
-    rows = []
-    for card in _cards(content):
-        times = [step_ms(content, path, card) for path in paths]
-        cells = [f"{report.number(ms)} ({1000 * batch / ms:.0f}/s)" for ms in times]
-        best_other = min(ms for path, ms in zip(paths, times, strict=True) if path.startswith(report.OTHERS))
-        best_own = min(ms for path, ms in zip(paths, times, strict=True) if not path.startswith(report.OTHERS))
-        rows.append((card, *cells, f"{times[0] / best_own:.2f}x, {best_other / best_own:.2f}x"))
-    gain = f"gain over {paths[0]}, over the best other path"
-    return report.table(("*modelled*", *paths, gain), rows, aligned=False)
-
-
-def _assumptions(content: Mapping[str, Any]) -> str:
-    made = content["assumptions"]
-    rows = [
-        (
-            card["name"],
-            f"{card['matrix_rate'] / 1e12:.1f}",
-            f"{card['wide_rate'] / 1e12:.1f}",
-            f"{card['bandwidth']:g}",
-            f"{card['memory']}",
-            card["source"],
-        )
-        for card in made["cards"]
-    ]
-    head = ("card", "bf16 TFLOP/s, dense, float32 sums", "float32 TFLOP/s", "GB/s", "GB", "source")
-    text = (
-        f"Every operation takes the longest of: its products at {made['matrix_share']:.0%} of the matrix rate, its "
-        f"bytes at {made['bandwidth_share']:.0%} of the bandwidth, {1e6 * made['launch_seconds']:.0f} us for a launch. "
-        "Nothing is fused but what the path fuses itself, each input is read and each output written once, caches keep "
-        "nothing, the grouped convolution reaches the same share as any other, dropout is left out, and the processor "
-        "keeps up with launches. The triton column takes the kernels' traffic from their documentation."
-    )
-    return f"{text}\n\n{report.table(head, rows, aligned=False)}"
-
-
-def _stages(content: Mapping[str, Any]) -> str:
-    paths = content["paths"]
-    card = _cards(content)[0]
-    rows = []
-    for name in next(iter(paths.values())):
-        counted = [stages[name] for stages in paths.values()]
-        cells = [(f"{s['flops'] / 1e9:.0f}", f"{s['bytes'] / 1e9:.2f}", report.number(s["ms"][card])) for s in counted]
-        rows.append((name, *map(", ".join, cells)))
-    return (
-        f"Stage by stage, forward and backward: GFLOP, GB through memory, and *modelled* ms on the {card}.\n\n"
-        + report.table(("stage", *paths), rows, aligned=False)
-    )
-
-
-def _checks(content: Mapping[str, Any]) -> str:
-    if not content["checks"]:
-        return "No device has been measured to check the model against."
-    cases: dict[tuple[str, str], dict[str, Any]] = {}
-    for check in content["checks"]:
-        cases.setdefault((check["device"], check["case"]), {})[check["arm"]] = check
-    arms = list(dict.fromkeys(check["arm"] for check in content["checks"]))
-    rows = []
-    for (_, name), found in cases.items():
-        cells = [_off(found[arm]) if arm in found else "" for arm in arms]
-        gains = [_gain(found, arms, kind) for kind in ("modelled_ms", "measured_ms")]
-        rows.append((name, *cells, " / ".join(gains)))
-    devices = "; ".join(dict.fromkeys(f"{check['device']} ({check['rates']})" for check in content["checks"]))
-    text = (
-        f"Modelled / measured ms on {devices}, how many times longer it took than modelled, and the gain of {arms[-1]} "
-        f"over {arms[0]}, modelled / measured."
-    )
-    return f"{text}\n\n{report.table(('case', *arms, 'gain'), rows, aligned=False)}"
-
-
-def _off(check: Mapping[str, Any]) -> str:
-    modelled, measured = check["modelled_ms"], check["measured_ms"]
-    return f"{report.number(modelled)} / {report.number(measured)} ({measured / modelled:.2f}x)"
-
-
-def _gain(found: Mapping[str, Any], arms: Sequence[str], kind: str) -> str:
-    """Of the last arm over the first."""
-    if arms[0] not in found or arms[-1] not in found:
-        return "-"
-    return f"{report.number(found[arms[0]][kind] / found[arms[-1]][kind])}x"
-
-
-def chart(content: Mapping[str, Any]) -> charts.Chart:
-    """Modelled milliseconds of a step on every card by every path."""
-    groups = []
-    for card in _cards(content):
-        times = {path: step_ms(content, path, card) for path in content["paths"]}
-        bars = tuple(charts.Bar(path, ms, f"{report.number(ms)} ms") for path, ms in times.items())
-        groups.append(charts.Group(card, "modelled", bars))
-    text = content["modelled"]
-    return charts.Chart("Modelled, not measured: ms per training step", text[0].upper() + text[1:], tuple(groups))
+    A processor whose file has no ceilings is measured now. None for a device that is no processor and no known card.
+    """
+    about = result["machine"]
+    for card in CARDS:
+        if card.name.removesuffix(" 12GB") in about["device"]["name"]:
+            return card.rates().milliseconds, f"as assumed for the {card.name}"
+    if about["device"]["type"] != "cpu":
+        return None
+    ceilings, origin = result.get("ceilings"), "in the same run"
+    if not ceilings:
+        torch.set_num_threads(about["threads"])
+        dtype = getattr(torch, result["settings"]["dtype"])
+        ceilings = asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
+        origin = "when the model was made"
+    matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
+    text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
+    return Rates(matrix, matrix, copy, LAUNCH_SECONDS).milliseconds, text
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments:
-        print("usage: python -m bench.modelled.cards", file=sys.stderr)
-        return 2
-    try:
+    def work() -> int:
         content = model()
-        report.save(RESULT, content)
-    except (OSError, ValueError) as error:
-        print(f"bench.modelled.cards: {error}", file=sys.stderr)
-        return 2
-    print(page(content, str(RESULT.relative_to(machine.ROOT))))
-    return 0
+        save(RESULT, content)
+        print(cards_page(content, str(RESULT.relative_to(machine.ROOT))))
+        return 0
+
+    return with_arguments("bench.modelled.cards", "", not arguments, work)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from fastris.ops.absorbed_attention import absorbed_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.upsample_conv import upsample2x_conv3x3
 
-from .step_traffic import Counted, count_training, merged, shapes_of
-from .traffic import Operation
+from .step_traffic import Counted, Operation, count_training, merged, shapes_of
 
 LOW, WIDE = 2, 4
 """Bytes of bfloat16 and float32."""

@@ -1,11 +1,17 @@
-"""The operations of CRIS's training step, stage by stage, and of measured cases: counted on shapes, without numbers."""
+"""The operations of CRIS's training step, stage by stage, and of measured cases: counted on shapes, without numbers.
+
+Every PyTorch operation that runs within :class:`Traffic` is taken as one kernel, which reads each of its inputs and
+writes each of its outputs once. A view costs nothing; an expanded tensor counts the elements that exist; a table is
+read only where it is looked up. Arithmetic is that of matrix products and convolutions, two operations for each
+multiplication.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,20 +21,115 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from fastris import CRIS, CRISConfig, use_impl
 
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import CASES, Case
-from ..report import tables as report
-from ..timing.roofline import measure_ceilings, without_numbers
-from . import cards
-from .traffic import Operation, Traffic
+from ..report import results
+from ..timing.roofline import FORMULAS, without_numbers
+
+aten = torch.ops.aten
+
+LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
+"""Operations that read no more of their first argument than they write."""
+
+OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_, aten.normal_, aten.uniform_, aten.random_}
+"""Operations that write their first argument without reading it."""
+
+FACTORIES = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+"""Operations that touch no memory."""
 
 PATHS = ("reference", "repaired", "torch")
 """What is counted; repaired is the reference path without the attention weights that nobody reads."""
 
 Counted = list[dict[str, Any]]
+
+RatesOf = Callable[[dict[str, Any]], tuple[Callable[[Counted], float], str] | None]
+"""From a result file: what gives the milliseconds of operations on its device, and its rates in words; or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One kernel: its arithmetic in a low precision or in a ``wide`` one (float32 and up), and its bytes."""
+
+    name: str
+    flops: int
+    bytes: int
+    wide: bool
+
+
+class Traffic(TorchDispatchMode):
+    """Collects the operations that run in its block, on numbers or on shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        packet = function.overloadpacket
+        moved = 0 if packet in FACTORIES else _bytes_moved(function, args, kwargs, result)
+        flops = count_flops(packet, args, kwargs, result)
+        if moved or flops:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            wide = all(t.itemsize > 2 for t in tensors if t.is_floating_point())
+            self.operations.append(Operation(str(packet), flops, moved, wide))
+        return result
+
+
+def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Arithmetic of one operation; 0 for all but matrix products, convolutions and attention."""
+    formula = FORMULAS.get(packet)
+    if formula is not None:
+        return shape_wrapper(formula)(*args, **kwargs, out_val=result)
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def _bytes_moved(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    written = _written(function, args, kwargs)
+    old = {_storage(tensor) for tensor in given}
+    new = [tensor for tensor in made if _storage(tensor) not in old]
+    if not new and not written:
+        return 0  # a view
+    packet = function.overloadpacket
+    read = given[1:] if packet in LOOKUPS or packet in OVERWRITES else given
+    read = [tensor for tensor in read if not any(tensor is out for out in tree_leaves(kwargs.get("out")))]
+    looked_up = existing_bytes(new) if packet in LOOKUPS else 0
+    return existing_bytes(read) + looked_up + existing_bytes(new) + existing_bytes(written)
+
+
+def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that the operation changes."""
+    changed = []
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = kwargs.get(argument.name, args[place] if place < len(args) else None)
+        changed += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return changed
+
+
+def existing_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors, each once; an axis that is only expanded holds one element."""
+    found = {}
+    for tensor in tensors:
+        count = 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            count *= size if stride else min(size, 1)
+        found[_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()] = count * tensor.itemsize
+    return sum(found.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def count_stages(batch: int, preset: str = "cris_r50") -> dict[str, dict[str, Counted]]:
@@ -138,61 +239,43 @@ def count_case(case: Case, path: str, dtype: torch.dtype, gpu: bool) -> Counted:
         return counted
 
 
-def checks(folder: Path) -> list[dict[str, Any]]:
+def checks(folder: Path, rates_of: RatesOf) -> list[dict[str, Any]]:
     """The model of every measured case and arm that it has a path for, beside the median that was measured."""
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = report.load(path)
+            result = results.load(path)
         except ValueError:
             continue
-        found += _checks_of(result) if result.get("cases") else []
+        found += _checks_of(result, rates_of) if result.get("cases") else []
     return found
 
 
-def _checks_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _checks_of(result: dict[str, Any], rates_of: RatesOf) -> Iterator[dict[str, Any]]:
     machine, dtype = result["machine"], getattr(torch, result["settings"]["dtype"])
     known = {case.name: case for case in CASES}
-    rates, described = _rates(result, dtype)
-    if rates is None:
+    known_device = rates_of(result)
+    if known_device is None:
         return
+    time_of, described = known_device
     for entry in result["cases"]:
         case = known.get(entry["name"])
         if case is None or set(case.sizes) != set(entry["sizes"]) or case.passes != entry["passes"]:
             continue  # of another version, or of one pass alone
         case = dataclasses.replace(case, sizes=_as_sizes(entry["sizes"]))
         for arm, cell in entry["arms"].items():
-            if arm in PATHS and report.is_measured(cell):
+            if arm in PATHS and results.is_measured(cell):
                 operations = count_case(case, arm, dtype, machine["device"]["type"] != "cpu")
                 yield {
                     "device": ", ".join((machine["device"]["name"], f"{machine['threads']} threads", str(dtype)[6:])),
                     "rates": described,
-                    "case": report.case_name(entry),
+                    "case": results.case_name(entry),
                     "arm": arm,
-                    "modelled_ms": rates.milliseconds(operations),
-                    "measured_ms": report.Spread.of(cell["ms"]).median,
+                    "modelled_ms": time_of(operations),
+                    "measured_ms": results.Spread.of(cell["ms"]).median,
                 }
 
 
 def _as_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """As in the table of cases, where JSON has lists for tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
-
-
-def _rates(result: dict[str, Any], dtype: torch.dtype) -> tuple[cards.Rates | None, str]:
-    """What the measured device is taken to reach, and in words: its card's, or the ceilings measured with it or now."""
-    name = result["machine"]["device"]["name"]
-    for card in cards.CARDS:
-        if card.name.removesuffix(" 12GB") in name:
-            return card.rates(), f"as assumed for the {card.name}"
-    if result["machine"]["device"]["type"] != "cpu":
-        return None, ""
-    ceilings = result.get("ceilings")
-    origin = "in the same run"
-    if not ceilings:
-        torch.set_num_threads(result["machine"]["threads"])
-        ceilings = dataclasses.asdict(measure_ceilings(torch.device("cpu"), dtype, lambda: None))
-        origin = "when the model was made"
-    matrix, copy = ceilings["matrix_flops_per_s"], ceilings["copy_bytes_per_s"]
-    text = f"{matrix / 1e9:.0f} GFLOP/s and {copy / 1e9:.1f} GB/s, measured {origin}"
-    return cards.Rates(matrix, matrix, copy, cards.LAUNCH_SECONDS), text

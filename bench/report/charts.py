@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .tables import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
+from fastris.runtime.storage import replacing
+
+from .results import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
 
 INK, FAINT, GRID, SLOWER, GOAL = "#1f2328", "#59636e", "#d1d9e0", "#c4432b", "#9a6700"
 OTHER_COLOURS = ("#8c959f", "#b6bfc8", "#6e7781", "#d0d7de")
@@ -141,8 +143,6 @@ def is_drawn(chart: Chart, svg: str) -> bool:
 
 def draw(chart: Chart, path: Path) -> None:
     """Write the chart as SVG. Raises ModuleNotFoundError, with the mend, where matplotlib is not installed."""
-    from fastris.runtime.storage import replacing
-
     with _style():
         figure = figure_of(chart)
         with replacing(path) as temporary:

@@ -29,6 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from ..commandline import with_arguments
+from .results import load_json
+
 SIGNIFICANCE = 0.01
 SMALLEST_CHANGE = 0.05
 LEAST_ROUNDS = 5
@@ -228,31 +231,25 @@ def _rank_counts(m: int, n: int) -> list[int]:
     return counts
 
 
-_MEND = "give one that fastris bench json=... wrote"
-
-
-def load(path: Path) -> dict[str, Any]:
+def load_any(path: Path) -> dict[str, Any]:
     """A result file of any format version. Raises ValueError when it is none, OSError when it cannot be read."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"compare: {path} is no JSON file ({error}); {_MEND}") from None
+        result = load_json(path, "give one that fastris bench json=... wrote")
+    except ValueError as error:
+        raise ValueError(f"compare: {error}") from None
     if not isinstance(result, dict) or not isinstance(result.get("cases"), list) or "machine" not in result:
-        raise ValueError(f"compare: {path} is no result file; {_MEND}")
+        raise ValueError(f"compare: {path} is no result file; give one that fastris bench json=... wrote")
     return result
 
 
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
-        print("usage: python -m bench.report.compare OLD.json NEW.json", file=sys.stderr)
-        return 2
-    try:
-        found = compare(*(load(Path(argument)) for argument in arguments))
-    except (OSError, ValueError) as error:
-        print(f"bench.report.compare: {error}", file=sys.stderr)
-        return 2
-    print(found.text())
-    return int(found.slower())
+    def show() -> int:
+        found = compare(*(load_any(Path(argument)) for argument in arguments))
+        print(found.text())
+        return int(found.slower())
+
+    fits = len(arguments) == 2 and not any(argument.startswith("-") for argument in arguments)
+    return with_arguments("bench.report.compare", "OLD.json NEW.json", fits, show)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ only where their numbers changed.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..memory import command as memory
-from ..modelled import cards
-from ..studies import look_once
-from . import charts, tables
+from . import charts, memory, pages, results, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench") / "results"
@@ -62,22 +58,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _load_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-TIMED = Kind(tables.load, tables.page, charts.speed_chart, "times faster than the published formulas")
+TIMED = Kind(results.load, tables.page, charts.speed_chart, "times faster than the published formulas")
+ASKED = "expressions per second, over expressions per image"
+MODELLED = "modelled time of a training step on cards that were not measured"
 SPECIAL = {
-    "look-once": (
-        "look_once.json",
-        Kind(tables.load, look_once.page, charts.look_once_chart, "expressions per second, over expressions per image"),
-    ),
-    "cards": (
-        "modelled_cards.json",
-        Kind(cards.load, cards.page, cards.chart, "modelled time of a training step on cards that were not measured"),
-    ),
-    "memory": ("whole_memory.json", Kind(memory.load, memory.page)),
-    "demo": ("demo_metrics.json", Kind(_load_json, _demo_page)),
+    "look-once": ("look_once.json", Kind(results.load, pages.look_once_page, charts.look_once_chart, ASKED)),
+    "cards": ("modelled_cards.json", Kind(pages.load_model, pages.cards_page, pages.cards_chart, MODELLED)),
+    "memory": ("whole_memory.json", Kind(memory.load_counts, memory.memory_page)),
+    "demo": ("demo_metrics.json", Kind(results.load_json, _demo_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""
 
@@ -86,14 +74,14 @@ class BlockError(ValueError):
     """A page's marks do not fit each other or the result files; the message says which and how to mend it."""
 
 
-def pages(root: Path) -> list[Path]:
+def pages_of(root: Path) -> list[Path]:
     """The pages that may hold blocks: README.md, then docs/ by name."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def generate(root: Path) -> dict[Path, str]:
     """What the pages of the checkout ``root`` have to be. Raises BlockError, OSError, ValueError."""
-    return {page: "".join(text for _, text in _pieces(root, page)) for page in pages(root)}
+    return {page: "".join(text for _, text in _pieces(root, page)) for page in pages_of(root)}
 
 
 def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
@@ -109,7 +97,7 @@ def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
 def differences(root: Path) -> list[str]:
     """What in the checkout is not as the result files say: blocks by name, charts by path. Empty if all agrees."""
     found = []
-    for page in pages(root):
+    for page in pages_of(root):
         text, at = page.read_text(encoding="utf-8"), 0
         for name, wanted in _pieces(root, page):
             if name is None:
@@ -166,26 +154,26 @@ def block(root: Path, name: str, images: str = str(IMAGES), where: str = "README
 
 def _face(root: Path) -> str:
     """What a reader sees first: three gains in numbers, each with where it was measured."""
-    timed = tables.load(_source(root, "cpu", "README.md"))
+    timed = results.load(_source(root, "cpu", "README.md"))
     memory_file, looked = (_source(root, name, "README.md") for name in ("memory", "look-once"))
     step = next(case for case in timed["cases"] if case["op"] == "model" and "training step" in case["title"])
-    own, other = tables.best_arms(step)
-    faster = tables.speedup(step["arms"][step["baseline"]]["ms"], step["arms"][own]["ms"])
-    ahead = tables.lead(step)
+    own, other = results.best_arms(step)
+    faster = results.speedup(step["arms"][step["baseline"]]["ms"], step["arms"][own]["ms"])
+    ahead = results.lead(step)
     assert faster is not None and ahead is not None, "the training step was not timed"
-    kept = memory.kept_per_image(memory.load(memory_file))
-    asked = [case for case in tables.load(looked)["cases"] if not case["sizes"]["training"]]
+    kept = memory.kept_per_image(memory.load_counts(memory_file))
+    asked = [case for case in results.load(looked)["cases"] if not case["sizes"]["training"]]
     many = max(asked, key=lambda case: case["sizes"]["expressions"])
-    _, gain = max(tables.gains(many).items(), key=lambda item: item[1].median)
+    _, gain = max(results.gains(many).items(), key=lambda item: item[1].median)
     return "\n".join(
         [
-            f"- **The same numbers in less time**: a training step of CRIS-RN50 {tables.number(faster.median)}x as "
-            f"fast as published and {tables.number(ahead.median)}x as fast as the best other way ({other}), on two "
+            f"- **The same numbers in less time**: a training step of CRIS-RN50 {results.number(faster.median)}x as "
+            f"fast as published and {results.number(ahead.median)}x as fast as the best other way ({other}), on two "
             "CPU cores. No GPU has been measured.",
             f"- **Less memory**: {kept['reference none']:.0f} MiB kept for backward per image as published, "
             f"{kept['torch none']:.0f} with fastris, {kept['torch stages']:.0f} with `recompute=stages`.",
             f"- **Look once, ask many**: {many['sizes']['expressions']} phrases about one image are answered "
-            f"{tables.number(gain.median)}x as fast as by the published code, one by one.",
+            f"{results.number(gain.median)}x as fast as by the published code, one by one.",
         ]
     )
 
@@ -212,14 +200,14 @@ def _timed_files(root: Path, stem: str = "*") -> list[Path]:
     """The files of ``python -m bench``: those that hold cases."""
     special = {file for file, _ in SPECIAL.values()}
     paths = [path for path in sorted((root / RESULTS).glob(f"{stem}.json")) if path.name not in special]
-    return [path for path in paths if "cases" in _load_json(path)]
+    return [path for path in paths if "cases" in results.load_json(path)]
 
 
 def _charts(root: Path) -> dict[str, charts.Chart]:
     """File name -> every chart that the result files give."""
     found = {}
     for path in _timed_files(root):
-        result = tables.load(path)
+        result = results.load(path)
         if result["cases"]:
             found[f"{path.stem}.svg"] = charts.speed_chart(result)
         if result.get("memory"):

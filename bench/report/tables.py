@@ -1,129 +1,40 @@
-"""Tables from result files: ``python -m bench.report.tables FILE`` prints them; docs.py puts them into docs/.
+"""Tables of result files: ``python -m bench.report.tables FILE`` prints them; docs.py puts them into docs/.
 
 A run prints a row for every case and arm, which suits a terminal; a page gets a row for every case and a column for
-every arm. Arms, cases, stages and optional numbers that a file has, and that this module has never
-heard of, appear by themselves.
+every arm. Arms, cases, stages and optional numbers that a file has, and that this module has never heard of, appear by
+themselves.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-FORMAT = 1
-"""Version of the result files that this module reads and ``python -m bench`` writes."""
-
-MIB = 2**20
-
-LEFT_OUT = "left out"
-"""Status of an arm that a quick run does not measure."""
-
-OTHERS = ("reference", "published", "repaired", "compiled", "max_autotune")
-"""How the names of arms begin that are not fastris: the published formulas, as they are, repaired, compiled."""
-
-
-class Spread(NamedTuple):
-    """The median of some samples, and the 20th and 80th percentiles, between which the middle 60 % lie."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        low, median, high = np.percentile(samples, (20, 50, 80))
-        return cls(float(median), float(low), float(high))
-
-
-def speedup(baseline: Sequence[float], samples: Sequence[float]) -> Spread | None:
-    """How many times faster than the baseline, from the rounds in which both were timed; None where there is none.
-
-    Ratios are taken within each round and only then summarised: what slows a whole round down cancels.
-    """
-    ratios = [slow / fast for slow, fast in zip(baseline, samples, strict=False)]
-    return Spread.of(ratios) if ratios else None
-
-
-def verdict(ratio: Spread, goal: float, at_most: bool = False) -> str:
-    """Whether ``ratio`` reaches ``goal``, and whether its own spread leaves that open."""
-    met = ratio.median <= goal if at_most else ratio.median >= goal
-    open_ = ratio.low < goal <= ratio.high
-    return ("yes" if met else "no") + (", within noise" if open_ and ratio.low != ratio.high else "")
-
-
-def is_measured(cell: Mapping[str, Any]) -> bool:
-    return cell["status"] == "measured"
-
-
-def gains(case: Mapping[str, Any]) -> dict[str, Spread]:
-    """Arm -> how many times faster than the case's baseline, for every other arm that was timed."""
-    baseline = case["arms"].get(case["baseline"], {}).get("ms", [])
-    found = {
-        arm: speedup(baseline, cell["ms"])
-        for arm, cell in case["arms"].items()
-        if is_measured(cell) and arm != case["baseline"]
-    }
-    return {arm: gain for arm, gain in found.items() if gain is not None}
-
-
-def is_own(case: Mapping[str, Any], arm: str) -> bool:
-    """Whether an arm is fastris, to which the case's goal applies; else it is what fastris is compared with."""
-    if "goal_arms" in case:
-        return arm in case["goal_arms"]
-    return arm != case["baseline"] and not arm.startswith(OTHERS)
-
-
-def best_arms(case: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The fastest arm of fastris and the fastest other one, by their medians; None where there is none."""
-    medians = {arm: Spread.of(cell["ms"]).median for arm, cell in case["arms"].items() if is_measured(cell)}
-    sides = [[arm for arm in medians if is_own(case, arm) is own] for own in (True, False)]
-    own, other = (min(side, key=medians.__getitem__) if side else None for side in sides)
-    return own, other
-
-
-def lead(case: Mapping[str, Any]) -> Spread | None:
-    """How many times faster the best arm of fastris is than the best other one; below 1 it is slower."""
-    own, other = best_arms(case)
-    return None if own is None or other is None else speedup(case["arms"][other]["ms"], case["arms"][own]["ms"])
-
+from ..commandline import with_arguments
+from .results import (
+    LEFT_OUT,
+    MIB,
+    Spread,
+    best_arms,
+    case_name,
+    gains,
+    goals,
+    is_measured,
+    is_own,
+    is_slower,
+    kept_bytes,
+    lead,
+    load,
+    main_cases,
+    number,
+    reached,
+    reads_slower,
+    verdict,
+)
 
 TALL = ("case", "arm", "ms [p20-p80]", "times faster", "goal", "met")
-
-
-class Goal(NamedTuple):
-    """One thing that a case has to reach: as written, what was reached, and whether that is enough."""
-
-    text: str
-    reached: str
-    met: str
-
-
-def goals(case: Mapping[str, Any]) -> list[Goal]:
-    """The goal over the baseline and the targets over other arms or of the roofline, for the best arm of fastris."""
-    own, _ = best_arms(case)
-    wanted = {case["baseline"]: case["goal"]} if case["goal"] is not None else {}
-    found = []
-    for arm, least in (wanted | case.get("targets", {})).items():
-        cell = case["arms"].get(own, {}) if arm == "share" else case["arms"].get(arm, {})
-        text = f"{100 * least:.0f} % of roofline" if arm == "share" else f"{least:g}x"
-        text += "" if arm in (case["baseline"], "share") else f" {arm}"
-        ratio = None
-        if own is not None and arm == "share" and cell.get("share") is not None:
-            ratio = Spread(cell["share"], cell["share"], cell["share"])
-        elif own is not None and arm != "share" and cell.get("ms"):
-            ratio = speedup(cell["ms"], case["arms"][own]["ms"])
-        if ratio is None:
-            found.append(Goal(text, "-", "no"))
-        else:
-            reached = f"{100 * ratio.median:.0f} %" if arm == "share" else f"{number(ratio.median)}x"
-            found.append(Goal(text, reached, verdict(ratio, least)))
-    return found
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -154,13 +65,6 @@ def _tall_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def case_name(case: Mapping[str, Any]) -> str:
-    """The case's own name, and what else tells it from its neighbours."""
-    batch = case["sizes"].get("batch")
-    part = case["passes"] if case["passes"].endswith("alone") else ""
-    return ", ".join(filter(None, (case["name"], f"B={batch}" if batch is not None else "", part)))
-
-
 def _legend(cases: Sequence[Mapping[str, Any]]) -> str:
     """What the names mean, and what went wrong."""
     lines = dict.fromkeys(f"- {case_name(case)}: {case['title']}, {case['passes']}" for case in cases)
@@ -176,7 +80,7 @@ def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, A
     for case in cases:
         own, other = best_arms(case)
         ahead = lead(case)
-        if ahead is not None and reads_slower(ahead.median):
+        if ahead is not None and is_slower(case):
             noise = ", within noise" if ahead.high >= 1 else ""
             slower.append(f"{named(case)} ({own}: {number(ahead.median)}x the speed of {other}{noise})")
         missed += [f"{named(case)} ({g.reached} of {g.text})" for g in goals(case) if g.met.startswith("no")]
@@ -204,16 +108,6 @@ def page(result: Mapping[str, Any], source: str) -> str:
     if result.get("memory"):
         parts.append(memory_table(result["memory"]))
     return "\n\n".join([*parts, f"<sub>{caption(result)} Raw data: `{source}`.</sub>"])
-
-
-def main_cases(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What pages and charts show first: goals, whole models, and wherever fastris is slower; all if there are none."""
-    return [case for case in cases if goals(case) or case["op"] == "model" or _is_slower(case)] or cases
-
-
-def _is_slower(case: Mapping[str, Any]) -> bool:
-    ahead = lead(case)
-    return ahead is not None and reads_slower(ahead.median)
 
 
 def _narrow_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -289,12 +183,6 @@ def memory_table(memory: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + table(("MiB per image", *arms), rows)
 
 
-def kept_bytes(cell: Mapping[str, Any], *stages: str) -> int:
-    """Bytes that an arm keeps for backward in these stages, or in all."""
-    found = cell.get("stages", {})
-    return sum(found[name]["activations"] + found[name]["weight_copies"] for name in stages or found if name in found)
-
-
 def _mib(cell: Mapping[str, Any], batch: int, *stages: str) -> str:
     return f"{kept_bytes(cell, *stages) / batch / MIB:.0f}" if is_measured(cell) else _trouble(cell)
 
@@ -346,16 +234,6 @@ def spread(value: Spread, unit: str = "") -> str:
     return f"{number(value.median)}{unit} [{number(value.low)}-{number(value.high)}]"
 
 
-def reads_slower(factor: float) -> bool:
-    """Whether a factor is below 1 as it is written: 0.998, which reads 1.00x, is not called slower."""
-    return float(number(factor)) < 1
-
-
-def number(value: float) -> str:
-    """With three digits or so."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = True) -> str:
     """A Markdown table; ``aligned`` pads its source, so that it reads well on a terminal, too."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
@@ -366,36 +244,89 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool =
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file as a whole, so that whoever reads it sees the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+DETAILS = ("case", "arm", "GFLOP", "GFLOP/s", "share of roofline", "kept, MiB", "peak, MiB")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result file. Raises ValueError when it is none, or of another format."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON file ({error}); give one that python -m bench --json wrote") from None
-    found = result.get("format") if isinstance(result, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, and this version reads {FORMAT}; measure again")
-    return result
+def details(result: Mapping[str, Any]) -> str:
+    """The second table of a result, its ceilings above and its headlines below it."""
+    rows = [row for case in result["cases"] for row in _detail_rows(case)]
+    parts = [_ceilings(result["ceilings"]), table(DETAILS, rows)]
+    heads = [_headline(case) for case in result["cases"] if case.get("headline")]
+    if heads:
+        parts.append("Best of fastris over best of repaired eager and compiled:\n" + "\n".join(heads))
+    goals = [line for case in result["cases"] for line in target_lines(case)]
+    if goals:
+        parts.append(
+            "Targets, the best of fastris over another arm, or its share of the roofline:\n" + "\n".join(goals)
+        )
+    return "\n\n".join(part for part in parts if part)
+
+
+def target_lines(case: Mapping[str, Any]) -> list[str]:
+    """One line for each of the case's targets: what was found, and whether that reaches it."""
+    own, _ = best_arms(case)
+    lines = []
+    for arm, target in case.get("targets", {}).items():
+        found, what = reached(case, arm), "of the roofline" if arm == "share" else f"times faster than {arm}"
+        if found is None:
+            lines.append(f"  {case['name']}: {arm} {target:g}: not measured")
+        else:
+            met = "reached" if found.median >= target else "not reached"
+            lines.append(f"  {case['name']}: {found.median:.2f} {what} ({own}), target {target:g}: {met}")
+    return lines
+
+
+def _ceilings(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"Ceilings measured in this run: copy {found['copy_bytes_per_s'] / 1e9:.1f} GB/s, {found['dtype']} matrix "
+        f"product {found['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s. Share of roofline: the least time that compulsory "
+        "bytes and the fewest operations known need under them, over the median."
+    )
+
+
+def _detail_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, cell in case["arms"].items():
+        if not cell["ms"]:
+            continue
+        flops, share = cell["flops"], cell["share"]
+        rate = None if flops is None else flops / Spread.of(cell["ms"]).median * 1000
+        rows.append(
+            (
+                "" if rows else f"{case['name']}, B={case['sizes'].get('batch', '?')}, {case['passes']}",
+                name,
+                "-" if flops is None else f"{flops / 1e9:.3g}",
+                "-" if rate is None else f"{rate / 1e9:.3g}",
+                "-" if share is None else f"{100 * share:.0f} %",
+                _plain_mib(cell["kept_bytes"]),
+                _plain_mib(cell["peak_bytes"]),
+            )
+        )
+    return rows
+
+
+def _headline(case: Mapping[str, Any]) -> str:
+    found = case["headline"]
+    spread = Spread(found["ratio"], found["low"], found["high"])
+    return (
+        f"  {case['name']}, B={case['sizes'].get('batch', '?')}, {case['passes']}: {spread.median:.2f}x "
+        f"[{spread.low:.2f}-{spread.high:.2f}] ({found['ours']} over {found['theirs']})"
+    )
+
+
+def _plain_mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / MIB:.1f}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m bench.report.tables FILE.json", file=sys.stderr)
-        return 2
-    try:
+    def show() -> int:
         print(markdown(load(Path(arguments[0]))))
-    except (OSError, ValueError) as error:
-        print(f"bench.report.tables: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    fits = len(arguments) == 1 and not arguments[0].startswith("-")
+    return with_arguments("bench.report.tables", "FILE.json", fits, show)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ so the numbers are those of decoding with the files in memory, not of a disk.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
@@ -22,7 +21,9 @@ from torch.utils.data import DataLoader
 
 from fastris.data import ReferringDataset, load_dataset
 from fastris.data.samples import TrainSamples, worker_init
-from fastris.options.declare import describe, load_options, option
+from fastris.options.declare import option
+
+from ..commandline import with_options
 
 HEIGHT, WIDTH = 480, 640
 WORDS = ("left", "right", "red", "small", "the", "person", "with", "shirt", "dog", "near")
@@ -117,15 +118,7 @@ def run(config: LoaderConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        usage = "usage: python -m bench.studies.loader [name=value ...]"
-        print(f"{usage}\n\n{inspect.getdoc(LoaderConfig)}\n\n{describe(LoaderConfig)}")
-        return 0
-    try:
-        return run(load_options(LoaderConfig, arguments))
-    except (ValueError, OSError) as error:
-        print(f"bench.studies.loader: {error}", file=sys.stderr)
-        return 2
+    return with_options("bench.studies.loader", LoaderConfig, run, arguments)
 
 
 if __name__ == "__main__":

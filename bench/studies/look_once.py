@@ -14,10 +14,9 @@ sentences of the batch.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from fastris import CRIS, CRISConfig
-from fastris.options.declare import describe, load_options, option
+from fastris.options.declare import option
 from fastris.runtime.device import choose_device
-from fastris.runtime.host_memory import keep_freed_memory
 
 from ..cases.arms import Arm
 from ..cases.builders import enliven, make_tokens, small_config
 from ..cases.problem import Problem
 from ..cases.table import REAL_LENGTHS, Case
-from ..report import tables as report
+from ..commandline import with_options
+from ..report import results
+from ..report.pages import look_once_page
 from ..timing import machine
-from ..timing.harness import Cell, Effort, Setting, measure_case
+from ..timing.harness import Cell, Effort, Setting, case_entry, measure_case
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "look_once.json"
 CHECKED_EXPRESSIONS = 6
@@ -158,14 +158,12 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
     for name, counts, least in (("expressions", config.expressions, 1), ("training", config.training, 2)):
         if any(count < least for count in counts):
             raise ValueError(f"{name} must be at least {least} each, got {', '.join(map(str, counts))}")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     content: dict[str, Any] = {
-        "format": report.FORMAT,
+        "format": results.FORMAT,
         "command": ["python", "-m", "bench.studies.look_once", *arguments],
         "complete": False,
-        "machine": machine.describe(device, device.type == "cpu" and keep_freed_memory()),
+        "machine": machine.prepare(device, config.threads),
         "settings": {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds},
         "note": NOTE,
         "cases": [],
@@ -177,11 +175,11 @@ def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], 
     try:
         for kind, count in wanted:
             _measure(make_case(kind, count, config.model), WAYS[kind], setting, content)
-            report.save(config.json, content)
+            results.save(config.json, content)
         content["complete"] = True
     except KeyboardInterrupt:
         pass
-    report.save(config.json, content)
+    results.save(config.json, content)
     return content
 
 
@@ -191,68 +189,17 @@ def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[st
     try:
         measure_case(case, list(arms), setting, cells)
     finally:
-        content["cases"].append(
-            {
-                "name": case.name,
-                "op": case.op,
-                "title": case.title,
-                "sizes": dict(case.sizes),
-                "passes": case.passes,
-                "baseline": PUBLISHED.name,
-                "goal": None,
-                "arms": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
-            }
-        )
-
-
-def page(result: Mapping[str, Any], source: str) -> str:
-    """The table for README: expressions per second, and images per second, of every arm."""
-    arms = list(dict.fromkeys(arm for case in result["cases"] for arm in case["arms"]))
-    rows = []
-    for case in result["cases"]:
-        count, kind = case["sizes"]["expressions"], case["title"].partition(":")[0].lower()
-        gain = report.gains(case).get("look once")
-        cells = [_rates(case["arms"].get(arm), count) for arm in arms]
-        rows.append((f"{kind}, {count} per image", *cells, "-" if gain is None else _gain(gain)))
-    head = ("", *arms, "gain")
-    notes = (
-        "Expressions per second (images per second) with several expressions about each image. Published: one by one, "
-        "by the published formulas. The gain is looking once over that, with the middle 60 % of the rounds."
-    )
-    lines = [
-        notes,
-        report.table(head, rows, aligned=False),
-        f"<sub>{report.caption(result)} Raw data: `{source}`.</sub>",
-    ]
-    return "\n\n".join(lines)
-
-
-def _rates(cell: Mapping[str, Any] | None, count: int) -> str:
-    if cell is None:
-        return ""
-    if not report.is_measured(cell):
-        return f"**{cell['status'].upper()}**"
-    images = 1000 / report.Spread.of(cell["ms"]).median
-    return f"{report.number(count * images)} ({report.number(images)})"
-
-
-def _gain(gain: report.Spread) -> str:
-    return f"**{report.number(gain.median)}x** ({report.number(gain.low)} to {report.number(gain.high)})"
+        content["cases"].append(case_entry(case, PUBLISHED.name, cells))
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        usage = "usage: python -m bench.studies.look_once [name=value ...]"
-        print(f"{usage}\n\n{inspect.getdoc(LookOnceConfig)}\n\n{describe(LookOnceConfig)}")
-        return 0
-    try:
-        result = run(load_options(LookOnceConfig, arguments), arguments, lambda text: print(text, file=sys.stderr))
-    except (ValueError, OSError) as error:
-        print(f"bench.studies.look_once: {error}", file=sys.stderr)
-        return 2
-    print(page(result, os.path.relpath(load_options(LookOnceConfig, arguments).json)))
-    trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
-    return int(trouble) if result["complete"] else 130
+    def work(config: LookOnceConfig) -> int:
+        result = run(config, arguments, lambda text: print(text, file=sys.stderr))
+        print(look_once_page(result, os.path.relpath(config.json)))
+        trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
+        return int(trouble) if result["complete"] else 130
+
+    return with_options("bench.studies.look_once", LookOnceConfig, work, arguments)
 
 
 if __name__ == "__main__":

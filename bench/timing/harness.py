@@ -6,18 +6,19 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
 from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
+from ..counter import SavedStorages
 from .check import Checker, WrongNumbersError
+from .tracing import write_trace
 
 Progress = Callable[[str], None]
 
@@ -112,13 +113,10 @@ def _check_and_time(case: Case, arms: list[Arm], setting: Setting, cells: dict[s
     steps = _prepared_steps(case, [arm for arm in arms if cells[arm.name].status == "checked"], setting, cells)
     take_turns(steps, cells, setting.effort, setting.synchronize, setting.progress)
     if setting.profile is not None:
-        from .tracing import write_trace
-
         for name in [name for name in steps if cells[name].status == "measured"]:
             setting.progress(f"tracing {name}")
-            write_trace(
-                steps[name], setting.profile / f"{case.name}-B{case.sizes['batch']}-{case.timed}-{name}.json.gz"
-            )
+            step, file = steps[name], f"{case.name}-B{case.sizes['batch']}-{case.timed}-{name}.json.gz"
+            write_trace(step, setting.profile / file, step.problem.module if step.arm.compile is None else None)
     steps.clear()
     for arm in arms:
         forget_compiled(arm)
@@ -197,26 +195,15 @@ def _prepared_steps(case: Case, arms: Iterable[Arm], setting: Setting, cells: Ma
 def kept_bytes(step: Step) -> int | None:
     """Bytes that a forward pass keeps for the backward pass, every storage whole and once, without what stays anyway.
 
-    None where there is no backward pass. bench/memory/kept.py counts the whole model by stages.
+    None where there is no backward pass.
     """
     problem = step.problem
     if not problem.training:
         return None
-    resident = {
-        tensor.untyped_storage().data_ptr() for tensor in (*problem.module.parameters(), *problem.module.buffers())
-    }
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), step.arm.active():
-        outputs = problem.training_forward(step.runnable)
-    del outputs
-    return sum(storage.nbytes() for storage in kept.values())
+    counter = SavedStorages((*problem.module.parameters(), *problem.module.buffers()))
+    with counter.saved(compiled=True), step.arm.active():
+        problem.training_forward(step.runnable)
+    return counter.total()
 
 
 def peak_bytes(step: Step, device: torch.device) -> int | None:
@@ -267,19 +254,14 @@ def order_of_round(names: list[str], number: int) -> list[str]:
 def timed(step: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
     """Seconds per step, from an idle device to an idle device; what a :class:`Step` sets up before it is not timed."""
     set_up = getattr(step, "set_up", None)
-    if set_up is None:
+    seconds, at_once = 0.0, repeats if set_up is None else 1
+    for _ in range(repeats // at_once):
+        if set_up is not None:
+            set_up()
         synchronize()
         begin = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(at_once):
             step()
-        synchronize()
-        return (time.perf_counter() - begin) / repeats
-    seconds = 0.0
-    for _ in range(repeats):
-        set_up()
-        synchronize()
-        begin = time.perf_counter()
-        step()
         synchronize()
         seconds += time.perf_counter() - begin
     return seconds / repeats
@@ -310,6 +292,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+def case_entry(case: Case, baseline: str, cells: Mapping[str, Cell]) -> dict[str, Any]:
+    """What a result file holds of one case."""
+    return {
+        "name": case.name,
+        "op": case.op,
+        "title": case.title,
+        "sizes": dict(case.sizes),
+        "passes": case.passes,
+        "baseline": baseline,
+        "goal": None,
+        "arms": {name: asdict(cell) for name, cell in cells.items()},
+    }
 
 
 def release(device: torch.device | None = None) -> None:

@@ -11,18 +11,24 @@ from typing import Any
 
 import torch
 
+from fastris.runtime.host_memory import keep_freed_memory
 from fastris.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def describe(device: torch.device, keeps_freed_memory: bool = False) -> dict[str, Any]:
-    """Everything that a reader needs to measure the same again, as it goes into a result file."""
+def prepare(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """Make this process ready to measure: its threads, and on a CPU freed memory that is kept for all arms alike.
+
+    Returns everything that a reader needs to measure the same again, as it goes into a result file.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "threads": torch.get_num_threads(),
-        "keeps_freed_memory": keeps_freed_memory,
+        "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
         "clocks": clocks(device),
         "system": platform.platform(),
         "versions": {
@@ -40,14 +46,16 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's as Linux knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return next(iter(_processor("model name")), "") or platform.processor() or platform.machine()
+
+
+def _processor(field: str) -> list[str]:
+    """What Linux says of each core; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
@@ -60,11 +68,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
         asked = [f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={place}"]
         answer = _output("nvidia-smi", *asked)
         return None if answer is None else dict(zip(names, answer.split(", "), strict=False))
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    rates = [float(rate) for rate in _processor("cpu MHz")]
     return {"cpu": f"{min(rates):.0f} to {max(rates):.0f} MHz"} if rates else None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fastris.dispatch import use_impl
 
+from ..cases.arms import ARMS
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import Case
 
@@ -106,6 +108,19 @@ def bound(work: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     matrix = min(work["flops"].values()) / ceilings.matrix_flops_per_s
     traffic = work["bytes"] / ceilings.copy_bytes_per_s
     return {"ms": 1000 * max(matrix, traffic), "limit": "matrix rate" if matrix > traffic else "bandwidth"}
+
+
+def add_shares(cases: Iterable[Mapping[str, Any]], ceilings: Ceilings) -> None:
+    """Fill in what follows from ``ceilings``: each result's bound, and ``flops`` and ``share`` of what was timed."""
+    for case in cases:
+        work = case["roofline"]
+        if "error" in work:
+            continue
+        work.update(bound(work, ceilings))
+        for name, cell in case["arms"].items():
+            if cell["ms"]:
+                cell["flops"] = work["flops"]["reference" if ARMS[name].impl == "reference" else "torch"]
+                cell["share"] = work["ms"] / statistics.median(cell["ms"])
 
 
 def count_flops(case: Case, path: str) -> int:

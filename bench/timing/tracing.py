@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .harness import Step
-
 METHODS = ("forward", "encode_image", "encode_text", "project", "fuse")
 """Methods of a stage that work without its forward being called: the encoders' and the neck's."""
 
@@ -23,23 +21,25 @@ DEPTH = 4
 STEPS = 2
 
 
-def write_trace(step: Step, path: Path) -> None:
+def write_trace(step: Callable[[], object], path: Path, stages: nn.Module | None = None) -> None:
     """Trace some steps into ``path``, Chrome's JSON format and gzipped.
 
-    Ranges are ``step``, ``forward``, ``backward``, ``optimizer`` and, in an eager arm's forward pass, the stages by the
-    names of their modules; compiled code has no modules left, and keeps the first four.
+    Ranges are ``step`` and those that it names itself: ``forward``, ``backward``, ``optimizer``. With ``stages``, the
+    module that an eager step runs, the stages too, by the names of their modules; compiled code has no modules left.
+    What a step sets up before it (``set_up``, where it has one) runs outside its range.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     path.parent.mkdir(parents=True, exist_ok=True)
+    set_up = getattr(step, "set_up", None)
     with ExitStack() as stack:
-        if step.arm.compile is None:
-            stack.enter_context(named_stages(step.problem.module))
+        if stages is not None:
+            stack.enter_context(named_stages(stages))
         with profile(activities=activities) as found:
             for _ in range(STEPS):
-                if step.set_up is not None:
-                    step.set_up()
+                if set_up is not None:
+                    set_up()
                 with record_function("step"):
                     step()
             if torch.cuda.is_available():

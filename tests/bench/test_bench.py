@@ -17,7 +17,9 @@ from fastris.bench.cases.arms import ARMS, choose_arms
 from fastris.bench.cases.builders import small_config
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
-from fastris.bench.memory.kept import KeptStorages, kept_by_own_parts
+from fastris.bench.counter import SavedStorages
+from fastris.bench.memory.whole import kept_by_own_parts
+from fastris.bench.report import results
 from fastris.bench.report import tables as report
 from fastris.bench.timing.check import Checker, WrongNumbersError
 from fastris.bench.timing.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
@@ -162,15 +164,15 @@ def test_an_arm_that_fails_midway_leaves_the_rounds_and_keeps_what_it_has():
 
 
 def test_medians_ratios_and_verdicts():
-    assert report.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
-    assert report.Spread.of([7.0]) == (7.0, 7.0, 7.0)
-    assert report.speedup([10.0, 30.0, 20.0], [5.0, 15.0]) == (2.0, 2.0, 2.0)  # round by round
-    assert report.speedup([], [5.0]) is None
-    assert report.verdict(report.Spread(2.0, 1.9, 2.1), 1.5) == "yes"
-    assert report.verdict(report.Spread(2.0, 1.4, 2.1), 1.5) == "yes, within noise"
-    assert report.verdict(report.Spread(1.4, 1.2, 1.6), 1.5) == "no, within noise"
-    assert report.verdict(report.Spread(0.6, 0.6, 0.6), 0.5, at_most=True) == "no"
-    assert report.verdict(report.Spread(0.5, 0.5, 0.5), 0.5, at_most=True) == "yes"
+    assert results.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
+    assert results.Spread.of([7.0]) == (7.0, 7.0, 7.0)
+    assert results.speedup([10.0, 30.0, 20.0], [5.0, 15.0]) == (2.0, 2.0, 2.0)  # round by round
+    assert results.speedup([], [5.0]) is None
+    assert results.verdict(results.Spread(2.0, 1.9, 2.1), 1.5) == "yes"
+    assert results.verdict(results.Spread(2.0, 1.4, 2.1), 1.5) == "yes, within noise"
+    assert results.verdict(results.Spread(1.4, 1.2, 1.6), 1.5) == "no, within noise"
+    assert results.verdict(results.Spread(0.6, 0.6, 0.6), 0.5, at_most=True) == "no"
+    assert results.verdict(results.Spread(0.5, 0.5, 0.5), 0.5, at_most=True) == "yes"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -212,27 +214,29 @@ def test_unknown_arms_list_the_rest_and_impossible_ones_say_why():
 def test_a_storage_is_counted_once_whole_and_without_parameters():
     linear = nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = KeptStorages(linear.parameters())
-    with counter.stage("first"):
+    counter = SavedStorages(linear.parameters())
+    with counter.saved("first"):
         hidden = linear(x)  # keeps x, and the weight, which is a parameter
         left = hidden.sigmoid()  # keeps its output
         (left[:2] * left[2:]).sum()  # keeps two views of that output
-    with counter.stage("second"):
+    with counter.saved("second"):
         x.exp().sum()  # keeps its output; x itself is the first stage's
         torch.ones(1000, dtype=torch.uint8)[:3].float().mul(x[0, :3]).sum()  # three floats, and a view of x
-    assert counter.stages["first"].activations == 2 * 4 * 8 * 4 and counter.stages["first"].weight_copies == 0
-    assert counter.stages["second"].activations == 4 * 8 * 4 + 3 * 4
+    kept = counter.kept()
+    assert kept["first"].activations == 2 * 4 * 8 * 4 and kept["first"].weight_copies == 0
+    assert kept["second"].activations == 4 * 8 * 4 + 3 * 4
 
 
 def test_low_precision_copies_of_weights_are_counted_apart():
     linear = nn.Linear(8, 6)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = KeptStorages(linear.parameters())
-    with torch.autocast("cpu", torch.bfloat16), counter.stage("all"):
+    counter = SavedStorages(linear.parameters())
+    with torch.autocast("cpu", torch.bfloat16), counter.saved("all"):
         linear(x).sum()
-    assert counter.stages["all"].weight_copies == 8 * 6 * 2
-    assert counter.stages["all"].activations == 4 * 8 * 2
-    assert counter.stages["all"].total == 8 * 6 * 2 + 4 * 8 * 2
+    kept = counter.kept()["all"]
+    assert kept.weight_copies == 8 * 6 * 2
+    assert kept.activations == 4 * 8 * 2
+    assert kept.total == 8 * 6 * 2 + 4 * 8 * 2
 
 
 def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path():
@@ -267,7 +271,7 @@ def test_result_file_holds_every_timing_and_what_it_was_measured_on(tmp_path, on
     one_case(make_case(goals={"cpu/float32": 1000.0}))
     path = tmp_path / "new" / "result.json"
     assert cli.main(["bench", "--device", "cpu", "--quick", "--rounds", "4", f"json={path}"]) == 0
-    result = report.load(path)
+    result = results.load(path)
     assert result["complete"] and result["settings"] == {
         "dtype": "float32", "quick": True, "rounds": 4, "min_rounds": 2, "seconds": 5.0
     }  # fmt: skip
@@ -302,7 +306,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, one_case, capsys):
     one_case(make_case(faults={"torch": interrupt_later}))
     path = tmp_path / "result.json"
     assert cli.main(["bench", "--device=cpu", "rounds=1000", f"json={path}"]) == 130
-    result = report.load(path)
+    result = results.load(path)
     assert not result["complete"] and result["cases"][0]["arms"]["reference"]["ms"]
     assert "Incomplete: stopped by Ctrl-C" in capsys.readouterr().out
 

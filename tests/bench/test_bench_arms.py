@@ -18,11 +18,11 @@ from torch import nn
 
 from fastris import testing as bounds
 from fastris.bench import command
-from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed
+from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed, repair
 from fastris.bench.cases.problem import Problem
-from fastris.bench.cases.repaired import repair
 from fastris.bench.cases.table import CASES
-from fastris.bench.report.details import headline, target_lines
+from fastris.bench.report.results import headline
+from fastris.bench.report.tables import target_lines
 from fastris.bench.timing import roofline
 from fastris.bench.timing.check import Checker
 from fastris.bench.timing.harness import Cell, Setting, Step, kept_bytes, measure_case, timed
@@ -243,21 +243,27 @@ def test_the_bound_is_the_larger_of_two_times_and_better_ceilings_win():
 
 
 def test_the_headline_is_the_best_of_ours_over_the_best_of_theirs():
-    def cells(**times):
-        return {name: {"status": "measured", "ms": ms} for name, ms in times.items()}
+    def case(**times):
+        cells = {name: {"status": "measured", "ms": ms} for name, ms in times.items()}
+        return {"baseline": "reference", "arms": cells}
 
-    published = cells(reference=[9.0, 9.0], repaired=[8.0, 8.0], compiled=[6.0, 4.0])
-    found = headline({**published, **cells(torch=[1.0, 1.0], triton=[2.0, 2.0])})
+    published = {"reference": [9.0, 9.0], "repaired": [8.0, 8.0], "compiled": [6.0, 4.0]}
+    found = headline(case(**published, torch=[1.0, 1.0], triton=[2.0, 2.0]))
     assert (found["ours"], found["theirs"], found["ratio"]) == ("triton", "compiled", 2.5)  # torch is only the algebra
-    assert headline(cells(repaired=[8.0], torch=[2.0]))["ratio"] == 4.0  # where Triton does not run, torch is ours
-    assert headline(cells(reference=[8.0], torch=[2.0])) is None
+    assert headline(case(repaired=[8.0], torch=[2.0]))["ratio"] == 4.0  # where Triton does not run, torch is ours
+    assert headline(case(reference=[8.0], torch=[2.0])) is None
 
 
 def test_targets_say_what_was_reached_and_what_was_not():
     cells = {
         name: {"status": "measured", "ms": [ms], "share": 0.5} for name, ms in {"repaired": 8.0, "triton": 2.0}.items()
     }
-    case = {"name": "tiny", "arms": cells, "targets": {"repaired": 3.0, "max_autotune": 2.0, "share": 0.6}}
+    case = {
+        "name": "tiny",
+        "baseline": "reference",
+        "arms": cells,
+        "targets": {"repaired": 3.0, "max_autotune": 2.0, "share": 0.6},
+    }
     assert target_lines(case) == [
         "  tiny: 4.00 times faster than repaired (triton), target 3: reached",
         "  tiny: max_autotune 2: not measured",
@@ -268,7 +274,7 @@ def test_targets_say_what_was_reached_and_what_was_not():
 def test_a_trace_names_the_stages(tmp_path):
     case = NAMED["train_step"]
     problem = case.problem(**{**case.small, **case.check, "batch": 2})
-    write_trace(Step(problem, ARMS["torch"]), tmp_path / "trace.json.gz")
+    write_trace(Step(problem, ARMS["torch"]), tmp_path / "trace.json.gz", problem.module)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     stages = {"model.backbone.visual", "model.backbone.encode_text", "model.neck.fuse", "model.decoder", "model.proj"}

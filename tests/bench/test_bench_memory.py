@@ -15,23 +15,12 @@ sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed packag
 
 from bench.cases.arms import ARMS
 from bench.cases.builders import small_config
-from bench.memory import command as recompute
-from bench.memory.kept import KeptStorages
-from bench.memory.live import LiveStorages
-from bench.memory.whole import (
-    CONTEXT,
-    GIB,
-    GOALS,
-    MIB,
-    STAGES,
-    WORKSPACE,
-    StepCount,
-    WholeCell,
-    count_step,
-    count_whole,
-    lines_through,
-    model_and_batch,
-)
+from bench.counter import LiveStorages, SavedStorages
+from bench.memory import __main__ as recompute
+from bench.memory.whole import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
+from bench.report import memory as report
+from bench.report.memory import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
+from bench.report.results import MIB
 from fastris import CRISConfig
 
 CPU = torch.device("cpu")
@@ -79,12 +68,12 @@ def test_what_a_checkpoint_holds_is_counted_where_hooks_see_nothing():
 @pytest.mark.parametrize("arm", ["reference", "torch"])
 def test_live_count_agrees_with_what_autograd_saves(arm):
     model, data = model_and_batch(small_config(), "none", CPU, 2)
-    saved = KeptStorages([*model.parameters(), *model.buffers(), *data])
+    saved = SavedStorages([*model.parameters(), *model.buffers(), *data])
     with ARMS[arm].active():
-        with torch.autocast("cpu", torch.bfloat16), saved.stage("all"):
+        with torch.autocast("cpu", torch.bfloat16), saved.saved("all"):
             model(*data)
         live = count_step(small_config(), "none", CPU).kept.values()
-    expected, actual = saved.stages["all"].total, sum(kept.total for kept in live)
+    expected, actual = saved.total(), sum(kept.total for kept in live)
     # A table of positions stays cached, the sentence's padding with the tokens; autograd saves neither.
     assert expected <= actual <= 1.02 * expected
 
@@ -135,7 +124,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
         ("torch", "pointwise", "out of memory"),
         ("torch", "stages", "measured"),
     ]
-    assert "no room" in recompute.kept_table(cells) and "no room" not in recompute.fits_table(cells)
+    assert "no room" in report.kept_table(cells) and "no room" not in report.fits_table(cells)
 
 
 @pytest.mark.slow
@@ -145,7 +134,7 @@ def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, 
     assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out
     assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
-    block = recompute.page(recompute.load(path), "memory.json")
+    block = report.memory_page(report.load_counts(path), "memory.json")
     assert all(f"{table}\n" in block for table in printed.split("\n\n") if table.startswith("| arm"))
     assert "Raw data: `memory.json`" in block
 
@@ -161,7 +150,8 @@ def test_bad_options_are_one_line(arguments, message, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arm", "setting", "most"), [("reference", "none", 476), *(("torch", name, goal) for name, goal in GOALS.items())]
+    ("arm", "setting", "most"),
+    [("reference", "none", 476), *(("torch", name, goal) for name, goal in WHOLE_GOALS.items())],
 )
 def test_cris_r50_keeps_no_more_than_its_goal(arm, setting, most):
     with ARMS[arm].active():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fastris import CRIS, CRISConfig, use_impl
 from fastris.bench.cases.table import CASES
 from fastris.bench.modelled import cards, kernel_traffic, step_traffic
-from fastris.bench.modelled.traffic import Traffic
+from fastris.bench.modelled.step_traffic import Traffic
+from fastris.bench.report import pages
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +126,18 @@ def test_kernels_multiply_as_the_algebra_does_and_move_fewer_bytes():
 
 
 def test_every_table_of_the_page_says_that_it_is_modelled():
-    content = cards.load(cards.RESULT)
-    page = cards.page(content, "x.json")
+    content = pages.load_model(cards.RESULT)
+    page = pages.cards_page(content, "x.json")
     assert page.startswith("**Modelled, not measured:**")
     for table in [part for part in page.split("\n\n") if part.startswith("|")]:
         head = page[: page.index(table)].splitlines()[-2] + table.splitlines()[0]
         assert "odelled" in head or "share" in head or "card" in head, table
-    assert "Modelled, not measured" in cards.chart(content).title
+    assert "Modelled, not measured" in pages.cards_chart(content).title
 
 
 def test_a_file_of_something_else_is_no_model(tmp_path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"format": 1, "cases": []}))
     with pytest.raises(ValueError, match=r"other\.json is not of this version's python -m bench\.modelled\.cards"):
-        cards.load(path)
+        pages.load_model(path)
     assert cards.main(["--help"]) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastris.bench.report import tables as report
+from fastris.bench.report import pages, results
 from fastris.bench.studies import look_once
 from fastris.bench.timing.check import Checker, WrongNumbersError
 from fastris.bench.timing.harness import Effort, Setting, measure_case
@@ -45,13 +45,13 @@ def test_every_timing_is_kept():
 
 
 def test_the_page_shows_rates_and_the_gain_over_the_published_way():
-    content = report.load(look_once.RESULT)
+    content = results.load(look_once.RESULT)
     case = content["cases"][0]
     for arm, ms in (("published", 100.0), ("look once", 25.0), ("one by one", 50.0)):
         case["arms"][arm].update(status="measured", ms=[ms, ms, ms])
     case["sizes"]["expressions"] = 4
     content["cases"] = [case]
-    text = look_once.page(content, "x.json")
+    text = pages.look_once_page(content, "x.json")
     assert "| 40.0 (10.0) | 80.0 (20.0) | 160 (40.0) | **4.00x** (4.00 to 4.00) |" in text
 
 
