@@ -121,6 +121,7 @@ def test_compiled_answers_channels_last_as_eager_does():
         assert name != "output 0" or value.stride() == expected[name].stride()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not dispatch._compiles_functions, reason="before PyTorch 2.15 compiled code takes the published formula"
 )
