@@ -19,8 +19,7 @@ class Operator:
     Attributes:
         name: of the public function, in ``fastris.ops.<module>``.
         module: the file in ``fastris/ops``.
-        reference: the published formula, in ``fastris.reference``; empty where that is a composition of PyTorch's own
-            functions, which the operator's file spells out.
+        reference: the published formula, in ``fastris.reference``.
         kernels: the file in ``kernels`` that has its Triton path; empty where plain PyTorch is the fast path.
         case: the name under which ``fastris bench --op`` measures it.
     """
@@ -45,8 +44,8 @@ OPERATORS: dict[str, Operator] = {
         Operator("upsample2x_conv3x3", "upsample_conv", "upsample2x_conv3x3", "upsample_conv", "upsample_conv"),
         Operator("self_attention", "self_attention", "self_attention", "", "self_attention"),
         Operator("feed_forward", "feed_forward", "feed_forward", "", "feed_forward"),
-        Operator("pointwise_conv_cat", "pointwise_conv", "", "", "neck"),
-        Operator("coord_conv", "pointwise_conv", "", "", "neck"),
+        Operator("pointwise_conv_cat", "pointwise_conv", "pointwise_conv_cat", "", "neck"),
+        Operator("coord_conv", "coord_conv", "coord_conv", "", "neck"),
     )
 }
 """Name -> operator, in the order in which reports list them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -80,30 +81,36 @@ def assert_path_same(
     draws: int | None = None,
     *,
     float32_tables: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Outputs and gradients of ``fast`` and ``published`` in ``dtype``, both held against ``published`` in float64.
 
     The inputs are rounded to ``dtype`` first, so that all three see the same numbers. In low precision the errors of
     ``draws`` random upstream gradients are pooled, 8 unless told: the largest of a short bias gradient's few errors
-    would otherwise be luck on either side. ``float32_tables`` as in :func:`assert_same`.
+    would otherwise be luck on either side. ``float32_tables`` as in :func:`assert_same`. With ``autocast`` both
+    run under it, and are held to what the published formula loses there; the truth does not.
     """
     low = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     high = {k: v.double() if v.is_floating_point() else v for k, v in low.items()}
-    seeds = range(draws or (1 if dtype in (torch.float32, torch.float64) else 8))
-    truth, result = (
-        _pool([run_with_gradients(function, values, seed) for seed in seeds])
-        for function, values in ((published, high), (fast, low))
-    )
-    baseline = truth  # in float64 the published formula is the truth
-    if dtype is not torch.float64:
-        baseline = _pool([run_with_gradients(published, low, seed) for seed in seeds])
+    seeds = range(draws or (1 if (autocast or dtype) in (torch.float32, torch.float64) else 8))
+    truth = _pool([run_with_gradients(published, high, seed) for seed in seeds])
+    with _autocast(next(iter(low.values())), autocast):
+        result = _pool([run_with_gradients(fast, low, seed) for seed in seeds])
+        baseline = truth  # in float64 the published formula is the truth
+        if dtype is not torch.float64:
+            baseline = _pool([run_with_gradients(published, low, seed) for seed in seeds])
     _require(result.keys() == truth.keys(), f"results are {sorted(result)}, expected {sorted(truth)}")
     for name, value in result.items():
         want = baseline[name]
         _require(
             value.dtype is want.dtype, f"{name}: {value.dtype}, where the published formula answers in {want.dtype}"
         )
+        value = value if autocast is None else value.to(autocast)  # of that precision, whatever dtype holds it
         assert_same(value, want, truth[name], name, float32_tables=float32_tables)
+
+
+def _autocast(first: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(first.device.type, dtype)
 
 
 def _pool(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

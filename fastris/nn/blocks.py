@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastris.ops.pointwise_conv import coord_conv
+from fastris.ops.coord_conv import coord_conv
 
 
 def conv_layer(in_dim: int, out_dim: int, kernel_size: int = 1, padding: int = 0, stride: int = 1) -> nn.Sequential:

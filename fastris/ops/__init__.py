@@ -1,9 +1,10 @@
 """The operators, one a file: the contract, the algebra behind it, and the plain-PyTorch path."""
 
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.coord_conv import coord_conv
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.feed_forward import feed_forward
-from fastris.ops.pointwise_conv import coord_conv, pointwise_conv_cat
+from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.self_attention import self_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats

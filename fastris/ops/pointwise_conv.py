@@ -1,18 +1,14 @@
-"""Two identities for the neck, in plain PyTorch: what is constant or small is convolved before it is spread out.
+"""1x1 convolution of concatenated maps, in plain PyTorch: what is small is convolved before it is spread out.
 
 A 1x1 convolution mixes channels and upsampling mixes pixels, so they commute, and a convolution of concatenated maps is
 the sum of the convolutions of its parts:  W cat[a, up2(b)] = W_a a + up2(W_b b).  The upsampled map and the
 concatenation never exist, and b is convolved at a quarter of the pixels.
-
-CoordConv's two coordinate channels do not depend on the input:  W * cat[x, grid] = W_x * x + W_grid * grid.  The last
-term is one map for the whole batch, and x keeps its width, which tensor cores like better than two channels more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,11 +37,12 @@ def pointwise_conv_cat(
     Answers in autocast's dtype where autocast is on, else in that of the maps. Raises ValueError for maps or weights
     that do not fit each other or lie on different devices, TypeError for dtypes that do not fit.
 
-    Source: CRIS section 3.2; ``f2_cat`` and ``aggr`` of the published ``FPN``.
+    Source: CRIS section 3.2; ``f2_cat`` and ``aggr`` of the published ``FPN``;
+    :func:`fastris.reference.pointwise_conv_cat`.
     """
     _check_maps(full, half, weight, bias)
     if requested_impl(impl) == "reference":
-        return F.conv2d(torch.cat([*full, *map(_up2, half)], dim=1), weight, bias)
+        return reference.pointwise_conv_cat(full, half, weight, bias)
     parts = weight.split([part.shape[1] for part in (*full, *half)], dim=1)
     biases = [bias] + [None] * (len(parts) - 1)  # once, wherever: upsampling keeps a constant as it is
     terms = [F.conv2d(*term) for term in zip(full, parts[: len(full)], biases, strict=False)]
@@ -53,43 +50,6 @@ def pointwise_conv_cat(
         own = zip(half, parts[len(full) :], biases[len(full) :], strict=True)
         terms.append(_up2(_sum([F.conv2d(*term) for term in own])))
     return _sum(terms).to(compute_dtype((*full, *half)[0]))
-
-
-def coord_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    impl: str = "auto",
-) -> Tensor:
-    """Convolution of x with x and y coordinates in [-1, 1] appended as two channels: (B, C, H, W) -> (B, C', H', W').
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C', C + 2, k, k), its last two input channels for x and for y; bias (C',) or None.
-        stride, padding: those of the convolution; H' = (H + 2 padding - k) // stride + 1.
-        impl: ``"reference"`` concatenates and convolves as published; every other choice splits the coordinates off,
-            in plain PyTorch on any device and dtype.
-
-    The coordinates are float32 numbers, as published, rounded to the dtype that the convolution computes in. Answers in
-    autocast's dtype where autocast is on, else in x's. Raises ValueError for a weight that does not fit or tensors on
-    different devices, TypeError for dtypes that do not fit.
-
-    Source: CRIS section 3.2; published ``CoordConv``; :func:`fastris.reference.append_coordinates`.
-    """
-    check_tensors("coord_conv", x=x, weight=weight, bias=bias)
-    check_shape("coord_conv", "x", x, ("B", "C", "H", "W"))
-    channels = x.shape[1]
-    check_shape("coord_conv", "weight", weight, ("C'", channels + 2, "k", "k"))
-    if bias is not None:
-        check_shape("coord_conv", "bias", bias, (weight.shape[0],))
-    if requested_impl(impl) == "reference":
-        return F.conv2d(reference.append_coordinates(x).to(x.dtype), weight, bias, stride, padding)
-    grid = reference.append_coordinates(x.new_empty(1, 0, *x.shape[2:])).to(x.dtype)
-    own, fixed = weight.split([channels, 2], dim=1)
-    return F.conv2d(x, own, None, stride, padding) + F.conv2d(grid, fixed, bias, stride, padding)
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

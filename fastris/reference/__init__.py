@@ -12,7 +12,7 @@ from fastris.reference.attention import (
     feed_forward,
     self_attention,
 )
-from fastris.reference.convolution import upsample2x_conv3x3
+from fastris.reference.convolution import coord_conv, pointwise_conv_cat, upsample2x_conv3x3
 from fastris.reference.positions import append_coordinates, sine_positions_1d, sine_positions_2d
 from fastris.reference.similarity import contrastive_loss, resize_target, text_to_pixel_similarity
 
@@ -21,8 +21,10 @@ __all__ = [
     "FeedForwardWeights",
     "append_coordinates",
     "contrastive_loss",
+    "coord_conv",
     "cross_attention",
     "feed_forward",
+    "pointwise_conv_cat",
     "resize_target",
     "self_attention",
     "sine_positions_1d",

@@ -354,6 +354,7 @@ def test_doctor_reports_what_is_broken_and_does_not_fail(
     assert "operators on cpu" in printed
 
 
+@pytest.mark.slow
 def test_doctor_tells_a_wrong_choice_of_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRIS_IMPL", "fastest")
     found = subprocess_run([sys.executable, "-m", "fastris", "doctor"])

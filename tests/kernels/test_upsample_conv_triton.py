@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_path_same, run_with_gradients
+from operator_cases import poison
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,8 +24,6 @@ pytestmark = pytest.mark.skipif(
 )
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 
-# (B, C, C', H, W), each for one reason: one pixel; lines; odd widths; aligned channels; more than one tile and block
-CASES = [(1, 4, 3, 1, 1), (2, 5, 3, 1, 4), (1, 3, 7, 5, 1), (2, 9, 5, 3, 2), (1, 8, 16, 4, 3), (1, 4, 48, 5, 4)]
 DTYPES = [torch.float32, torch.float16]
 by_kernels = partial(upsample2x_conv3x3, impl="triton")
 stats_by_kernels = partial(upsample2x_conv3x3_stats, impl="triton")
@@ -42,69 +41,18 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that the launchers allocate holds NaN: an element that no kernel writes is seen."""
-    allocate = torch.empty
-
-    def empty(*args, **kwargs) -> Tensor:
-        return allocate(*args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_precision_is_within_the_bounds(poisoned, case, dtype):
-    assert_path_same(by_kernels, reference.upsample2x_conv3x3, make_inputs(case), dtype, draws=1)
-
-
 @gpu_only
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [*CASES, (2, 512, 512, 26, 26), (2, 512, 256, 52, 52), (3, 64, 100, 37, 29)])
+@pytest.mark.parametrize("case", [(2, 512, 512, 26, 26), (2, 512, 256, 52, 52), (3, 64, 100, 37, 29)])
 def test_gpu_precision_is_within_the_bounds(case, dtype):
     assert_path_same(by_kernels, reference.upsample2x_conv3x3, make_inputs(case), dtype)
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        pytest.param(channels_last, id="channels_last"),
-        pytest.param(lambda x: x[:, :, ::2, ::2], id="strided"),
-        pytest.param(lambda x: x[:1].expand(2, -1, -1, -1), id="expanded batch"),
-    ],
-)
-def test_any_strides_give_the_same_numbers(view):
-    inputs = make_inputs((2, 3, 16, 3, 2), torch.float32)
-    inputs["x"] = view(inputs["x"])
-    published = run_with_gradients(reference.upsample2x_conv3x3, inputs)
-    for name, value in run_with_gradients(by_kernels, inputs).items():
-        torch.testing.assert_close(value, published[name], rtol=1e-4, atol=1e-5)
-
-
-def test_expanded_upstream_gradient_gives_the_same_numbers():
-    inputs = make_inputs((1, 3, 16, 2, 3), torch.float32)
-    gradients = []
-    for function in (reference.upsample2x_conv3x3, by_kernels):
-        leaves = [value.detach().requires_grad_() for value in inputs.values()]
-        gradients.append(torch.autograd.grad(function(*leaves).sum(), leaves))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 def test_output_is_channels_last_and_gradients_have_their_shapes():
     inputs = make_inputs((2, 3, 4, 2, 3), torch.float32)
     output = by_kernels(**inputs)
     assert output.shape == (2, 4, 4, 6) and output.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_empty_batch_launches_nothing():
-    inputs = {name: value.requires_grad_() for name, value in make_inputs((0, 4, 5, 3, 2), torch.float32).items()}
-    output = by_kernels(**inputs)
-    assert output.shape == (0, 5, 6, 4)
-    output.sum().backward()
-    assert inputs["x"].grad.shape == (0, 4, 3, 2)
-    assert not inputs["weight"].grad.any() and not inputs["bias"].grad.any()
 
 
 def test_parts_of_the_batch_change_nothing(monkeypatch):
@@ -116,17 +64,6 @@ def test_parts_of_the_batch_change_nothing(monkeypatch):
     assert len(list(upsample_conv._parts(inputs["x"], 16))) == 2
     for name, value in run_with_gradients(stats_by_kernels, inputs).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
-def test_single_gradients_equal_those_of_all(wanted):
-    inputs = make_inputs((1, 4, 16, 2, 3), torch.float32)
-    expected = run_with_gradients(by_kernels, inputs)[f"gradient of {wanted}"]
-    inputs = {name: value.detach().requires_grad_(name == wanted) for name, value in inputs.items()}
-    output = by_kernels(**inputs)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    output.backward(upstream.to(output))
-    assert torch.equal(inputs[wanted].grad, expected)
 
 
 def test_same_bits_on_every_run():
@@ -146,7 +83,8 @@ def test_only_x_and_weight_are_kept_for_backward():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_those_of_the_returned_output(poisoned, dtype):
+def test_statistics_are_those_of_the_returned_output(monkeypatch, dtype):
+    poison(monkeypatch)
     for case in ((1, 3, 5, 2, 3), (1, 4, 16, 4, 5)):
         output, mean, var = stats_by_kernels(**make_inputs(case, dtype))
         expected_var, expected_mean = torch.var_mean(output.double(), dim=(0, 2, 3), correction=0)
@@ -202,15 +140,6 @@ def test_backward_operator_passes_opcheck():
     upstream = torch.randn(1, 16, 2, 4, device=DEVICE)
     for needs in ((True, True), (False, True)):
         torch.library.opcheck(upsample_conv._convolution_backward, (upstream, x, weight, *needs))
-
-
-def test_compiled_without_graph_breaks_equals_eager():
-    inputs = make_inputs((1, 3, 16, 2, 3), torch.float32)
-    compiled = torch.compile(by_kernels, fullgraph=True, backend="aot_eager")
-    expected = run_with_gradients(by_kernels, inputs)
-    for name, value in run_with_gradients(compiled, inputs).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
-        assert name != "output 0" or torch.equal(value, expected[name])
 
 
 def test_flops_are_those_of_the_products_at_low_resolution():

@@ -163,6 +163,7 @@ def test_missing_triton_leaves_auto_working(monkeypatch):
         resolve("cross_attention", torch.device("cuda"), torch.float32, "triton")
 
 
+@pytest.mark.slow
 def test_environment_variable_chooses_for_the_process():
     code = "from fastris.dispatch import requested_impl; print(requested_impl())"
     for value, expected in (("reference", "reference"), ("", "auto")):

@@ -50,7 +50,11 @@ def test_streaming_has_the_published_values_and_gradients(case, dtype, streamed)
     assert streamed
 
 
-@pytest.mark.parametrize("case", [Case(2, 1, 3, 3, 4, pointwise=2), Case(1, 2, 18, 2, 3, size=5)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, 1, 3, 3, 4, pointwise=2), pytest.param(Case(1, 2, 18, 2, 3, size=5), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_first_and_second_derivatives_pass_gradcheck(case, streamed):
     inputs = {name: tensor.double().requires_grad_() for name, tensor in case.inputs().items()}
     function = similarity("torch")

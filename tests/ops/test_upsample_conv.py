@@ -15,8 +15,6 @@ from fastris import dispatch, reference, use_impl
 from fastris.ops import upsample_conv
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 
-# (B, C, C', H, W): single pixels, lines, odd and prime sizes, CRIS's shapes at a small width
-CASES = [(1, 8, 8, 1, 1), (2, 5, 3, 1, 4), (1, 3, 7, 6, 1), (3, 7, 5, 5, 2), (2, 16, 11, 13, 7), (1, 24, 16, 26, 26)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 by_matrices = partial(upsample2x_conv3x3, impl="torch")
 
@@ -36,61 +34,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def test_reference_passes_gradcheck():
-    inputs = [value.requires_grad_() for value in make_inputs((2, 2, 3, 3, 2)).values()]
-    assert torch.autograd.gradcheck(reference.upsample2x_conv3x3, inputs)
-
-
-def test_matrices_pass_gradcheck():
-    inputs = [value.requires_grad_() for value in make_inputs((2, 2, 3, 3, 2)).values()]
-    assert torch.autograd.gradcheck(by_matrices, inputs)
-
-
-@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last])
-@pytest.mark.parametrize("case", CASES)
-def test_algebra_is_exact_in_float64(case, layout):
-    inputs = make_inputs(case)
-    inputs["x"] = layout(inputs["x"])
-    expected = run_with_gradients(reference.upsample2x_conv3x3, inputs)
-    for name, value in run_with_gradients(by_matrices, inputs).items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_precision_is_within_the_bounds(case, dtype):
-    assert_path_same(by_matrices, reference.upsample2x_conv3x3, make_inputs(case), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_last_precision_is_within_the_bounds(dtype):
-    inputs = make_inputs((2, 9, 6, 5, 7))
-    inputs["x"] = channels_last(inputs["x"])
-    assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, dtype)
-
-
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_magnitudes_keep_relative_precision(scale):
     inputs = make_inputs((1, 6, 5, 4, 3))
     inputs["x"] *= scale
     for dtype in (torch.float64, torch.float32):
         assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, dtype)
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        pytest.param(lambda x: x[:, :, ::2, 1::2], id="strided"),
-        pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="expanded batch"),
-        pytest.param(lambda x: x.transpose(2, 3), id="transposed"),
-        pytest.param(lambda x: channels_last(x)[:, 2:], id="channel slice"),
-    ],
-)
-def test_any_strides_give_the_same_numbers(view):
-    inputs = make_inputs((2, 6, 5, 6, 7))
-    inputs["x"] = view(inputs["x"])
-    inputs["weight"] = inputs["weight"][:, : inputs["x"].shape[1]]
-    assert_path_same(by_matrices, reference.upsample2x_conv3x3, inputs, torch.float64)
 
 
 def test_memory_format_follows_the_input():
@@ -103,16 +52,6 @@ def test_memory_format_follows_the_input():
         assert is_channels_last(gradient) is expected
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_empty_batch_gives_empty_output_and_zero_weight_gradient(impl):
-    inputs = {name: value.requires_grad_() for name, value in make_inputs((0, 4, 5, 3, 2)).items()}
-    output = upsample2x_conv3x3(**inputs, impl=impl)
-    assert output.shape == (0, 5, 6, 4)
-    output.sum().backward()
-    assert inputs["x"].grad.shape == (0, 4, 3, 2)
-    assert not inputs["weight"].grad.any() and not inputs["bias"].grad.any()
-
-
 @pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last])
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_parts_of_the_batch_change_nothing(monkeypatch, layout, samples):
@@ -123,18 +62,6 @@ def test_parts_of_the_batch_change_nothing(monkeypatch, layout, samples):
     assert len(list(upsample_conv._parts(inputs["x"], 6))) == -(-5 // samples)
     for name, value in run_with_gradients(by_matrices, inputs).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
-def test_single_gradients_equal_those_of_all(wanted):
-    inputs = make_inputs((2, 4, 5, 3, 4))
-    expected = run_with_gradients(by_matrices, inputs)[f"gradient of {wanted}"]
-    inputs = {name: value.detach().requires_grad_(name == wanted) for name, value in inputs.items()}
-    output = by_matrices(**inputs)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    output.backward(upstream)
-    assert torch.equal(inputs[wanted].grad, expected)
-    assert all(value.grad is None for name, value in inputs.items() if name != wanted)
 
 
 def kept_for_backward(function, *arguments) -> list[tuple[int, ...]]:
@@ -183,10 +110,10 @@ def test_backward_under_autocast_stays_in_the_forward_dtype():
     assert torch.equal(gradients[1], expected["gradient of weight"])
 
 
-@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last])
-def test_compiled_without_graph_breaks_equals_eager(layout):
+@pytest.mark.slow
+def test_compiled_answers_channels_last_as_eager_does():
     inputs = make_inputs((2, 4, 5, 3, 6), torch.float32)
-    inputs["x"] = layout(inputs["x"])
+    inputs["x"] = channels_last(inputs["x"])
     compiled = torch.compile(by_matrices, fullgraph=True, backend="aot_eager")
     expected = run_with_gradients(by_matrices, inputs)
     for name, value in run_with_gradients(compiled, inputs).items():
@@ -194,6 +121,7 @@ def test_compiled_without_graph_breaks_equals_eager(layout):
         assert name != "output 0" or value.stride() == expected[name].stride()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not dispatch._compiles_functions, reason="before PyTorch 2.15 compiled code takes the published formula"
 )
@@ -207,12 +135,6 @@ def test_compiled_under_autocast_equals_eager():
         torch.testing.assert_close(value, expected[name], rtol=2**-7, atol=2**-7)
 
 
-def test_same_bits_on_every_run():
-    inputs = make_inputs((2, 16, 8, 7, 9), torch.float32)
-    first, second = (run_with_gradients(by_matrices, inputs) for _ in range(2))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 def test_convolution_costs_a_quarter_of_the_published_multiplications():
     def flops(function) -> int:
         x, weight, _ = make_inputs((1, 64, 64, 8, 8), torch.float32).values()
@@ -223,15 +145,6 @@ def test_convolution_costs_a_quarter_of_the_published_multiplications():
     published, ours = flops(reference.upsample2x_conv3x3), flops(by_matrices)
     interpolation = 2 * 64 * 8 * 3 * 16 * (3 * 8 + 16)  # both axis matrices, dense
     assert ours == published / 4 + interpolation
-
-
-def test_non_finite_values_stay_in_their_sample():
-    x, weight, _ = make_inputs((3, 4, 5, 3, 4), torch.float32).values()
-    expected = by_matrices(x, weight)
-    x[1, 2, 1, 1] = float("inf")
-    output = by_matrices(x, weight)
-    assert torch.equal(output[[0, 2]], expected[[0, 2]])
-    assert not output[1].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -30,6 +30,7 @@ def faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_large_tensors_of_a_loop_find_the_pages_of_the_ones_before():
     assert faults("keep") < faults("default") / 10

@@ -84,14 +84,12 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert str(mine[rng]) == str(others[rng])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {"max_steps": 2},
-        pytest.param(
-            {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
-            marks=pytest.mark.slow,
-        ),
+        {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
     ],
     ids=["plain", "accumulated, clipped, with the published quirk, over two epochs"],
 )

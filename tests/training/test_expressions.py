@@ -124,6 +124,7 @@ def run_with(folder, **changes):
     return train(train_config(folder, **options), train_set(), val_set())
 
 
+@pytest.mark.slow
 def test_interrupted_run_with_several_expressions_goes_on_exactly(tmp_path) -> None:
     whole = run_with(tmp_path / "whole")
     assert (whole.step, whole.epoch) == (4, 2)  # 4 images, 2 in a batch

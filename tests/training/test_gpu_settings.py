@@ -208,6 +208,7 @@ def test_search_prints_its_trials_and_the_option_to_use(capsys) -> None:
         find_batch.search(config, lambda number: False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [1, 2])
 def test_probe_takes_real_steps_and_sees_memory_run_out(tmp_path, several: int) -> None:
     config = train_config(tmp_path, batch_size=8, expressions_per_image=several)

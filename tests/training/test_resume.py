@@ -71,7 +71,8 @@ def interrupt_at(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("workers", "step", "number"), [(0, 3, signal.SIGINT), (2, 6, signal.SIGTERM), (0, 5, signal.SIGHUP)]
+    ("workers", "step", "number"),
+    [(0, 3, signal.SIGINT), pytest.param(2, 6, signal.SIGTERM, marks=pytest.mark.slow), (0, 5, signal.SIGHUP)],
 )
 def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted, interrupt_at, workers, step, number):
     interrupt_at(step, number)
@@ -83,6 +84,7 @@ def test_run_interrupted_inside_an_epoch_goes_on_exactly(tmp_path, uninterrupted
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_layout_of_gpus_trains_saves_and_goes_on_exactly(tmp_path, interrupt_at, monkeypatch):
     assert layout_for(torch.device("cuda")) is torch.channels_last
     monkeypatch.setattr(assemble, "layout_for", lambda device: torch.channels_last)
@@ -208,7 +210,7 @@ class Noisy(SyntheticExpressions):
         return (super().image(index) * (0.5 + abs(drawn) % 0.5)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_data_set_draws_at_random_resumes_exactly_for_any_number_of_workers(tmp_path, interrupt_at, workers):
     data = Noisy("train", scenes=4, size=64)
     folders = [tmp_path / name for name in ("whole", "parts")]
@@ -243,6 +245,7 @@ def test_data_set_draws_other_numbers_in_each_epoch_and_for_each_sample(tmp_path
     assert sorted(drawn[:4]) == sorted(drawn[4:])
 
 
+@pytest.mark.slow
 def test_checkpoint_whose_generators_are_not_all_on_record_still_resumes(tmp_path, uninterrupted):
     run_to_the_end(tmp_path, max_steps=4)
     state = load_torch(tmp_path / "last.pth")

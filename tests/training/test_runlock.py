@@ -109,8 +109,8 @@ import os, sys, time
 from pathlib import Path
 from fastris.runtime.runlock import locked
 with locked(Path(sys.argv[1]), ("out",)):
-    if child := os.fork():
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by now it has closed its copy of the lock
     time.sleep(60)
 """
 

@@ -1,0 +1,12 @@
+"""The whole suite runs in two processes, a test file in one of them; tests that are named run in this process."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    config.option.dist = "loadfile"
+    return 2

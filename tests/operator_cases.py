@@ -1,0 +1,322 @@
+"""The one table of problems that the contract of the operators is checked on: sizes and options, by operator.
+
+A problem holds its inputs by name and a call that runs the operator on them by one path. Whoever adds an operator adds
+its problems here, and the whole contract of ``ops/test_contract.py`` holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from cross_attention_cases import Case as CrossCase
+from similarity_cases import Case as PixelCase
+from torch import Tensor
+
+from fastris import ops, reference
+from fastris.reference import AttentionWeights, FeedForwardWeights
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator at one size.
+
+    Attributes:
+        operator: its name in ``fastris.operators``.
+        label: sizes and options, for the test's name.
+        make: the inputs by name, float32 and the same at each call.
+        call: a path's name -> the operator as a function of the named inputs.
+        samples: the inputs whose first dimension is the batch.
+        data: the inputs that no gradient reaches.
+        thorough: goes through the whole contract, and not through values and gradients alone. Small, then.
+        kernels: small enough for the Triton path under the interpreter.
+        gradcheck: small enough for finite differences of every input.
+        few: so few numbers that the largest of their errors in low precision is luck: held in wider dtypes alone.
+        exact: the largest error in float64, as a fraction of the truth's scale.
+    """
+
+    operator: str
+    label: str
+    make: Callable[[], dict[str, Tensor]]
+    call: Callable[[str], Callable]
+    samples: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    thorough: bool = False
+    kernels: bool = False
+    gradcheck: bool = False
+    few: bool = False
+    exact: float = 1e-12
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.label}"
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], scale: float = 1.0) -> dict[str, Tensor]:
+    """Random tensors, each of its own numbers."""
+    return {name: scale * randn(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def similarity_problem(case: PixelCase, **uses: bool) -> Problem:
+    def call(impl: str) -> Callable:
+        return partial(ops.text_to_pixel_similarity, impl=impl)
+
+    samples = "features", "kernel", "bias"
+    return Problem("text_to_pixel_similarity", str(case), case.inputs, call, samples, exact=1e-13, **uses)
+
+
+def contrastive_problem(
+    case: PixelCase, reduction: str, size: tuple[int, int] | None = None, weighted: bool = False, **uses: bool
+) -> Problem:
+    """``size`` of the target, the logits' unless given; ``weighted`` adds pos_weight and ignored pixels."""
+
+    def make() -> dict[str, Tensor]:
+        inputs = case.inputs() | {"target": case.target(*(size or ()))}
+        if weighted:
+            inputs |= {"pos_weight": 0.5 + randn(case.queries, 1, 1).abs(), "ignore_mask": case.ignore_mask()}
+        return inputs
+
+    def call(impl: str) -> Callable:
+        return partial(ops.text_to_pixel_contrastive_loss, impl=impl, reduction=reduction)
+
+    label = f"{case}-{reduction}" + ("-weighted" if weighted else "")
+    samples = "features", "kernel", "bias", "target", "ignore_mask"
+    data = "target", "pos_weight", "ignore_mask"
+    return Problem("text_to_pixel_contrastive_loss", label, make, call, samples, data, **uses)
+
+
+def cross_attention_problem(case: CrossCase, **uses: bool) -> Problem:
+    def make() -> dict[str, Tensor]:
+        return case.inputs() | ({} if case.padding_mask is None else {"padding_mask": case.padding_mask})
+
+    def call(impl: str) -> Callable:
+        def function(
+            x: Tensor,
+            text: Tensor,
+            positions: Tensor,
+            text_positions: Tensor,
+            padding_mask: Tensor | None = None,
+            **weights: Tensor,
+        ) -> Tensor:
+            sources = x, text, positions, text_positions, padding_mask
+            return ops.cross_attention(*sources, AttentionWeights(**weights), case.heads, impl=impl)
+
+        return function
+
+    samples = "x", "text", "padding_mask"
+    return Problem("cross_attention", str(case), make, call, samples, ("padding_mask",), **uses)
+
+
+def self_attention_problem(
+    batch: int, rows: int, dim: int, heads: int, *, learnt: bool = False, **uses: bool
+) -> Problem:
+    """With the published positions, or ``learnt`` ones, which have a gradient."""
+
+    def make() -> dict[str, Tensor]:
+        shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "in_proj_weight": (3 * dim, dim)}
+        shapes |= {"in_proj_bias": (3 * dim,), "out_proj_weight": (dim, dim), "out_proj_bias": (dim,)}
+        inputs = drawn(shapes | {"post_norm_weight": (dim,), "post_norm_bias": (dim,)}, dim**-0.5)
+        inputs["norm_weight"] += 1
+        inputs["post_norm_weight"] += 1
+        inputs["x"] = randn(batch, rows, dim, seed=8)
+        return inputs | ({"positions": randn(rows, dim, seed=9)} if learnt else {})
+
+    def call(impl: str) -> Callable:
+        def function(x: Tensor, positions: Tensor | None = None, **weights: Tensor) -> Tensor:
+            if positions is None:
+                positions = reference.sine_positions_1d(*x.shape[1:]).to(x.dtype)
+            return ops.self_attention(x, positions, AttentionWeights(**weights), heads, impl=impl)
+
+        return function
+
+    return Problem("self_attention", f"B{batch}-N{rows}-D{dim}-h{heads}", make, call, ("x",), **uses)
+
+
+def feed_forward_problem(*leading: int, dim: int = 24, hidden: int = 40, **uses: bool) -> Problem:
+    def make() -> dict[str, Tensor]:
+        shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "up_weight": (hidden, dim), "up_bias": (hidden,)}
+        shapes |= {"inner_norm_weight": (hidden,), "inner_norm_bias": (hidden,), "down_weight": (dim, hidden)}
+        inputs = drawn(shapes | {"down_bias": (dim,)}, dim**-0.5)
+        inputs["norm_weight"] += 1
+        inputs["inner_norm_weight"] += 1
+        return inputs | {"x": randn(*leading, dim, seed=9)}
+
+    def call(impl: str) -> Callable:
+        return lambda x, **weights: ops.feed_forward(x, FeedForwardWeights(**weights), impl=impl)
+
+    label = f"{'x'.join(map(str, leading))}-D{dim}-hidden{hidden}"
+    return Problem("feed_forward", label, make, call, ("x",), **uses)
+
+
+def upsample_problem(batch: int, channels: int, out: int, height: int, width: int, **uses: bool) -> Problem:
+    def make() -> dict[str, Tensor]:
+        inputs = drawn({"x": (batch, channels, height, width), "weight": (out, channels, 3, 3), "bias": (out,)})
+        return inputs | {"weight": inputs["weight"] / (9 * channels) ** 0.5}
+
+    label = f"B{batch}-C{channels}-C'{out}-{height}x{width}"
+    return Problem(
+        "upsample2x_conv3x3", label, make, lambda impl: partial(ops.upsample2x_conv3x3, impl=impl), ("x",), **uses
+    )
+
+
+def split_maps(maps: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps named full0.. and those named half0.., in their order."""
+    full, half = ([value for name, value in maps.items() if name.startswith(kind)] for kind in ("full", "half"))
+    return full, half
+
+
+def pointwise_problem(full: tuple[int, ...], half: tuple[int, ...], *, bias: bool = True, **uses: bool) -> Problem:
+    """Of maps of these widths, at full and at half the size."""
+
+    def make() -> dict[str, Tensor]:
+        shapes = {f"full{i}": (2, channels, 6, 10) for i, channels in enumerate(full)}
+        shapes |= {f"half{i}": (2, channels, 3, 5) for i, channels in enumerate(half)}
+        channels = sum(full) + sum(half)
+        inputs = drawn(shapes | {"weight": (7, channels, 1, 1)} | ({"bias": (7,)} if bias else {}))
+        return inputs | {"weight": inputs["weight"] / channels**0.5}
+
+    def call(impl: str) -> Callable:
+        def function(weight: Tensor, bias: Tensor | None = None, **maps: Tensor) -> Tensor:
+            return ops.pointwise_conv_cat(*split_maps(maps), weight, bias, impl=impl)
+
+        return function
+
+    widths = "+".join(map(str, full)) + "," + "+".join(map(str, half))
+    samples = tuple([f"full{i}" for i in range(len(full))] + [f"half{i}" for i in range(len(half))])
+    return Problem("pointwise_conv_cat", widths + ("" if bias else "-no bias"), make, call, samples, **uses)
+
+
+def coord_problem(
+    channels: int, size: int, stride: int = 1, padding: int = 0, *, bias: bool = True, **uses: bool
+) -> Problem:
+    def make() -> dict[str, Tensor]:
+        shapes = {"x": (2, channels, 6, 7), "weight": (4, channels + 2, size, size)} | ({"bias": (4,)} if bias else {})
+        inputs = drawn(shapes)
+        return inputs | {"weight": inputs["weight"] / ((channels + 2) * size**2) ** 0.5}
+
+    def call(impl: str) -> Callable:
+        return partial(ops.coord_conv, stride=stride, padding=padding, impl=impl)
+
+    label = f"C{channels}-k{size}-stride{stride}-padding{padding}" + ("" if bias else "-no bias")
+    return Problem("coord_conv", label, make, call, ("x",), **uses)
+
+
+def every_problem() -> Iterator[Problem]:
+    small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
+    # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
+    yield similarity_problem(PixelCase(2, 2, 4, 5, 4, pointwise=3), **whole)
+    yield similarity_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), **small)
+    yield similarity_problem(PixelCase(1, 2, 2, 2, 3, size=5), **small)
+    yield similarity_problem(PixelCase(1, 1, 1, 1, 1), kernels=True, few=True)
+    yield similarity_problem(PixelCase(2, 1, 5, 7, 5), kernels=True)
+    yield similarity_problem(PixelCase(1, 4, 3, 5, 6), kernels=True)
+    yield similarity_problem(PixelCase(1, 1, 70, 9, 15, pointwise=3), kernels=True)  # two tiles of channels, of pixels
+    yield similarity_problem(PixelCase(2, 1, 3, 17, 16, size=5, pointwise=2), kernels=True)  # two partial sums
+    yield similarity_problem(PixelCase(2, 2, 3, 1, 2, size=5, pointwise=3), kernels=True)
+    yield similarity_problem(PixelCase(1, 2, 5, 2, 1, size=1, pointwise=2), kernels=True)
+    yield similarity_problem(PixelCase(2, 25, 12, 8, 8))
+    yield similarity_problem(PixelCase(3, 2, 31, 13, 9, size=5, pointwise=24))
+    yield similarity_problem(PixelCase(1, 5, 20, 11, 17, size=1))
+    yield similarity_problem(PixelCase(1, 1, 256, 13, 13, pointwise=256))
+
+    case = PixelCase(2, 2, 4, 5, 4, pointwise=3)
+    yield contrastive_problem(case, "mean", (9, 8), **whole)
+    yield contrastive_problem(case, "none", weighted=True, **whole)
+    yield contrastive_problem(case, "sum", (10, 8), weighted=True, kernels=True)
+    yield contrastive_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), "none", weighted=True, **small)
+    yield contrastive_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), "mean", (5, 7), **small)
+    yield contrastive_problem(PixelCase(1, 2, 3, 19, 14, size=5, pointwise=2), "mean", (9, 8), kernels=True)
+    yield contrastive_problem(PixelCase(1, 2, 5, 6, 4, size=1), "none", (9, 8), kernels=True)
+    for reduction in ("mean", "sum", "none"):
+        yield contrastive_problem(PixelCase(3, 2, 31, 13, 9, size=5, pointwise=24), reduction)
+    yield contrastive_problem(PixelCase(2, 1, 16, 26, 26, pointwise=16), "mean", (416, 416))
+
+    yield cross_attention_problem(CrossCase(2, 3, 4, 32, 2, real=(4, 2)), **whole)
+    yield cross_attention_problem(CrossCase(2, 13, 9, 64, 8, real=(9, 3)), thorough=True)  # projected, not absorbed
+    yield cross_attention_problem(CrossCase(2, 3, 3, 8, 2, real=(3, 2)), **small)
+    for sizes, real in (
+        ((1, 1, 1, 32, 1), ()),
+        ((2, 33, 5, 32, 1), (5, 1)),
+        ((2, 5, 9, 96, 3), ()),
+        ((1, 7, 17, 288, 9), (13,)),
+        ((1, 3, 77, 192, 2), (50,)),
+    ):
+        yield cross_attention_problem(CrossCase(*sizes, real=real), kernels=True)
+    yield cross_attention_problem(CrossCase(3, 36, 9, 128, 4, real=(9, 4, 7)))
+    yield cross_attention_problem(CrossCase(2, 11, 3, 320, 5))
+
+    yield self_attention_problem(2, 5, 32, 4, learnt=True, thorough=True)
+    yield self_attention_problem(2, 3, 4, 2, learnt=True, **small)
+    yield self_attention_problem(1, 1, 32, 4)
+    yield self_attention_problem(3, 36, 32, 4)
+
+    yield feed_forward_problem(7, 3, thorough=True)
+    yield feed_forward_problem(3, 2, dim=6, hidden=10, **small)
+    yield feed_forward_problem(5)
+    yield feed_forward_problem(1, 1)
+
+    yield upsample_problem(2, 9, 5, 3, 2, **whole)
+    yield upsample_problem(2, 2, 2, 3, 2, **small)
+    for sizes in ((1, 8, 8, 1, 1), (2, 5, 3, 1, 4), (1, 3, 7, 5, 1), (1, 8, 16, 4, 3), (1, 4, 48, 5, 4)):
+        yield upsample_problem(*sizes, kernels=True)
+    yield upsample_problem(3, 7, 5, 5, 2)
+    yield upsample_problem(2, 16, 11, 13, 7)
+    yield upsample_problem(1, 24, 16, 26, 26)
+
+    yield pointwise_problem((4, 4), (4,), thorough=True)
+    yield pointwise_problem((2, 3), (3, 2), **small)
+    for widths in (((32,), (32,)), ((5, 4), ()), ((), (3, 5)), ((1, 2, 3), (4, 5))):  # the neck's uses, then others
+        yield pointwise_problem(*widths)
+    yield pointwise_problem((4,), (6,), bias=False)
+
+    yield coord_problem(5, 3, padding=1, thorough=True)
+    yield coord_problem(2, 3, padding=1, **small)
+    for size, stride, padding in ((1, 1, 0), (2, 3, 1), (3, 2, 0), (5, 2, 3)):
+        yield coord_problem(5, size, stride, padding)
+    yield coord_problem(32, 3, padding=1, bias=False)
+
+
+PROBLEMS = tuple(every_problem())
+"""Every problem of every operator."""
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda x: (
+        x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else reversed_in_memory(x)
+    ),
+    "dimensions reversed": lambda x: reversed_in_memory(x),
+    "batch inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second of a wider tensor": lambda x: every_second(x),
+    "slice of the channels": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+}
+"""Name -> the same numbers in another memory layout."""
+
+
+def reversed_in_memory(x: Tensor) -> Tensor:
+    order = tuple(reversed(range(x.ndim)))
+    return x.permute(order).contiguous().permute(order)
+
+
+def every_second(x: Tensor) -> Tensor:
+    wide = x.new_zeros([2 * size for size in x.shape])
+    view = wide[(slice(None, None, 2),) * x.ndim]
+    return view.copy_(x)
+
+
+def poison(monkeypatch) -> None:
+    """Every fresh tensor starts as NaN, so that an element that nothing writes is seen."""
+
+    def filling(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args, **kwargs) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", filling(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filling(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filling(torch.Tensor.new_empty))
