@@ -12,6 +12,7 @@ from fastris.runtime import plain
 
 SHOWN = 200  # characters of one value in a message
 LONGEST = 4000  # characters of a message
+MAX_CHARACTERS = 1000  # of a sentence; the time of byte-pair encoding grows with the square of a word's length
 
 
 class DataError(ValueError):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from fastris.data.formats.usable import MAX_CHARACTERS
+from fastris.data.base import MAX_CHARACTERS
 
 START, END, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastris.data.base import DataError, Reference, printable
+from fastris.data.base import MAX_CHARACTERS, DataError, Reference, printable
 from fastris.data.formats import annotation
 from fastris.data.paths import GONE, IRREGULAR, OUT, Look
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for strangers' files
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits
 MAX_SIDE = 32766  # pixels; OpenCV 4 warps no image with a longer side
-MAX_CHARACTERS = 1000  # of a sentence; the time of byte-pair encoding grows with the square of a word's length
 
 MISSING_IMAGE = "missing image"
 UNREADABLE_IMAGE = "unreadable image"
