@@ -335,13 +335,13 @@ CHECK_THAT_WAITS = """
 import signal, sys, time
 from pathlib import Path
 from fastris.commands import cli
-from fastris.data.formats import check
+from fastris.data.formats.annotated import AnnotatedDataset
 
 def look(*_):
     Path(sys.argv[2]).touch()
     time.sleep(20)
 
-check._look = look
+AnnotatedDataset.problems = look
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 sys.exit(cli.main(["data", "check", sys.argv[1]]))
 """
