@@ -34,6 +34,7 @@ from fastris import CRIS, for_inference, reference
 from fastris.dispatch import triton_obstacle, use_impl
 from fastris.models.cris import TransformerDecoder, TransformerDecoderLayer
 
+from ..options import BASELINE
 from .builders import CrossAttention, SelfAttention
 from .problem import Problem
 
@@ -129,9 +130,6 @@ def compile_obstacle(device: torch.device) -> str | None:
         return f"torch.compile needs compute capability {needed}, which {torch.cuda.get_device_name(device)} lacks"
     return None
 
-
-BASELINE = "reference"
-"""The arm that all others are compared with: the published formulas, operation by operation."""
 
 ARMS = {
     arm.name: arm

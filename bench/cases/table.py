@@ -93,9 +93,6 @@ class Case:
         return self.problem(**{**batch, **small, **self.check})
 
 
-PASSES = ("forward", "backward", "both")
-"""What may be timed: the forward pass of a training step, its backward pass, or the whole step."""
-
 # Tokens per sentence, start and end included, as RefCOCO's: 3.6 words on average.
 REAL_LENGTHS = (4, 5, 6, 8)
 

@@ -15,8 +15,9 @@ from fastris.nn.recompute import RECOMPUTE_SETTINGS
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
 
-from ..cases.arms import BASELINE, choose_arms
+from ..cases.arms import choose_arms
 from ..commandline import with_options
+from ..options import BASELINE
 from ..report.memory import BATCH, DTYPE, WHOLE_GOALS, WholeCell, fits_table, kept_table, time_table
 from ..report.results import save
 from ..timing import machine

@@ -19,10 +19,11 @@ from torch import Tensor
 from fastris import CRIS, CRISConfig
 from fastris.nn.recompute import RECOMPUTE_SETTINGS
 
-from ..cases.arms import BASELINE, Arm
+from ..cases.arms import Arm
 from ..cases.builders import enliven, make_tokens
 from ..cases.table import REAL_LENGTHS
 from ..counter import Kept, LiveStorages, SavedStorages
+from ..options import BASELINE
 from ..report.memory import BATCH, DTYPE, MemoryCell, WholeCell
 from ..timing.harness import Progress, failures_into, release
 

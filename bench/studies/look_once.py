@@ -34,10 +34,11 @@ from ..cases.builders import enliven, make_tokens, small_config
 from ..cases.problem import Problem
 from ..cases.table import REAL_LENGTHS, Case
 from ..commandline import with_options
+from ..options import Effort
 from ..report import results
 from ..report.pages import look_once_page
 from ..timing import machine
-from ..timing.harness import Cell, Effort, Setting, case_entry, measure_case
+from ..timing.harness import Cell, Setting, case_entry, measure_case
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "look_once.json"
 CHECKED_EXPRESSIONS = 6

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastris import testing as bounds
 
-from ..cases.arms import ARMS, BASELINE, Arm
+from ..cases.arms import ARMS, Arm
 from ..cases.problem import LOW_PRECISION, Problem
+from ..options import BASELINE
 
 LOW_PRECISION_DRAWS = 8
 """Random upstream gradients whose errors are pooled in low precision, as in ``fastris/testing.py``."""

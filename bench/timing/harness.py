@@ -17,6 +17,7 @@ from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
 from ..counter import SavedStorages
+from ..options import Effort
 from .check import Checker, WrongNumbersError
 from .tracing import write_trace
 
@@ -26,15 +27,6 @@ SAMPLE_SECONDS = 0.02
 """A step shorter than this is repeated within one sample until the sample is about as long."""
 
 MAX_REPEATS = 50
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure one case: up to ``rounds`` rounds, of which those after ``min_rounds`` end at ``seconds``."""
-
-    rounds: int = 20
-    min_rounds: int = 5
-    seconds: float = 120.0
 
 
 @dataclass

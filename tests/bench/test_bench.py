@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastris.bench import command
+from fastris.bench import measure as command
 from fastris.bench.cases.arms import ARMS, choose_arms
 from fastris.bench.cases.builders import small_config
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
 from fastris.bench.counter import SavedStorages
 from fastris.bench.memory.whole import kept_by_own_parts
+from fastris.bench.options import ARM_NAMES, Effort
 from fastris.bench.report import results
 from fastris.bench.report import tables as report
 from fastris.bench.timing.check import Checker, WrongNumbersError
-from fastris.bench.timing.harness import Cell, Effort, Setting, measure_case, order_of_round, take_turns
+from fastris.bench.timing.harness import Cell, Setting, measure_case, order_of_round, take_turns
 from fastris.commands import cli
 from fastris.dispatch import requested_impl
 
@@ -356,3 +357,7 @@ def test_runs_as_a_module_from_a_checkout():
         timeout=120,
     )
     assert done.returncode == 0 and "operators or cases" in done.stdout
+
+
+def test_options_name_the_arms_that_there_are():
+    assert tuple(ARMS) == ARM_NAMES

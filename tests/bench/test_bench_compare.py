@@ -10,7 +10,7 @@ from itertools import combinations
 import pytest
 from test_bench import make_case, without_compiler
 
-from fastris.bench import command
+from fastris.bench import measure as command
 from fastris.bench.report import compare
 from fastris.commands import cli
 

@@ -197,6 +197,11 @@ MISTAKES = {  # command -> wrong values, each with what the message says
         (["gpu=8gb", "batch_size=67"], "batch_size=67 does not split into equal parts of 2 to 16 references"),
         (["numlayers=2"], "unknown option numlayers"),
     ],
+    "convert": [(["a", "b", "to=x"], "to must be auto|pth|safetensors|folder, got 'x'")],
+    "bench": [
+        (["dtype=int8"], "dtype must be float32|bfloat16|float16, got 'int8'"),
+        (["passes=sideways"], "passes must be list of forward|backward|both, got 'sideways'"),
+    ],
     "doctor": [(["json=soon"], "json must be true|false, got 'soon'")],
 }
 

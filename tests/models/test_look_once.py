@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastris.bench.options import Effort
 from fastris.bench.report import pages, results
 from fastris.bench.studies import look_once
 from fastris.bench.timing.check import Checker, WrongNumbersError
-from fastris.bench.timing.harness import Effort, Setting, measure_case
+from fastris.bench.timing.harness import Setting, measure_case
 
 CPU = torch.device("cpu")
 
