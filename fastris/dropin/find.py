@@ -1,5 +1,5 @@
 """Which parts of CRIS a module looks like, by its attributes or by what it is made of. What it computes is
-dropin_proof.py's question."""
+proof.py's question."""
 
 from __future__ import annotations
 

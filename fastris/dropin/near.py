@@ -1,4 +1,4 @@
-"""Modules that are almost CRIS's parts: not supported, and the report says what they lack. See dropin.py."""
+"""Modules that are almost CRIS's parts: not supported, and the report says what they lack. See patch.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ the report says why.
 A proof holds for what was proved. Each call of a replaced forward looks whether it still does, and otherwise runs the
 module's own: arguments of another kind, a setting of the module that was changed, and hooks, adapters or wrappers that
 somebody put on a layer whose own forward is not called any more. The first call at sizes that are new looks whether the
-two agree there as well, and puts the module's own forward back, with a warning, where they do not: dropin_sizes.py.
+two agree there as well, and puts the module's own forward back, with a warning, where they do not: sizes.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The proof that a module computes what CRIS's part computes, and the watch that it stays so. See dropin.py."""
+"""The proof that a module computes what CRIS's part computes, and the watch that it stays so. See patch.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes that a replaced forward was proved at. See dropin.py.
+"""The sizes that a replaced forward was proved at. See patch.py.
 
 A proof runs on small inputs, and a forward may depend on how large they are: words behind the eighth that nobody reads,
 maps that are cut or resized where they are wide. So the first call at new sizes looks, before it answers, whether the
