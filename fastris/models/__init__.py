@@ -1,1 +1,1 @@
-"""The systems: one package each, beside what all of them must offer and the names they go by."""
+"""Models: one package per system, their common base class (base.py) and the registry of their names."""

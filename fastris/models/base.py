@@ -1,8 +1,8 @@
-"""What a model is: all that predicting, training, scoring, saving and loading know of one.
+"""The base class of all models: the interface that prediction, training, evaluation, saving and loading use.
 
-A system is a dataclass under :class:`fastris.models.config.ModelConfig`, a class under :class:`ReferringModel` and a
-row in :mod:`fastris.models.registry`. It must write ``segment``, and ``encode_image`` unless its image encoding depends
-on the phrase; everything else here has a default that it may replace.
+A new system needs a dataclass derived from :class:`fastris.models.config.ModelConfig`, a class derived from
+:class:`ReferringModel` and a row in :mod:`fastris.models.registry`. The class must implement ``segment``, and
+``encode_image`` unless its image encoding depends on the phrase; every other method has a default.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fastris.reference import resize_target
 from fastris.runtime.safetensors_files import write_safetensors
 
 HEAD = "head"
-"""The parameter group that trains at the full learning rate; every other one at ``lr_multi`` times it."""
+"""The parameter group that trains at the full learning rate; all others train at ``lr_multi`` times that rate."""
 
 M = TypeVar("M", bound="ReferringModel")
 
 
 class Pixels(NamedTuple):
-    """Images (B, 3, H, W) as they are: the "encoding" of a system that must know the phrase to look at them."""
+    """Unencoded images (B, 3, H, W): what ``encode_image`` returns for a model whose encoder depends on the phrase."""
 
     images: Tensor
 
     def select(self, index: Tensor | None) -> Pixels:
-        """The images that ``index`` (E,) names, in its order; all of them for None."""
+        """The images at the positions ``index`` (E,), in that order; all images for None."""
         return self if index is None else Pixels(self.images[index])
 
 
@@ -46,21 +46,21 @@ class ReferringModel(
     tags=["referring-image-segmentation"],
     pipeline_tag="image-segmentation",
 ):
-    """A model that finds what phrases name in images.
+    """Base class of a referring image segmentation model: images and phrases in, mask logits out.
 
-    ``model(img, word, mask)`` follows the published contract: in training mode ``(pred.detach(), target, loss)``, where
-    ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, h, w), detached.
+    ``model(img, word, mask)`` returns what the published CRIS returns: in training mode ``(pred.detach(), target,
+    loss)``, where ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, h, w), detached.
 
-    Callers that have several expressions about one image take the two halves::
+    To encode an image once for several expressions, call the two halves::
 
         features = model.encode_image(images)               # (B, 3, H, W) -> something with .select(index)
         logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
 
     Attributes:
-        config_class: of the configurations that it is built from.
-        shares_image: whether the images' encoding serves every phrase. Where it is False, :meth:`encode_image` hands
-            the pixels on, and :meth:`segment` encodes them once for each expression; callers do the same for both.
-        starts_from: in words, the other model's weights that :meth:`adopt` takes.
+        config_class: the class of its configuration, derived from :class:`fastris.models.config.ModelConfig`.
+        shares_image: whether one encoding of an image serves every phrase. If False, :meth:`encode_image` returns the
+            pixels unchanged and :meth:`segment` encodes them once per expression; the calls are the same either way.
+        starts_from: names the weights of another model that :meth:`adopt` accepts, for error messages.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -85,13 +85,13 @@ class ReferringModel(
     # Segmenting.
 
     def encode_image(self, images: Tensor) -> Any:
-        """Everything that depends on the images (B, 3, H, W) alone, with ``select(index)`` to repeat and order it."""
+        """Encode images (B, 3, H, W) without any text. The result's ``select(index)`` repeats and reorders images."""
         if self.shares_image:
             raise NotImplementedError(f"{type(self).__name__} must define encode_image, or say shares_image = False")
         return Pixels(images)
 
     def encode_text(self, tokens: Tensor) -> Any:
-        """Everything that depends on token ids (E, L) alone; NotImplementedError where it cannot stand alone."""
+        """Encode token ids (E, L) without any image. Raises NotImplementedError where the model cannot."""
         raise NotImplementedError(f"{type(self).__name__} has no text encoding that stands alone; call segment")
 
     def segment(self, features: Any, tokens: Tensor, index: Tensor | None = None) -> Tensor:
@@ -104,31 +104,32 @@ class ReferringModel(
     # Training.
 
     def loss(self, features: Any, tokens: Tensor, mask: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(loss, logits) of expressions about encoded images; as :meth:`segment`, with their masks (E, 1, H, W).
+        """Return (scalar loss, logits (E, 1, h, w)). Arguments as for :meth:`segment`, plus the masks (E, 1, H, W).
 
-        The mean binary cross entropy over all pixels and expressions, unless a system says otherwise.
+        The default is the mean binary cross-entropy over all pixels and expressions, with the masks resized to the
+        logits.
         """
         logits = self.segment(features, tokens, index)
         target = resize_target(mask, logits.shape[-2:]).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, target), logits
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by group: "head" at the full learning rate, each other one at ``lr_multi`` times it."""
+        """All parameters by group: "head" trains at the full learning rate, every other at ``lr_multi`` times it."""
         return {HEAD: list(self.parameters())}
 
     def check_training(self, expressions: int) -> None:
-        """ValueError where so many expressions are too few for a training step."""
+        """Raise ValueError if a batch of so many expressions is too small for a training step."""
         if expressions == 0:
             raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
 
     def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Published contract; see the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
+        """As described in the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
 
-        With K expressions about each image, ``word`` (B, K, L) and ``mask`` (B, K, 1, H, W), images are encoded once;
-        the results are those of B*K expressions, image by image.
+        With K expressions about each image, ``word`` is (B, K, L) and ``mask`` (B, K, 1, H, W). Each image is encoded
+        once, and the results have B*K entries, ordered image by image.
         """
         check_is_tensor("word", word)
-        index, word, mask = _by_expression(word, mask)
+        index, word, mask = _flatten_expressions(word, mask)
         if not self.training:
             return self.segment(self.encode_image(img), word, index).detach()
         check_is_tensor("img", img)
@@ -142,27 +143,27 @@ class ReferringModel(
 
     @classmethod
     def recognises(cls, names: Iterable[str]) -> bool:
-        """Whether these are the names of a whole model of this system."""
+        """Whether any of these state-dict names begins with one of the system's ``parts``; True if it lists none."""
         parts = tuple(f"{part}." for part in cls.config_class.parts)
         return not parts or any(name.startswith(parts) for name in names)
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
-        """Another model's weights under the names of the part that they start; None where they are not its."""
+        """Rename another model's weights to the names of the part that starts from them; None for other weights."""
         return None
 
     @classmethod
     def infer_config(cls, state: Mapping[str, Tensor]) -> Any:
-        """The configuration that the weights' shapes tell; ValueError where they cannot."""
+        """Derive the configuration from the weights' shapes. Raises ValueError where they do not determine it."""
         raise ValueError(f"these weights carry no configuration, and shapes do not tell a {cls.config_class.title}'s")
 
     @classmethod
     def encoder_of(cls, state: Mapping[str, Tensor]) -> str:
-        """What the image encoder of these weights looks like, in words; empty where there is no telling."""
+        """A short name of the image encoder that these weights belong to, for messages; empty if unknown."""
         return ""
 
     def in_words(self) -> str:
-        """What kind of model it is, for whoever has just made or converted it."""
+        """A short description of the model, for messages."""
         return self.config.in_words()
 
     @classmethod
@@ -175,42 +176,46 @@ class ReferringModel(
         map_location: str | torch.device = "cpu",
         **download: Any,
     ) -> M:
-        """The model of a folder or a Hugging Face id, in eval mode; ``config`` in place of the one that it carries.
+        """Load a model from a folder or a Hugging Face id, in eval mode; ``config`` replaces the stored configuration.
 
         ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
-        ``local_files_only``. Weights that do not fit are an error unless ``strict=False``.
+        ``local_files_only``. Raises FileNotFoundError where there is no model, ValueError for a file that cannot be
+        read and, unless ``strict=False``, WeightsError for weights that do not fit.
         """
         model: Any = load_pretrained(cls, pretrained_model_name_or_path, config, strict, **download)
         return model.to(map_location)
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> str | None:
-        """huggingface_hub's, with the configuration as :meth:`ModelConfig.to_dict` has it: with its system's name."""
+        """As in huggingface_hub; the configuration is written as :meth:`ModelConfig.to_dict` returns it."""
         return super().save_pretrained(save_directory, config=config or self.config.to_dict(), **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What huggingface_hub's ``save_pretrained`` calls for the weights."""
+        """Write the weights; huggingface_hub's ``save_pretrained`` calls this."""
         write_safetensors(Path(save_directory) / SAFETENSORS, self.state_dict(), {})
 
 
-def _by_expression(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """(index, word (E, L), mask (E, 1, H, W)) as ``segment`` takes them; no index for one word per image."""
+def _flatten_expressions(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Flatten (B, K, ...) expressions to (index (E,), word (E, L), mask (E, 1, H, W)), E = B*K.
+
+    ``index`` is None where ``word`` is already (E, L), one expression per image.
+    """
     if word.ndim != 3:
         return None, word, mask
-    images, several = word.shape[:2]
-    index = torch.arange(images, device=word.device).repeat_interleave(several)
+    images, per_image = word.shape[:2]
+    index = torch.arange(images, device=word.device).repeat_interleave(per_image)
     if mask is not None and mask.ndim == 5:
         mask = mask.flatten(0, 1)
     return index, word.flatten(0, 1), mask
 
 
 def check_is_tensor(name: str, value: Any) -> None:
-    """TypeError that names the argument where it is no tensor."""
+    """Raise TypeError, naming the argument, unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
 
 
 def check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
-    """ValueError or TypeError where these are no masks (E, 1, H, W) in [0, 1] of so many expressions."""
+    """Raise ValueError or TypeError unless ``mask`` is a floating-point (E, 1, H, W) tensor, E = ``expressions``."""
     if mask is None:
         raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
     check_is_tensor("mask", mask)

@@ -1,4 +1,4 @@
-"""What every model's configuration offers: presets, plain mappings and YAML files, and what a card says of it."""
+"""The base class of model configurations: presets, reading mappings and YAML files, and text for model cards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastris.models.limits import MAX_SIDE, MAX_WORDS, check_whole
 from fastris.options.values import shown
 
 SYSTEM = "system"
-"""The key of a configuration's mapping that says whose it is; CRIS's files, older than it, have none."""
+"""The key that names the system in a configuration's mapping. CRIS's files are older than this key and lack it."""
 
 _MAX_YAML = 100_000  # bytes; the published files have less than 3,000
-_MAX_BRACKETS = 200  # lists and mappings; nesting them costs PyYAML the square of their depth
+_MAX_BRACKETS = 200  # lists and mappings in a file; PyYAML's time grows with the square of their nesting depth
 _OPENING = ("[", "{", "<block mapping start>", "<block sequence start>")
 
 C = TypeVar("C", bound="ModelConfig")
@@ -26,19 +26,20 @@ C = TypeVar("C", bound="ModelConfig")
 class ModelConfig:
     """Base of the dataclasses that describe a model.
 
-    A configuration may come from a stranger's file, so ``__post_init__`` must refuse what cannot be built. Here it
-    checks types and the two sizes; a subclass adds its own widths and depths, which could ask for memory and hours.
+    A configuration may come from an untrusted file, so ``__post_init__`` raises ValueError for one that cannot be
+    built. The base class checks types and the two sizes below; a subclass also limits its own widths and depths, so
+    that no file can request a model that fills the memory.
 
     A subclass is a dataclass with at least ``input_size`` (side of the letterboxed square, in pixels) and ``word_len``
     (tokens that a sentence is cut to).
 
     Attributes:
-        system: the name that the model's system has in :mod:`fastris.models.registry`; title: the same for people.
+        system: the system's name in :mod:`fastris.models.registry`; title: its display name.
         published: where the system was published, for model cards.
         presets: name -> fields that differ from the defaults.
         inputs: how pixels are normalised and sentences tokenised.
-        parts: the first words of its state-dict names, by which a file without a configuration is recognised.
-        not_in_shapes: fields that the weights' shapes do not tell.
+        parts: the first components of its state-dict names, which identify a file without a configuration.
+        not_in_shapes: fields that cannot be derived from the weights' shapes.
         published_yaml: an example of a published YAML file, for messages.
     """
 
@@ -67,14 +68,14 @@ class ModelConfig:
 
     @classmethod
     def preset(cls: type[C], name: str) -> C:
-        """The configuration of that name; ValueError, with the known names, for another."""
+        """The preset ``name``. Raises ValueError, listing the presets, for an unknown name."""
         if name not in cls.presets:
             raise ValueError(f"unknown model {name!r}; choose from {', '.join(cls.presets)}")
         return cls(**cls.presets[name])
 
     @classmethod
     def from_yaml(cls: type[C], path: str | Path) -> C:
-        """Read a YAML file with the fields of the configuration. See :meth:`from_dict`."""
+        """Read a YAML file with the configuration's fields, as :meth:`from_dict` does; FileNotFoundError if it is missing."""
         path, what = Path(path), f"give the YAML file of a {cls.title} configuration"
         if not path.is_file():
             raise FileNotFoundError(f"path: there is no file {path}; {what}")
@@ -86,7 +87,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls: type[C], mapping: Mapping[str, Any], source: str = "configuration") -> C:
-        """Build from a mapping of fields; a missing one is a ValueError, an unknown one is named in a warning."""
+        """Build from a mapping of fields. Raises ValueError for a missing field and warns of unknown ones."""
         given = {key: value for key, value in mapping.items() if key != SYSTEM}
         needed = {field.name: _is_needed(field) for field in dataclasses.fields(_as_dataclass(cls))}
         missing = sorted(name for name in needed if needed[name] and name not in given)
@@ -96,7 +97,7 @@ class ModelConfig:
         return cls(**{key: value for key, value in given.items() if key in needed})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict that says whose it is, accepted back by :meth:`from_dict`."""
+        """A plain nested dict with the system's name, which :meth:`from_dict` accepts."""
         return {SYSTEM: self.system, **dataclasses.asdict(_as_dataclass(self))}
 
     def in_words(self) -> str:
@@ -104,12 +105,12 @@ class ModelConfig:
         return self.title
 
     def without_weights(self) -> str:
-        """What to tell who trains it without any weights to start from; empty where there is nothing to say."""
+        """A notice for users who train from random weights; empty where none is needed."""
         return ""
 
 
 def warn_of_unknown(unknown: Iterable[Any], names: Iterable[str], source: str) -> None:
-    """A warning that names the keys that mean nothing, each with the name that it is close to."""
+    """Warn of unknown keys, each with the closest known name."""
     listed = sorted(map(str, unknown))
     if listed:
         warnings.warn(f"{source} has keys that mean nothing here: {_with_hints(listed, names)}", stacklevel=4)
@@ -128,22 +129,22 @@ def _is_needed(field: dataclasses.Field[Any]) -> bool:
 
 
 def _as_dataclass(config: Any) -> Any:
-    """The same, for the type checker: the base itself is no dataclass, so that its fields order nobody's."""
+    """``config`` typed as Any: the base is no dataclass, because its fields would then come before a subclass's."""
     return config
 
 
 def _read_yaml(path: Path, what: str) -> Any:
-    """Content of a YAML file of a sensible size without references, of which a few lines can unfold to gigabytes."""
+    """Parse a small YAML file. Aliases (``*name``) are refused: a few lines of them can expand to gigabytes."""
     import yaml
 
     if path.stat().st_size > _MAX_YAML:
         raise ValueError(f"{path} is larger than {_MAX_YAML} bytes; {what}")
     try:
         text = path.read_text(encoding="utf-8")
-        depth = 0
+        brackets = 0
         for token in yaml.scan(text):
-            depth += getattr(token, "id", None) in _OPENING
-            if isinstance(token, yaml.AliasToken) or depth > _MAX_BRACKETS:
+            brackets += getattr(token, "id", None) in _OPENING
+            if isinstance(token, yaml.AliasToken) or brackets > _MAX_BRACKETS:
                 raise ValueError(f"{path} repeats values by reference (*name) or has too many lists; write values out")
         return yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What a model's pictures and sentences look like, as plain data that reading and training hand around."""
+"""How a model wants its inputs, as plain data: pixel normalisation and tokenizer."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ CLIP_INPUTS = Inputs()
 
 
 def inputs_of(config: Any) -> Inputs:
-    """The inputs that a model's configuration names; CLIP's for one that names none."""
+    """The ``inputs`` of a model's configuration; CLIP's if it has none."""
     return getattr(config, "inputs", CLIP_INPUTS)

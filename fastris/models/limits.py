@@ -1,4 +1,4 @@
-"""How large a model a configuration may describe: one from a file must not ask for memory and hours."""
+"""Upper limits of a configuration's sizes, so that an untrusted file cannot request a model that fills the memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fastris.options.values import shown
 
 MAX_PARAMETERS = 2_000_000_000
-"""CRIS on RN50x64, the largest of OpenAI's ResNets, has about 0.7 billion."""
+"""The most that are built. For scale: CRIS on RN50x64, the largest of OpenAI's ResNets, has about 0.7 billion."""
 
 CLIP_LIMITS = {
     "embed_dim": 16384,
@@ -35,13 +35,13 @@ MAX_WIDTH = 16384
 
 
 def check_whole(name: str, value: Any, largest: int) -> None:
-    """ValueError that names the field where a value is no whole number from 1 to the largest."""
+    """Raise ValueError, naming the field, unless ``value`` is a whole number from 1 to ``largest``."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         raise ValueError(f"{name} must be a whole number from 1 to {largest}, got {shown(value)}")
 
 
 def whole_numbers(name: str, values: Any, count: int, largest: int) -> tuple[int, ...]:
-    """So many whole numbers from 1 to the largest, as a tuple; ValueError that names the field otherwise."""
+    """``count`` whole numbers from 1 to ``largest``, as a tuple. Raises ValueError, naming the field, otherwise."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise ValueError(f"{name} must hold {count} whole numbers, got {shown(values)}")
     for index, value in enumerate(values):
@@ -50,13 +50,13 @@ def whole_numbers(name: str, values: Any, count: int, largest: int) -> tuple[int
 
 
 def check_fields(config: Any, limits: Mapping[str, int], prefix: str = "") -> None:
-    """:func:`check_whole` for the named fields of a configuration."""
+    """Call :func:`check_whole` for each field in ``limits``; ``prefix`` precedes the names in messages."""
     for name, largest in limits.items():
         check_whole(prefix + name, getattr(config, name), largest)
 
 
 def check_parameters(config: Any) -> None:
-    """ValueError where a CRIS configuration describes more than MAX_PARAMETERS, with the part that is too large."""
+    """Raise ValueError, naming the largest part, if a CRIS configuration has more than ``MAX_PARAMETERS``."""
     clip, width = config.clip, config.clip.transformer_width
     pooled = 32 * clip.vision_width
     parts = {

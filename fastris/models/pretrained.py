@@ -1,7 +1,7 @@
-"""A model from the files that ``save_pretrained`` and ``fastris convert`` write, on disk or on Hugging Face.
+"""Load models from the files that ``save_pretrained`` and ``fastris convert`` write, on disk or on Hugging Face.
 
-Reading runs no code of the file and checks every tensor's name and shape before the model's memory is allocated.
-:mod:`fastris.weights.load` adds checkpoints, archives and names of other people's files.
+Loading executes no code from the file and checks every tensor's name and shape before it allocates the model's memory.
+:mod:`fastris.weights.load` also reads other formats: PyTorch checkpoints, OpenAI's CLIP archives, open_clip names.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fastris.runtime.safetensors_files import read_safetensors
 from fastris.runtime.storage import first_line
 
 Kind: TypeAlias = type[Any]
-"""A class of models, under :class:`fastris.models.base.ReferringModel`, which stands above this module."""
+"""A model class, derived from :class:`fastris.models.base.ReferringModel`, whose module imports this one."""
 
 CONFIG, SAFETENSORS, CARD = "config.json", "model.safetensors", "README.md"
 """The files of a model's folder."""
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 MAX_TEXT = 1 << 20
-"""Bytes of a text beside weights: a configuration's JSON, a model card."""
+"""Largest size in bytes of a text file beside weights: a configuration's JSON, a model card."""
 
 ACCEPTED = (
     "a folder written by save_pretrained, a Hugging Face id such as user/name, a .safetensors file, a PyTorch "
@@ -48,9 +48,13 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Weights:
-    """What a source holds: tensors under names without wrappers' prefixes, and what it carries beside them.
+    """The content of a weights file or folder.
 
-    That is the configuration, None if there is none, and the model card's text, empty if there is none.
+    Attributes:
+        tensors: the state dict, without the prefixes of DDP and torch.compile.
+        config: the configuration stored with it, or None.
+        source: where it was read from, for messages.
+        card: the model card's text, or empty.
     """
 
     tensors: dict[str, Tensor]
@@ -60,17 +64,18 @@ class Weights:
 
     @classmethod
     def checked(cls, state: Mapping[str, Any], config: ModelConfig | None, source: str, card: str = "") -> Weights:
-        """Of a state dict as it was read. ValueError for names and tensors that are not plain ones."""
+        """Build from a state dict as it was read. Raises ValueError for names or tensors that are not plain."""
         tensors = normalise_names(state, source)
         check_plain(tensors, source)
         return cls(tensors, config, source, card)
 
 
 def load_pretrained(kind: Kind, source: str | Path, config: Any = None, strict: bool = True, **download: Any) -> Any:
-    """A model of the class ``kind`` from what ``from_pretrained`` takes: a folder, or an id on the Hub.
+    """Load a model of the class ``kind`` from a folder or a Hugging Face id; ``from_pretrained`` calls this.
 
-    ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ... With ``strict=False`` what the
-    weights lack keeps its initial value, and what does not fit is left out.
+    ``download`` goes to huggingface_hub: ``revision``, ``token``, ``cache_dir``, ... With ``strict=False``, tensors
+    that are missing in the weights keep their initial values, and those that do not fit are left out. Raises
+    FileNotFoundError where there is no model, ValueError for one of another system, WeightsError for a misfit.
     """
     path = Path(source).expanduser()
     weights = read_folder(path if path.is_dir() else download_hub(str(source), **download), source=str(source))
@@ -86,19 +91,19 @@ def load_pretrained(kind: Kind, source: str | Path, config: Any = None, strict: 
 
 
 def kind_for(weights: Weights, config: Any) -> Kind:
-    """The class of the model that the weights are of: by the configuration if there is one, else by their names."""
+    """The model class for these weights: by their configuration if there is one, else by their names."""
     named = isinstance(config, ModelConfig)
     return registry.model_class(config.system if named else registry.system_of_names(weights.tensors))
 
 
 def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any:
-    """The model with its weights, in eval mode. Names and shapes are compared before its memory is allocated."""
+    """Create a model and load its weights; eval mode. Names and shapes are compared before memory is allocated."""
     with torch.device("meta"):
         model = kind(config)
     own = model.state_dict()
     report = compare(weights.tensors, own, weights.source)
     if report.fits and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
-        model = model.to_empty(device="cpu")  # all of it is in the weights: no values to make up first
+        model = model.to_empty(device="cpu")  # the weights hold every value, so none needs initialising
     elif strict:
         raise WeightsError(misfit_message(report, kind.encoder_of(weights.tensors), kind.encoder_of(own)), report)
     else:
@@ -108,9 +113,10 @@ def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any
 
 
 def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
-    """Copy weights into a model: those of the whole of it, or of the encoders that it takes over from another one.
+    """Copy weights into a model: a whole model's, or another model's for the part that starts from it (CLIP's).
 
-    A module that is none of ours, such as the published CRIS, goes by CRIS's names.
+    A module that is no :class:`ReferringModel`, such as the published CRIS, is treated as CRIS. Returns what was
+    loaded. Raises ValueError for weights of neither kind and, if ``strict``, WeightsError for a misfit.
     """
     kind = kind_of(model)
     taken = Adopted(weights.tensors, "") if kind.recognises(weights.tensors) else kind.adopt(weights.tensors)
@@ -130,7 +136,7 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """The class behind what DDP and torch.compile wrap around a model; CRIS for modules that are none of ours."""
+    """The class of a model inside DDP and torch.compile wrappers; CRIS for a module that is no ReferringModel."""
     inner: Any = model
     while not hasattr(type(inner), "recognises"):
         wrapped = inner._modules.get("_orig_mod", inner._modules.get("module"))
@@ -141,7 +147,7 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 def read_folder(folder: Path, source: str = "") -> Weights:
-    """What ``save_pretrained`` has written into a folder; FileNotFoundError that says what it lacks."""
+    """Read a folder that ``save_pretrained`` wrote. Raises FileNotFoundError, naming the missing files."""
     missing = [name for name in (CONFIG, SAFETENSORS) if not (folder / name).is_file()]
     if missing:
         files = sorted(file.name for file in folder.iterdir() if file.suffix in FILE_SUFFIXES)
@@ -151,7 +157,10 @@ def read_folder(folder: Path, source: str = "") -> Weights:
 
 
 def read_safetensors_model(path: Path, source: str) -> Weights:
-    """The configuration is in the file's metadata (``fastris convert``), or beside it (``save_pretrained``)."""
+    """Read a .safetensors file with its configuration, which is in the metadata or in config.json beside the file.
+
+    ``fastris convert`` writes the first kind, ``save_pretrained`` the second.
+    """
     tensors, metadata = read_safetensors(path)
     text, card = metadata.get("config"), metadata.get("card", "")
     beside = path.with_name(CONFIG)
@@ -181,7 +190,10 @@ def _parse_config(text: str | None, source: str) -> ModelConfig | None:
 
 
 def carried_config(content: Any, source: str) -> ModelConfig | None:
-    """The configuration that lies beside weights, if it is a model's of a known system at all."""
+    """The configuration in ``content``, which was stored beside weights; None if it is not of a known system.
+
+    Raises ValueError for one of a known system that is not valid.
+    """
     if not isinstance(content, Mapping):
         return None
     title = "referring"
@@ -197,7 +209,10 @@ def carried_config(content: Any, source: str) -> ModelConfig | None:
 
 
 def download_hub(name: str, **options: Any) -> Path:
-    """Have huggingface_hub fetch, or find in its cache, the files that ``push_to_hub`` writes."""
+    """Download the files that ``push_to_hub`` writes, or find them in huggingface_hub's cache; the folder's path.
+
+    Raises FileNotFoundError where there is no such model or no connection.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,6 +1,6 @@
-"""The systems by name: which class builds a model, which presets it has, and whose a file is. Imports no torch.
+"""The registry of systems: name -> model class, configuration class and presets. Imports no torch.
 
-A system of your own needs one call, after which its presets train, score, predict and load like those here::
+To add a system of your own, register it; its presets then train, evaluate, predict and load like those here::
 
     register(System("toy", "mine.toy:Toy", "mine.toy:ToyConfig", ("toy_small",)))
 """
@@ -16,7 +16,7 @@ from fastris.models.config import SYSTEM, ModelConfig
 
 
 class System(NamedTuple):
-    """A system; ``model`` and ``config`` are "module:Class", imported when a model or configuration is wanted."""
+    """One system; ``model`` and ``config`` are import paths, "module:Class", imported on first use."""
 
     name: str
     model: str
@@ -33,11 +33,11 @@ SYSTEMS: dict[str, System] = {
     ),
 }
 DEFAULT = "cris"
-"""Whose configurations and checkpoints are that do not say it: files older than the key, and published ones."""
+"""The system of files that name none: published checkpoints, and configurations older than the ``system`` key."""
 
 
 def register(system: System) -> None:
-    """Add a system. ValueError where its name or one of its presets is taken."""
+    """Add a system. Raises ValueError if its name or one of its presets is taken."""
     taken = {system.name} & SYSTEMS.keys() | set(system.presets) & set(presets())
     if taken:
         raise ValueError(f"system {system.name!r} brings names that are taken: {', '.join(sorted(taken))}; rename them")
@@ -45,12 +45,12 @@ def register(system: System) -> None:
 
 
 def presets() -> list[str]:
-    """The names of all models that :func:`create` and ``model=`` take."""
+    """The names of all presets, which :func:`create` and the option ``model=`` accept."""
     return [preset for system in SYSTEMS.values() for preset in system.presets]
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of a named model; ValueError, with all names, where there is none."""
+    """The configuration of the preset ``name``. Raises ValueError, listing all presets, for an unknown name."""
     for system in SYSTEMS.values():
         if name in system.presets:
             return config_class(system.name).preset(name)
@@ -58,7 +58,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def create(what: str | Mapping[str, Any] | ModelConfig) -> Any:
-    """A new model, with its start values, of a preset's name, a configuration or a configuration's mapping."""
+    """Create a randomly initialised model from a preset's name, a configuration or a mapping of its fields."""
     if isinstance(what, str):
         what = preset(what)
     config = what if isinstance(what, ModelConfig) else read_config(what)
@@ -66,7 +66,7 @@ def create(what: str | Mapping[str, Any] | ModelConfig) -> Any:
 
 
 def read_config(mapping: Mapping[str, Any], source: str = "configuration") -> ModelConfig:
-    """The configuration that a mapping describes, of the system that it names, or of CRIS. ValueError, as from_dict."""
+    """Build the configuration that a mapping describes, of the system it names or else CRIS. Raises ValueError."""
     try:
         system = system_of(mapping) or DEFAULT
     except ValueError as error:
@@ -75,10 +75,10 @@ def read_config(mapping: Mapping[str, Any], source: str = "configuration") -> Mo
 
 
 def system_of(mapping: Mapping[str, Any]) -> str | None:
-    """The system whose configuration this is; None where nothing says so. ValueError for one that is not known.
+    """The system whose configuration ``mapping`` is, or None where it cannot be told.
 
-    Other programs put a ``system`` of their own beside weights, so one that is not known is an error only where the
-    fields are there that all of our configurations have.
+    Raises ValueError for an unknown system, but only if the mapping has the fields that all our configurations have:
+    other programs also store a ``system`` of their own beside weights.
     """
     name = mapping.get(SYSTEM)
     if isinstance(name, str) and name in SYSTEMS:
@@ -91,28 +91,28 @@ def system_of(mapping: Mapping[str, Any]) -> str | None:
 
 
 def system_of_names(names: Iterable[str]) -> str:
-    """The system that has most of these state-dict names, by their first words; CRIS where none has any."""
+    """The system whose ``parts`` match most of these state-dict names; CRIS where none matches."""
     firsts = [name.partition(".")[0] for name in names]
 
-    def share(system: str) -> int:
+    def matches(system: str) -> int:
         parts = config_class(system).parts
         return sum(first in parts for first in firsts)
 
-    return max((DEFAULT, *(name for name in SYSTEMS if name != DEFAULT)), key=share)
+    return max((DEFAULT, *(name for name in SYSTEMS if name != DEFAULT)), key=matches)
 
 
 def model_class(system: str) -> type[Any]:
-    """The class of a system's models, under :class:`fastris.models.base.ReferringModel`."""
+    """The model class of a system, derived from :class:`fastris.models.base.ReferringModel`."""
     return _resolve(SYSTEMS[system].model)
 
 
 def config_class(system: str) -> type[ModelConfig]:
-    """The class of a system's configurations."""
+    """The configuration class of a system."""
     return _resolve(SYSTEMS[system].config)
 
 
 def model_keys() -> list[str]:
-    """The fields of all systems' configurations, which may stand among a training's options."""
+    """The configuration fields of all systems, which ``fastris train`` accepts as options."""
     return list(dict.fromkeys(f.name for name in SYSTEMS for f in dataclasses.fields(_resolve(SYSTEMS[name].config))))
 
 

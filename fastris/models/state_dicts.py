@@ -1,4 +1,4 @@
-"""State dicts by name and shape, of whatever model: names without wrappers, plain tensors, and what does not fit.
+"""Check and compare state dicts of any model: strip wrappers' prefixes, refuse odd tensors, report misfits.
 
 Nothing here opens a file; :mod:`fastris.models.pretrained` and :mod:`fastris.weights.load` do.
 """
@@ -16,7 +16,7 @@ _LISTED = 30
 
 
 class Reshaped(NamedTuple):
-    """A weight that file and model both have, in two shapes."""
+    """A weight whose shape in the file differs from the model's."""
 
     name: str
     found: tuple[int, ...]
@@ -30,9 +30,9 @@ class Reshaped(NamedTuple):
 class LoadReport:
     """How a set of weights and a model fit, by state-dict name.
 
-    ``missing``: the model has it, the weights do not. ``unexpected``: the other way round. ``reshaped``: both have it,
-    in two shapes. ``kept``: absent from CLIP's weights and allowed to be (``connect`` and BatchNorm's step counters),
-    so the model keeps its own values. ``loaded``: how many tensors both have in one shape.
+    ``missing``: in the model but not in the weights. ``unexpected``: in the weights but not in the model. ``reshaped``:
+    in both, with different shapes. ``kept``: allowed to be missing from CLIP's weights (``connect`` and BatchNorm's
+    step counters), so the model keeps its own values. ``loaded``: the number of tensors that match.
     """
 
     missing: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether every weight found its place and every place its weight."""
+        """Whether all names and shapes match, apart from those in ``kept``."""
         return not (self.missing or self.unexpected or self.reshaped)
 
     def __str__(self) -> str:
@@ -69,9 +69,9 @@ class WeightsError(ValueError):
 
 
 def normalise_names(state: Mapping[str, Any], source: str = "weights") -> dict[str, Tensor]:
-    """The same tensors without what DDP (``module.``) and torch.compile (``_orig_mod.``) put into their names.
+    """Remove the prefixes of DDP (``module.``) and torch.compile (``_orig_mod.``) from the names.
 
-    Raises ValueError for an entry that is no tensor, for an empty state dict and for two names that become one.
+    Raises ValueError for an entry that is no tensor, for an empty state dict and for two names that become equal.
     """
     if not state:
         raise ValueError(f"{source} holds an empty state dict; save model.state_dict() into it")
@@ -87,10 +87,10 @@ def normalise_names(state: Mapping[str, Any], source: str = "weights") -> dict[s
 
 
 def check_plain(state: Mapping[str, Tensor], source: str) -> None:
-    """ValueError, with the name, for a tensor that is not dense, real and as large in memory as its shape says.
+    """Raise ValueError, naming the tensor, unless all are dense, real and as large in memory as their shapes say.
 
-    One value can be expanded to a shape of 10^12, and many names can share one memory: models built to such shapes
-    would ask for memory that no file has.
+    A file can expand one value to a shape of 10^12, or give one block of memory many names; a model of those shapes
+    would need far more memory than the file has bytes.
     """
     held: dict[int, int] = {}
     claimed = 0
@@ -112,7 +112,7 @@ def check_plain(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def _oddity(tensor: Tensor) -> str:
-    """What about a tensor is not plain, in words; empty if it is a plain one."""
+    """Why a tensor is not plain (dense, real, not expanded), in words; empty if it is plain."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -135,9 +135,9 @@ def _never(name: str) -> bool:
 
 
 class Adopted(NamedTuple):
-    """Weights of another model under a system's own names: those of the part that the system takes over from it.
+    """Another model's weights, renamed for the part of a model that starts from them (CLIP's for CRIS's backbone).
 
-    ``part``: how the names of that part begin. ``optional``: whether a name in it may be missing.
+    ``part``: the prefix of that part's names. ``optional``: tells whether a name in it may be missing.
     """
 
     state: Mapping[str, Tensor]
@@ -154,7 +154,8 @@ def compare(
 ) -> LoadReport:
     """Match weights with a model's state dict by name and shape.
 
-    ``part``: only names that begin so are compared. ``optional``: whether a name may be missing (it is ``kept`` then).
+    ``part``: only names with this prefix are compared. ``optional``: tells whether a name may be missing; if so, it is
+    reported as ``kept``.
     """
     wanted = {name: t for name, t in model.items() if name.startswith(part)}
     absent = [name for name in wanted if name not in state]
@@ -174,7 +175,10 @@ def compare(
 
 
 def copy_fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
-    """Copy what has a place of its shape; ValueError, before anything is copied, for weights without values."""
+    """Copy the tensors whose name and shape match into ``own``.
+
+    Raises ValueError, before anything is copied, for tensors without values (meta device).
+    """
     lacking = [name for name, tensor in state.items() if tensor.is_meta]
     if lacking:
         raise ValueError(f"{source}: {lacking[0]} has no values (meta device); save the model with its weights")
@@ -185,7 +189,7 @@ def copy_fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source:
 
 
 def misfit_message(report: LoadReport, found: str, expected: str) -> str:
-    """The message for weights that do not fit; ``found`` and ``expected`` are what their image encoders look like."""
+    """The error message for weights that do not fit; ``found`` and ``expected`` name the two image encoders."""
     lines = [f"the weights in {report.source} do not fit the model"]
     if found != expected:
         lines[0] += f": their image encoder looks like {found}, the model's is {expected}; use weights of {expected}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Read on first use: what only asks for the configuration does not wait for PyTorch.
-_HOMES = {
+# Public name -> module here, imported on first use: a caller that only needs the configuration does not load PyTorch.
+_MODULES = {
     "CRIS": "model",
     "CLIPConfig": "config",
     "CRISConfig": "config",
@@ -37,6 +37,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

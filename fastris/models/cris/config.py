@@ -1,4 +1,4 @@
-"""What a CRIS model is made of: dataclasses, the published presets, and the published YAML files."""
+"""CRIS's configuration: its dataclasses, the published presets, and reading the published YAML files."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> CLIPConfig:
-        """Build from a plain mapping; a key that is unknown or missing is named in a ValueError."""
+        """Build from a plain mapping. Raises ValueError, naming the keys, where some are unknown or missing."""
         names = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(mapping) - set(names)))
         missing = sorted(name for name, needed in names.items() if needed and name not in mapping)
@@ -189,8 +189,8 @@ class CRISConfig(ModelConfig):
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "configuration") -> CRISConfig:
         """Build from a flat mapping or one with the published sections ``DATA``, ``TRAIN``, ``TEST``.
 
-        Keys of the published files that do not shape the model are passed over; any other key is named in a warning;
-        a missing model key is an error. CLIP's sizes come from ``clip`` (a mapping) or from the name of
+        Keys of the published files that do not concern the model are ignored, unknown keys are named in a warning, and
+        a missing model key raises ValueError. CLIP's sizes come from ``clip`` (a mapping) or from the file name in
         ``clip_pretrain`` (``pretrain/RN50.pt`` means RN50).
         """
         flat = flatten_sections(mapping)
@@ -206,17 +206,17 @@ class CRISConfig(ModelConfig):
         return cls(**{key: value for key, value in flat.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, accepted back by :meth:`from_dict`. It names no system, as CRIS's files never have."""
+        """A plain nested dict that :meth:`from_dict` accepts. It has no ``system`` key, like all CRIS files so far."""
         return dataclasses.asdict(self)
 
     def in_words(self) -> str:
-        """``CRIS, CLIP RN50``."""
+        """The model and its encoder, such as ``CRIS, CLIP RN50``."""
         layers = "-".join(map(str, self.clip.vision_layers))
         encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
         return f"{self.title}, CLIP {encoder}"
 
     def without_weights(self) -> str:
-        """Encoders of one of CLIP's own sizes are there to start from CLIP."""
+        """Recommends CLIP's weights where the encoders have the size of a published CLIP model."""
         if all(self.clip != CLIPConfig.preset(name) for name in CLIP_PRESETS):
             return ""
         return (
@@ -226,7 +226,7 @@ class CRISConfig(ModelConfig):
 
 
 def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Lift the entries of the published files' sections (DATA, TRAIN, Distributed, TEST) to one flat dict."""
+    """Merge the sections of a published file (DATA, TRAIN, Distributed, TEST) into one flat dict."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and key != "clip":

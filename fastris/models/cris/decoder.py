@@ -103,9 +103,9 @@ def decoder_layer_forward(
 def decoder_layer_forward_with_weights(
     layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`decoder_layer_forward`, and the weights (B, N, L) of the cross-attention, averaged over the heads.
+    """Return :func:`decoder_layer_forward`'s result and the cross-attention weights (B, N, L), averaged over the heads.
 
-    The fast path of the cross-attention has no such average, so this sub-layer runs as published; the others are fast.
+    The fast cross-attention does not compute that average, so this sub-layer runs as published; the other two are fast.
     """
     pixels = _attend_to_pixels(layer, vis, _table_for(vis, vis_pos[:, 0])).transpose(0, 1)
     query, key = layer.norm2(pixels) + vis_pos.to(vis.device), txt + txt_pos.to(txt.device)
@@ -114,7 +114,7 @@ def decoder_layer_forward_with_weights(
 
 
 def maskless(forward: Callable) -> Callable:
-    """A decoder layer's ``forward`` without the padding mask: every word counts."""
+    """Wrap a decoder layer's ``forward`` so that it takes no padding mask: every word is attended to."""
 
     def without_mask(layer: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor) -> Any:
         return forward(layer, vis, txt, vis_pos, txt_pos, None)
@@ -138,7 +138,7 @@ def _attend_to_pixels(layer: Any, vis: Tensor, positions: Tensor) -> Tensor:
 
 def _feed_forward(layer: Any, pixels: Tensor) -> Tensor:
     """The feed-forward sub-layer: (N, B, D) -> (N, B, D)."""
-    in_published_order = requested_impl() == "reference"  # the others keep a sample's pixels together: no copies
+    in_published_order = requested_impl() == "reference"  # batch-first on the fast paths, where it needs no copy
     pixels = feed_forward(
         pixels if in_published_order else pixels.transpose(0, 1),
         _feed_forward_weights(layer.norm3, layer.ffn),
@@ -151,12 +151,12 @@ def _feed_forward(layer: Any, pixels: Tensor) -> Tensor:
 
 
 def _probability(owner: nn.Module, dropout: float) -> float:
-    """A dropout belongs to the module that holds it: that one's mode counts, which need not be the layer's."""
+    """The dropout probability; 0 where its ``owner``, whose mode may differ from the layer's, is in eval mode."""
     return dropout if owner.training else 0.0
 
 
 def _table_for(x: Tensor, table: Tensor) -> Tensor:
-    """A float32 table where ``x`` is, and in its dtype; under autocast it keeps its precision, as published."""
+    """Move a float32 position table to x's device and dtype; under autocast it stays float32, as published."""
     if torch.is_autocast_enabled(x.device.type):
         return table.to(x.device)
     return table.to(x)
@@ -172,25 +172,31 @@ def decoder_forward(decoder: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | N
 
 
 def normed(decoder: Any, pixels: Tensor) -> Tensor:
-    """A layer's answer (N, B, D) as the decoder gives it away: (B, D, N)."""
+    """The decoder's final LayerNorm and output order: (N, B, D) -> (B, D, N)."""
     return decoder.norm(pixels).permute(1, 2, 0)
 
 
 def run_layers(decoder: Any, vis: Tensor, txt: Tensor, *pad_mask: Tensor | None) -> Iterator[tuple[Tensor, Any]]:
-    """Each layer's (answer (N, B, D), what it returns besides or None); layers without a mask are given none."""
+    """Run the layers in order; after each, yield its output (N, B, D) and its second result, None if it has none.
+
+    ``pad_mask`` (B, L) is passed on only if given: layers of some variants take none.
+    """
     _, dim, height, width = vis.shape
     vis_pos, txt_pos = _positions(height, width, txt.shape[1], dim, vis.device)
     pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
-    if requested_impl() != "reference":  # one copy, after which every sum and norm runs along memory
+    if requested_impl() != "reference":  # one copy to batch-first memory, so that norms and sums read contiguous rows
         pixels = pixels.transpose(0, 1).contiguous().transpose(0, 1)
     for layer in decoder.layers:
-        answer = layer(pixels, words, vis_pos, txt_pos, *pad_mask)
-        pixels, besides = answer if isinstance(answer, tuple) else (answer, None)
-        yield pixels, besides
+        result = layer(pixels, words, vis_pos, txt_pos, *pad_mask)
+        pixels, second = result if isinstance(result, tuple) else (result, None)
+        yield pixels, second
 
 
 def _positions(height: int, width: int, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables (N, 1, D) and (L, 1, D). As published, rebuilt on the CPU each time and copied at each use."""
+    """Position tables of the pixels (N, 1, D) and words (L, 1, D), cached per size.
+
+    The reference path rebuilds them on the CPU at every call, as published.
+    """
     if requested_impl() == "reference":
         pixels, words = reference.sine_positions_2d(height, width, dim), reference.sine_positions_1d(length, dim)
     else:

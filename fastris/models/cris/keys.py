@@ -1,4 +1,4 @@
-"""CRIS's weights by name and shape: whether a state dict is CRIS's or CLIP's, and which CRIS it describes."""
+"""State dicts of CRIS and CLIP: tell them apart by names, rename CLIP's weights, infer a CRIS configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from fastris.models.cris.config import CLIPConfig, CRISConfig
 from fastris.models.state_dicts import Adopted
 
 CONNECT = "backbone.visual.attnpool.connect."
-"""CRIS's own layers inside the image encoder, which CLIP's weights do not have."""
+"""Prefix of the layers that CRIS adds to the image encoder, which CLIP's weights do not have."""
 
 _BATCH_COUNTER = ".num_batches_tracked"
+# Entries of OpenAI's TorchScript archives that are no weights.
 _NO_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
 _RESNETS: dict[tuple[tuple[int, ...], int], str] = {
     ((3, 4, 6, 3), 64): "RN50",
@@ -33,11 +34,11 @@ def is_clip(names: Iterable[str]) -> bool:
 
 
 def clip_to_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's weights under CRIS's names: ``visual.*`` and the text encoder's keys move below ``backbone.``.
+    """Rename CLIP's weights to CRIS's names: the prefix ``backbone.`` is added to every key.
 
-    The settings and the causal mask that TorchScript archives hold among the weights are left out; the ``text.`` prefix
-    that some open_clip models have goes. The attention pool's positions stay on the grid that they were trained on: the
-    model resizes them as it runs.
+    Drops the settings and the causal mask that TorchScript archives store among the weights, and the prefix ``text.``
+    of some open_clip models. The attention pool's positions keep the grid that they were trained on: the model resizes
+    them in its forward pass.
     """
     renamed = {}
     for name, tensor in state.items():
@@ -49,17 +50,17 @@ def clip_to_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adopt_clip(state: Mapping[str, Tensor]) -> Adopted | None:
-    """CLIP's weights as CRIS's ``backbone``; None where they are not CLIP's.
+    """CLIP's weights, renamed for CRIS's ``backbone``; None where they are not CLIP's.
 
-    ``connect`` may be missing. So may BatchNorm's step counters: files older than PyTorch 0.4.1 lack them, and they
-    take no part in CRIS's arithmetic.
+    Two kinds of entries may be missing: CRIS's own ``connect`` layers, and BatchNorm's step counters, which files older
+    than PyTorch 0.4.1 lack and CRIS does not use.
     """
     if not is_clip(state):
         return None
-    return Adopted(clip_to_backbone(state), "backbone.", _not_of_clip)
+    return Adopted(clip_to_backbone(state), "backbone.", _may_be_missing)
 
 
-def _not_of_clip(name: str) -> bool:
+def _may_be_missing(name: str) -> bool:
     return name.startswith(CONNECT) or name.endswith(_BATCH_COUNTER)
 
 
@@ -79,12 +80,12 @@ def architecture(state: Mapping[str, Tensor]) -> str:
 
 
 def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
-    """Read a CRIS model's dimensions off its weights (under the published names, prefixes removed).
+    """Derive a CRIS model's configuration from its weights' shapes (published names, wrappers' prefixes removed).
 
-    Shapes do not tell ``num_head``, ``word_len``, ``input_size``, ``dropout`` and ``intermediate``: they are taken as
-    published (8, 17, 416, 0.1, False) unless given in ``known``. Only ``num_head`` changes what the model computes, so
-    guessing it for a width other than the published 512 is said in a warning. CLIP's text heads are 64 wide, as in all
-    of OpenAI's models.
+    ``num_head``, ``word_len``, ``input_size``, ``dropout`` and ``intermediate`` cannot be derived: they take their
+    published values (8, 17, 416, 0.1, False) unless given in ``known``. Only ``num_head`` changes what the model
+    computes, so a warning is issued where it is guessed for a width other than the published 512. CLIP's text heads
+    are taken as 64 wide, as in all of OpenAI's models.
 
     Raises ValueError when these are not the weights of a CRIS model, naming what is missing.
     """
@@ -127,5 +128,5 @@ def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many blocks are numbered in these names: the largest number plus one, 0 if there is none."""
+    """The number of blocks: the largest number that ``pattern`` finds in the names plus one, 0 if it finds none."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)

@@ -21,7 +21,7 @@ from fastris.nn.recompute import check_setting, recomputed
 
 
 class ImageFeatures(NamedTuple):
-    """What a batch of images contributes to every expression about them: the neck's projected maps.
+    """A batch of encoded images, shared by all expressions about them: the neck's projected feature maps.
 
     For RN50 at 416x416: ``f3`` (B, 256, 26, 26), ``f4`` (B, 512, 26, 26), ``f5`` (B, 1024, 13, 13).
     """
@@ -31,15 +31,15 @@ class ImageFeatures(NamedTuple):
     f5: Tensor
 
     def select(self, index: Tensor | None) -> ImageFeatures:
-        """The features of the images that ``index`` (E,) names, in its order; all of them for None."""
+        """The features of the images at the positions ``index`` (E,), in that order; all images for None."""
         return self if index is None else ImageFeatures(*(level[index] for level in self))
 
 
 class CRIS(ReferringModel, tags=["cris"]):
     """CRIS with the published state-dict keys, shapes and values.
 
-    ``model(img, word, mask)`` follows the published contract: in training mode ``(pred.detach(), target, loss)``, where
-    ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, H/4, W/4), detached.
+    ``model(img, word, mask)`` returns what the published class returns: in training mode ``(pred.detach(), target,
+    loss)``, where ``target`` is the mask at the logits' size; in eval mode the logits (B, 1, H/4, W/4), detached.
 
     Several expressions about one image share its encoding::
 
@@ -89,7 +89,10 @@ class CRIS(ReferringModel, tags=["cris"]):
         return self
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
-        """Everything that depends on the images (B, 3, H, W) alone. H and W must be multiples of 32 pixels."""
+        """Encode images (B, 3, H, W), normalised as CLIP's, with the image encoder and the neck's image part.
+
+        Raises ValueError unless H and W are multiples of 32 pixels, TypeError for a dtype that does not fit.
+        """
         _check_images(images, next(self.backbone.visual.parameters()).dtype)
         maps = self.backbone.encode_image(images)
         return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
@@ -105,17 +108,17 @@ class CRIS(ReferringModel, tags=["cris"]):
     def loss(
         self, features: ImageFeatures, tokens: Tensor, mask: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(text-to-pixel contrastive loss, logits) of expressions about encoded images, from one pass.
+        """Return (text-to-pixel contrastive loss, logits (E, 1, H/4, W/4)), computed together.
 
-        As :meth:`segment`, with the expressions' masks (E, 1, H, W), soft or hard. The loss is the mean over all pixels
-        and expressions; both results can be differentiated.
+        Arguments as for :meth:`segment`, plus the expressions' masks (E, 1, H, W) in [0, 1]. The loss is the mean over
+        all pixels and expressions; both results can be differentiated.
         """
         _check_features(features)
         check_mask(mask, len(features.f3), len(tokens))
         return self.proj(*self._decode(features, tokens, index), mask)
 
     def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The decoder's pixel map (E, D, h, w) and the sentences' states (E, S)."""
+        """Encode the text and run neck and decoder: the pixel map (E, D, h, w) and the sentences' states (E, S)."""
         _check_features(features)
         _check_tokens(tokens, self.config)
         _check_index(index, len(features.f3), len(tokens))
@@ -134,12 +137,12 @@ class CRIS(ReferringModel, tags=["cris"]):
         return self.neck.fuse(projected, state)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The words (E, L, C) and the sentences' states (E, S) of token ids (E, L), by CLIP's text encoder."""
+        """Run CLIP's text encoder on token ids (E, L): the words (E, L, C) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
         return self.backbone.encode_text(tokens)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The CLIP encoders, and the head: everything else and, as published, their positional embeddings."""
+        """``backbone``: the CLIP encoders. ``head``: all else and, as published, CLIP's positional embeddings."""
         groups: dict[str, list[nn.Parameter]] = {"backbone": [], HEAD: []}
         for name, parameter in self.named_parameters():
             is_backbone = name.startswith("backbone") and "positional_embedding" not in name
@@ -147,7 +150,7 @@ class CRIS(ReferringModel, tags=["cris"]):
         return groups
 
     def check_training(self, expressions: int) -> None:
-        """Training needs expressions, and for BatchNorm over the sentences of this process alone two of them."""
+        """Raise ValueError for no expression, or for one where BatchNorm is not synchronised between processes."""
         super().check_training(expressions)
         if expressions == 1 and any(type(each) is nn.BatchNorm1d and each.training for each in self.neck.modules()):
             raise ValueError(
@@ -157,7 +160,7 @@ class CRIS(ReferringModel, tags=["cris"]):
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
-        """CLIP's weights as the ``backbone``."""
+        """CLIP's weights, renamed for the ``backbone``; None for other weights."""
         return keys.adopt_clip(state)
 
     @classmethod
@@ -171,16 +174,16 @@ class CRIS(ReferringModel, tags=["cris"]):
         return keys.architecture(state)
 
     def in_words(self) -> str:
-        """``CRIS on RN50``."""
+        """The model and its encoder, such as ``CRIS on RN50``."""
         return f"{self.config.title} on {keys.architecture(self.state_dict())}"
 
 
 def _without_shared_padding(tokens: Tensor) -> Tensor:
-    """Token ids (E, L) without the columns at the end that are padding in every sentence.
+    """Cut off the last columns of token ids (E, L) that are padding in every sentence.
 
-    Exact: CLIP's text encoder is causal, so no word sees what follows it, and the decoder masks padding. Only on a CPU,
-    where looking at the ids costs no wait for the device, and not where there are no values to look at: while compiling
-    or under PyTorch's fake tensors.
+    This is exact: CLIP's text encoder is causal, so no word attends to what follows it, and the decoder masks padding.
+    It is done on a CPU only, where reading the ids does not wait for a device, and not on the reference path, while
+    compiling or under PyTorch's fake tensors, which have no values.
     """
     if tokens.device.type != "cpu" or not _has_values(tokens) or requested_impl() == "reference":
         return tokens

@@ -20,8 +20,8 @@ class FPN(nn.Module):
         out_channels: widths of f3, f4, f5; the middle one is the width of the result.
 
     ``forward(imgs, state)`` takes (C3 (B, c3, 4h, 4w), C4 (B, c4, 2h, 2w), C5 (B, c5, h, w)) and ``state`` (B, c5) and
-    returns (B, out_channels[1], 2h, 2w). Only step 1 joins image and text, so the forward is split: :meth:`project` is
-    the part that an image needs once however many expressions ask about it, :meth:`fuse` is the rest.
+    returns (B, out_channels[1], 2h, 2w). It is split in two: :meth:`project` uses no text and runs once per image,
+    however many expressions ask about it; :meth:`fuse` runs once per expression.
     """
 
     def __init__(self, in_channels: Sequence[int] = (512, 1024, 1024), out_channels: Sequence[int] = (256, 512, 1024)):
@@ -42,7 +42,7 @@ class FPN(nn.Module):
         self.coordconv = nn.Sequential(CoordConv(out4, out4, 3, 1), conv_layer(out4, out4, 3, 1))
 
     def project(self, imgs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The image's own part: C3, C4, C5 -> f3 and f4 at stride 16, f5 at stride 32, before any text."""
+        """The part that uses no text: C3, C4, C5 -> f3 and f4 at stride 16, f5 at stride 32."""
         return neck_project(self, imgs)
 
     def fuse(self, projected: Sequence[Tensor], state: Tensor) -> Tensor:
@@ -54,16 +54,18 @@ class FPN(nn.Module):
 
 
 def neck_forward(neck: Any, imgs: Sequence[Tensor], state: Tensor | None) -> Tensor:
-    """The forward of any module with the attributes of :class:`FPN`; without a ``state`` nothing gates C5."""
+    """The forward of any module with the attributes of :class:`FPN`; None as ``state`` leaves C5 ungated by text."""
     return neck_fuse(neck, neck_project(neck, imgs), state)
 
 
 def neck_project(neck: Any, imgs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`FPN.project` of any module with the attributes of :class:`FPN`."""
     c3, c4, c5 = imgs
     return F.avg_pool2d(neck.f3_v_proj(c3), 2, 2), neck.f2_v_proj(c4), neck.f1_v_proj(c5)
 
 
 def neck_fuse(neck: Any, projected: Sequence[Tensor], state: Tensor | None) -> Tensor:
+    """:meth:`FPN.fuse` of any module with the attributes of :class:`FPN`."""
     f3, f4, f5 = projected
     f5 = neck.norm_layer(f5 if state is None else f5 * neck.txt_proj(state)[:, :, None, None])
     f4 = _cat_block(neck.f2_cat, [f4], [f5])

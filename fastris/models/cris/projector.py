@@ -1,4 +1,4 @@
-"""The projector (CRIS section 3.4): the sentence becomes a convolution kernel, its response the mask's logits."""
+"""The projector (CRIS section 3.4): a convolution with a kernel computed from the sentence gives the mask's logits."""
 
 from __future__ import annotations
 
@@ -36,19 +36,25 @@ class Projector(nn.Module):
         self.txt = nn.Linear(word_dim, in_dim * kernel_size * kernel_size + 1)
 
     def forward(self, x: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits; with a ``mask`` (B, 1, H, W) the fused text-to-pixel contrastive loss and the logits."""
+        """The logits; with a ``mask`` (B, 1, H, W), the fused text-to-pixel contrastive loss and the logits."""
         if mask is None:
             return projector_forward(self, x, word)
         return projector_loss(self, x, word, mask)
 
 
 class Reading(NamedTuple):
-    """What the numbers of a projector mean: its last 1x1 convolution gives M maps, the sentence Q kernels and biases.
+    """The layout of a projector's parameters and output, in which variants of CRIS differ.
 
-    Either one map is scored by Q text kernels, or M maps by one. ``size`` is the kernels' k; ``order`` names the map
-    that each logit map scores, ``biases`` its place among the biases, which come last in the text projection;
-    ``padding`` is that of the text convolution; ``form`` is Tensor for one of (B, Q or M, h, w), or the container of
-    one tensor (B, 1, h, w) each.
+    The last 1x1 convolution gives M maps and the text projection Q kernels, followed by all biases. Either Q kernels
+    score one map, or one kernel scores M maps.
+
+    Attributes:
+        kernels: Q, the number of text kernels.
+        size: k, the side of a text kernel.
+        order: for each logit map, the index of the map that it scores.
+        biases: for each logit map, the index of its bias.
+        padding: of the text convolution, in pixels.
+        form: ``Tensor`` for one tensor (B, Q or M, h, w); else the container of one tensor (B, 1, h, w) each.
     """
 
     kernels: int
@@ -60,7 +66,7 @@ class Reading(NamedTuple):
 
 
 def published_reading(projector: Any) -> Reading:
-    """The reading by ``in_dim`` and ``kernel_size``: all kernels and then all biases; M maps come as a tuple."""
+    """The published layout, from ``in_dim`` and ``kernel_size``; M > 1 maps give a tuple of logits."""
     size, last, text = projector.kernel_size, projector.vis[4], text_projection(projector)
     maps = last.out_channels // projector.in_dim
     outputs = (text if isinstance(text, nn.Linear) else text[0]).out_features
@@ -95,12 +101,14 @@ def text_projection(projector: Any) -> Any:
 
 
 def score(vis: Any, text: Any, reading: Reading, x: Tensor, word: Tensor) -> Any:
-    """Logits of a projector with the layers ``vis`` and the text projection ``text``, as ``reading`` says.
+    """Logits of a projector with the layers ``vis``, the text projection ``text`` and the layout ``reading``.
 
-    ``vis`` is (anything, block, anything, block, 1x1 convolution), a block (3x3 convolution, norm, activation).
+    ``vis`` is (upsampling, block, upsampling, block, 1x1 convolution), a block being (3x3 convolution, norm,
+    activation). The upsamplings are not called: they are part of the operator.
     """
     kernels, biases = _kernels_and_biases(text(word), reading)
-    more = reading.padding - reading.size // 2  # than the operator's; what a 1x1 kernel sees outside is its bias alone
+    # Padding beyond the operator's k // 2. Only a 1x1 kernel has more, and outside the map its logit is its bias.
+    more = reading.padding - reading.size // 2
     logits = text_to_pixel_similarity(
         _features(vis, x),
         kernels,
