@@ -17,10 +17,10 @@ class Operator:
     """One operator.
 
     Attributes:
-        name: of the public function, in ``fastris.ops.<module>``.
-        module: the file in ``fastris/ops``.
-        reference: the published formula, in ``fastris.reference``.
-        kernels: the file in ``kernels`` that has its Triton path; empty where plain PyTorch is the fast path.
+        name: the public function, in ``fastris.ops.<module>``.
+        module: its file in ``fastris/ops``.
+        reference: the function in ``fastris.reference`` with the published formula.
+        kernels: the file in ``kernels`` with its Triton path; empty where plain PyTorch is the fast path.
         case: the name under which ``fastris bench --op`` measures it.
     """
 

@@ -1,4 +1,4 @@
-"""What "the same" means: the bounds that every fast path is held to, against float64."""
+"""The error bounds, against float64, within which a fast path counts as equal to the published formula."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_same(fast: Tensor, published: Tensor, truth: Tensor, name: str, *, fl
 
 
 def _require(holds: bool, message: str) -> None:
-    """As an assertion, but ``python -O`` keeps it: no arm of a benchmark may pass because checks were stripped."""
+    """An assertion that ``python -O`` keeps: the benchmarks rely on these checks."""
     if not holds:
         raise AssertionError(message)
 
@@ -83,12 +83,12 @@ def assert_path_same(
     float32_tables: bool = False,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Outputs and gradients of ``fast`` and ``published`` in ``dtype``, both held against ``published`` in float64.
+    """Check outputs and gradients of ``fast`` in ``dtype`` against ``published`` in float64; see :func:`assert_same`.
 
     The inputs are rounded to ``dtype`` first, so that all three see the same numbers. In low precision the errors of
-    ``draws`` random upstream gradients are pooled, 8 unless told: the largest of a short bias gradient's few errors
-    would otherwise be luck on either side. ``float32_tables`` as in :func:`assert_same`. With ``autocast`` both
-    run under it, and are held to what the published formula loses there; the truth does not.
+    ``draws`` random upstream gradients are pooled, by default 8: a bias gradient has few elements, so the largest error
+    of a single draw would be luck. ``float32_tables`` as in :func:`assert_same`. With ``autocast``, ``fast`` and
+    ``published`` run under it, and ``fast`` may lose what ``published`` loses there; the float64 truth runs without.
     """
     low = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     high = {k: v.double() if v.is_floating_point() else v for k, v in low.items()}

@@ -75,7 +75,7 @@ class ModelConfig:
 
     @classmethod
     def from_yaml(cls: type[C], path: str | Path) -> C:
-        """Read a YAML file with the configuration's fields, as :meth:`from_dict` does; FileNotFoundError if it is missing."""
+        """Read a YAML file with the configuration's fields; errors are those of :meth:`from_dict`."""
         path, what = Path(path), f"give the YAML file of a {cls.title} configuration"
         if not path.is_file():
             raise FileNotFoundError(f"path: there is no file {path}; {what}")

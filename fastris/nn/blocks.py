@@ -1,4 +1,4 @@
-"""The two building bricks of the published neck and projector, under their published state-dict names."""
+"""The building blocks of the published neck and projector, with their published state-dict names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def linear_layer(in_dim: int, out_dim: int, bias: bool = False) -> nn.Sequential
 
 
 class CoordConv(nn.Module):
-    """A convolution that knows where it is: x and y in [-1, 1] are appended as two channels (x first).
+    """Convolution, BatchNorm and ReLU of a map with its coordinates x and y in [-1, 1] appended as two channels.
 
     (B, in_channels, H, W) -> (B, out_channels, H, W). Source: CRIS section 3.2; published ``CoordConv``.
     """
@@ -38,7 +38,7 @@ class CoordConv(nn.Module):
 
 
 def coord_block(block: Any, x: Tensor) -> Tensor:
-    """A :func:`conv_layer` whose convolution reads ``x`` and its coordinates."""
+    """Apply a :func:`conv_layer`, ``block``, to ``x`` (B, C, H, W) with its coordinates appended."""
     convolution, norm, activation = block
     padding, stride = convolution.padding[0], convolution.stride[0]
     return activation(norm(coord_conv(x, convolution.weight, convolution.bias, padding=padding, stride=stride)))

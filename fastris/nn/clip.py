@@ -1,7 +1,7 @@
-"""CLIP's ResNet and text transformer as CRIS uses them: dense maps instead of one vector, every word instead of one.
+"""CLIP's ResNet and text transformer as CRIS uses them: they return feature maps and every word, not single vectors.
 
-Built from open_clip's modules, so that parameter names, initialisation and numerics are CLIP's own. What CRIS changes
-is the attention pool (no pooling: every pixel attends to every pixel) and what is returned.
+Built from open_clip's modules, so that parameter names, initialisation and numerics are CLIP's own. CRIS changes what
+is returned, and the attention pool: it does not pool, every pixel attends to every pixel.
 Source: CRIS section 3.1; published file ``model/clip.py``.
 """
 
@@ -90,11 +90,11 @@ class DenseResNet(ModifiedResNet):
 
 
 class CLIPBackbone(nn.Module):
-    """CRIS's two encoders under one roof, with CLIP's parameter names.
+    """CRIS's image and text encoder in one module, with CLIP's parameter names.
 
-    Args mirror CLIP's: ``embed_dim`` is the width of ``state`` and of C5; ``image_resolution`` is the resolution the
-    attention pool's positions were trained at (224 for RN50 and RN101), not the one to run at. ``recompute`` is set by
-    :meth:`fastris.CRIS.set_recompute`.
+    The arguments are CLIP's: ``embed_dim`` is the width of ``state`` and of C5; ``image_resolution`` is the one at
+    which the attention pool's positions were trained, in pixels (224 for RN50 and RN101), not the one to run at.
+    ``recompute`` is set by :meth:`fastris.CRIS.set_recompute`.
     """
 
     recompute = "none"
@@ -136,11 +136,11 @@ class CLIPBackbone(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) -> C3 (B, 8w, H/8, W/8), C4 (B, 16w, H/16, W/16), C5 (B, E, H/32, W/32)."""
+        """(B, 3, H, W) -> C3 (B, 8w, H/8, W/8), C4 (B, 16w, H/16, W/16), C5 (B, E, H/32, W/32); w = vision_width."""
         return self.visual(image)
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) -> every word (B, L, D), and the sentence ``state`` (B, E) read at the end token.
+        """Token ids (B, L) -> the words (B, L, D) and the sentence ``state`` (B, E), which is read at the end token.
 
         The end token has the largest id of the vocabulary, so argmax finds it.
         """

@@ -10,9 +10,9 @@ from fastris import reference
 class TextToPixelContrastiveLoss(nn.Module):
     """Text-to-pixel contrastive loss (CRIS equations 9 and 10) from logits (B, 1, h, w) and a mask (B, 1, H, W).
 
-    The mask is resized to the logits by nearest neighbour, as published, and may be soft at its edges. Replaces
+    The mask, in [0, 1], is resized to the logits by nearest neighbour, as published. Replaces
     ``F.interpolate(mask, ...)`` followed by ``F.binary_cross_entropy_with_logits``. Returns a scalar for
-    ``reduction`` "mean" or "sum", the per-pixel loss for "none".
+    ``reduction`` "mean" or "sum", the loss of every pixel (B, 1, h, w) for "none". Raises ValueError for another one.
     """
 
     def __init__(self, reduction: str = "mean"):

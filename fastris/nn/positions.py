@@ -1,4 +1,4 @@
-"""The decoder's fixed position tables, computed once per size and device instead of nine times a forward pass."""
+"""The decoder's fixed sine position tables, computed once per size and device and then cached."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastris import reference
 
 
 def pixel_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """The 2-D table (height*width, dim), float32, on ``device``."""
+    """The table of a pixel grid, (height*width, dim) float32; see :func:`fastris.reference.sine_positions_2d`."""
     if torch.compiler.is_compiling():
         return reference.sine_positions_2d(height, width, dim, device)
     return _cached(height, width, dim, device)
 
 
 def word_positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """The 1-D table (length, dim), float32, on ``device``."""
+    """The table of a sentence's words, (length, dim) float32; see :func:`fastris.reference.sine_positions_1d`."""
     if torch.compiler.is_compiling():
         return reference.sine_positions_1d(length, dim, device)
     return _cached(length, None, dim, device)

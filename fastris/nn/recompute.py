@@ -1,23 +1,23 @@
-"""Less memory for the backward pass, for time: parts of the forward are computed again instead of kept.
+"""Activation recomputation: keep fewer tensors for the backward pass, and compute the others again there.
 
 Every convolution of the image encoder is followed by BatchNorm and ReLU. Autograd keeps the convolution's result for
 the norm's gradient and the ReLU's result for the next convolution's: two maps where one would do, because the second
-is a pointwise function of the first. ``"pointwise"`` keeps what products compute (convolutions, matrix products,
-attention) and the small maps that pooling leaves, and computes the rest again: norms, ReLU, casts of the weights to
-autocast's dtype. ``"stages"`` does too, but keeps nothing but the input of those stages of the image encoder that have
-the largest maps for the cheapest products: the stem, layer1 and layer2.
+is a pointwise function of the first. The settings:
 
-Both keep nothing but the input of the text encoder. It computes little for its many small operations, of which every
-one costs time to watch.
+- ``"pointwise"`` keeps the results of products (convolutions, matrix products, attention) and of pooling, and computes
+  the rest again: norms, ReLU, casts of the weights to autocast's dtype.
+- ``"stages"`` does the same, but of the stem, layer1 and layer2 it keeps the input alone. These stages of the image
+  encoder have the largest maps and the cheapest products.
 
-Both are ``torch.utils.checkpoint`` without reentrance, the first with selective contexts. A hand-written autograd
-function for convolution, norm and ReLU would keep as much and dispatch faster, but would have to do again, for every
-dtype and memory format, what autograd, autocast and SyncBatchNorm do for the modules as they are, and match their bits.
-:func:`recomputed` adds what PyTorch leaves to the caller: BatchNorm's running statistics move once, modules compute
-again in the mode (training or not) and by the path (:mod:`fastris.dispatch`) of the forward pass, and the casts of one
-pass do not depend on another pass's.
+Of the text encoder both keep the input alone: it has many small operations, and deciding about each costs time.
 
-The decoder and the projector are left alone: their autograd functions keep little as they are.
+Both use ``torch.utils.checkpoint`` (``use_reentrant=False``), the first with selective contexts. A hand-written
+autograd function for convolution, norm and ReLU would keep as much and dispatch faster, but would have to repeat, for
+every dtype and memory format, what autograd, autocast and SyncBatchNorm do, bit for bit. :func:`recomputed` adds what
+PyTorch leaves to the caller: BatchNorm's running statistics are updated once, modules compute again in the mode
+(training or not) and by the path (:mod:`fastris.dispatch`) of the forward pass, and each pass casts weights for itself.
+
+The decoder and the projector are not recomputed: their autograd functions keep little anyway.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ATTENTION = "_scaled_dot_product"
 
 
 def check_setting(setting: str) -> str:
-    """``setting`` itself. Raises ValueError, with the valid ones, for any other."""
+    """Return ``setting``; raise ValueError unless it is one of :data:`RECOMPUTE_SETTINGS`."""
     if setting not in RECOMPUTE_SETTINGS:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE_SETTINGS)}, got {setting!r}")
     return setting
@@ -51,18 +51,18 @@ def check_setting(setting: str) -> str:
 def recomputed(
     modules: Sequence[nn.Module], setting: str, function: Callable[..., Any], *inputs: Tensor, whole: bool = False
 ) -> Any:
-    """``function(*inputs)``, with intermediate results that are computed again in the backward pass.
+    """Return ``function(*inputs)``; its intermediate results are computed again in the backward pass.
 
     Args:
-        modules: what ``function`` calls, or what holds it; without them BatchNorm's statistics would move twice.
+        modules: the modules that ``function`` runs, or their parents. Their BatchNorm statistics are updated once only.
         setting: one of :data:`RECOMPUTE_SETTINGS`.
         function: deterministic but for PyTorch's generators, whose state is restored for the second pass.
-        whole: keep nothing but the inputs, instead of what products compute.
+        whole: keep the inputs alone, instead of the results of products.
 
     Values, gradients, dropout masks and BatchNorm's running statistics are those of ``"none"``, bit for bit. Nothing is
     recomputed in eval mode or without gradients. Under ``torch.compile``, ``"pointwise"`` is left to the compiler,
     which decides by itself which pointwise results to keep. SyncBatchNorm exchanges its sums once more, on all ranks
-    in the same order. What kept products can be run backward once: PyTorch's selective checkpoints allow no more.
+    in the same order. Unless ``whole``, the backward pass can run only once, as in PyTorch's selective checkpoints.
     """
     if setting == "none" or not any(module.training for module in modules) or not torch.is_grad_enabled():
         return function(*inputs)
@@ -72,14 +72,14 @@ def recomputed(
     kind, impl = inputs[0].device.type, requested_impl()
 
     def first_pass(*inputs: Tensor) -> Any:
-        with _own_casts(kind):
+        with _autocast_without_cache(kind):
             return function(*inputs)
 
     modes = [(module, module.training) for top in modules for module in top.modules()]
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         keep, use = (nullcontext(),) * 2 if whole else create_selective_checkpoint_contexts(_keep_products)
-        return keep, _second_pass(modes, impl, use)
+        return keep, _restore_first_pass(modes, impl, use)
 
     return checkpoint(first_pass, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -88,7 +88,7 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
     return _policy(operator)
 
 
-@functools.cache  # it is asked for every operation
+@functools.cache  # it is called for every operation
 def _policy(operator: Any) -> CheckpointPolicy:
     namespace, _, name = str(operator).partition(".")
     if name in _PRODUCTS or name.startswith(_ATTENTION) or namespace == "fastris":
@@ -96,34 +96,40 @@ def _policy(operator: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _own_casts(kind: str) -> AbstractContextManager:
-    """Autocast, where it is on, without its cache: else a second use of the weights in one block would cast nothing,
-    and the copies would live until the block ends."""
+def _autocast_without_cache(kind: str) -> AbstractContextManager:
+    """Autocast without its cache of cast weights, if autocast is on for the device type ``kind``.
+
+    With the cache, a second use of a weight would record no cast to compute again, and the copies would stay in memory
+    until the caller's autocast block ends.
+    """
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 @contextmanager
-def _second_pass(modes: list[tuple[nn.Module, bool]], impl: str, inner: AbstractContextManager) -> Iterator[None]:
-    """Modules and operators in the mode of the first pass, and norms with copies of their running statistics to move.
+def _restore_first_pass(
+    modes: list[tuple[nn.Module, bool]], impl: str, inner: AbstractContextManager
+) -> Iterator[None]:
+    """Recompute under the modules' modes and the operators' path of the first pass.
 
-    The backward pass may run outside the forward's :func:`use_impl` block, and on CUDA runs in another thread.
+    Norms update copies of their running statistics, which are then dropped. The backward pass may run outside the
+    forward's :func:`use_impl` block, and on CUDA runs in another thread.
     """
-    now = [(module, module.training) for module, _ in modes]
-    moved = [
+    modes_before = [(module, module.training) for module, _ in modes]
+    own_buffers = [
         (module, module._buffers.copy()) for module, training in modes if training and isinstance(module, _BatchNorm)
     ]
     try:
         for module, training in modes:
             module.training = training
-        for norm, buffers in moved:
+        for norm, buffers in own_buffers:
             for name, buffer in buffers.items():
                 norm._buffers[name] = None if buffer is None else buffer.clone()
         with use_impl(impl), inner:
             yield
     finally:
-        for module, training in now:
+        for module, training in modes_before:
             module.training = training
-        for norm, buffers in moved:
+        for norm, buffers in own_buffers:
             norm._buffers.update(buffers)

@@ -1,8 +1,8 @@
-"""The absorbed cross-attention sub-layer in plain PyTorch: attention whose keys and values are as wide as a pixel.
+"""The absorbed cross-attention sub-layer in plain PyTorch: attention with keys and values of the full width D.
 
-:mod:`fastris.ops.cross_attention` explains where keys and values come from. The backward pass is written out, so that
-little is kept for it: autograd alone would hold the normalised pixels, the queries, the scores and both sides of
-the second norm.
+:mod:`fastris.ops.cross_attention` explains where keys and values come from. The backward pass is hand-written to keep
+little: autograd alone would keep the normalised pixels, the queries, the scores, and input and output of the second
+norm.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def absorbed_attention(
 
 
 def kept_scale(dropout: float) -> float:
-    """What dropout multiplies the kept numbers by."""
+    """The factor by which dropout scales the kept numbers: 1 / (1 - p), or 0 where all are dropped."""
     return 1 / (1 - dropout) if dropout < 1 else 0.0
 
 
 class _AbsorbedAttention(torch.autograd.Function):
-    """Kept for the backward pass: x, the attention weights, the branch's mask, each norm's mean and deviation.
+    """Keeps for the backward pass: x, the attention weights, the branch's mask, the norms' means and deviations.
 
-    Scores and weights are (B, heads, L, N): a softmax over a few words is fast where memory runs along the pixels.
-    Softmax has no negative weights, so one that dropout drops is kept with its sign flipped. The queries and what the
-    pixels gathered from the words are cheap to compute again.
+    Scores and weights are (B, heads, L, N): a softmax over a few words is fast where the pixels are contiguous. Softmax
+    has no negative weights, so a weight that dropout drops is stored with its sign flipped. The queries and the output
+    of the attention are cheap to compute again.
     """
 
     @staticmethod
@@ -107,7 +107,7 @@ def _query(x: Tensor, positions: Tensor, affine: Tensor, eps: float, dtype: torc
 
 
 def _gather(weights: Tensor, values: Tensor, affine: Tensor, attention_dropout: float) -> Tensor:
-    """What every pixel gathers from the words, (B, N, D): the kept weights times the values, and the output bias."""
+    """The attention's output (B, N, D): the kept weights times the values, plus the output bias."""
     return torch.bmm(_kept(weights, attention_dropout).mT, values).to(affine.dtype).add_(affine[2])
 
 

@@ -1,4 +1,4 @@
-"""What the operators share at their public boundary: dtype rules under autocast, and checks that name the argument."""
+"""What all operators share: the dtype rule under autocast, and checks of arguments whose errors name the argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def compute_dtype(first: Tensor) -> torch.dtype:
-    """The dtype an operator computes and answers in: autocast's where it is on for the device, else the input's."""
+    """The dtype of an operator's computation and result: autocast's if it is on for the device, else the input's."""
     kind = first.device.type
     if first.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -15,7 +15,10 @@ def compute_dtype(first: Tensor) -> torch.dtype:
 
 
 def check_tensors(operator: str, **tensors: Tensor | None) -> None:
-    """All on one device, all floating point, and of one dtype unless autocast will make them so."""
+    """Raise unless the tensors are on one device, floating point and, outside autocast, of one dtype.
+
+    TypeError for dtypes, ValueError for devices. None stands for an optional argument that was not given.
+    """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
         check_is_tensor(operator, name, tensor)
@@ -37,12 +40,13 @@ def check_tensors(operator: str, **tensors: Tensor | None) -> None:
 
 
 def check_is_tensor(operator: str, name: str, value: object) -> None:
+    """Raise TypeError, naming operator and argument, unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def check_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    """``expected`` holds a size, or a letter where any size goes."""
+    """Raise ValueError unless the shape is ``expected``: for each axis its size, or a letter where any size fits."""
     check_is_tensor(operator, name, tensor)
     fits = tensor.ndim == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)

@@ -41,8 +41,8 @@ def text_to_pixel_contrastive_loss(
     Args:
         features, kernel, bias, pointwise_weight, pointwise_bias, impl: as in
             :func:`~fastris.ops.similarity.text_to_pixel_similarity`, and so are the logits.
-        target: the masks (B, Q, H', W'), floating point of any dtype, in [0, 1]; soft at the edges if they like. Where
-            H' x W' is not the logits' size they are resized by nearest neighbour, as published.
+        target: the masks (B, Q, H', W'), floating point of any dtype, hard or soft, in [0, 1]. Where H' x W' is not
+            the logits' size they are resized by nearest neighbour, as published.
         reduction: ``"mean"`` over the counted pixels of all samples and queries, ``"sum"``, or ``"none"`` for the
             loss of every pixel (B, Q, H, W).
         pos_weight: factor of the loss on referred pixels, a number or a tensor that broadcasts to the logits, as in
@@ -53,8 +53,8 @@ def text_to_pixel_contrastive_loss(
     The loss is computed and summed in float32, or float64 for float64 features, and returned so under autocast; without
     autocast it has the logits' dtype. The mean over an empty batch is NaN, as everywhere in PyTorch.
 
-    Backward honours any upstream gradient, of the loss and of the logits. target, pos_weight and ignore_mask are data:
-    no gradient reaches them.
+    Gradients flow back from both the loss and the logits. target, pos_weight and ignore_mask are data: no gradient
+    reaches them.
 
     Raises ValueError for a wrong shape, an unknown reduction or tensors on different devices; TypeError for dtypes that
     do not fit; RuntimeError when ``impl="triton"`` cannot run here.
@@ -92,9 +92,9 @@ def text_to_pixel_contrastive_loss(
 
 
 class _CountedPixels(NamedTuple):
-    """What the logits are compared with, at their size: ``target`` and, where given, the other two, all (B, Q, H, W).
+    """The loss's data at the logits' size: ``target`` and, where given, ``ignored`` (B, Q, H, W) and ``pos_weight``.
 
-    ``pos_weight`` may have any shape that broadcasts to it.
+    ``pos_weight`` may have any shape that broadcasts to (B, Q, H, W).
     """
 
     target: Tensor
@@ -119,7 +119,7 @@ def _counted_pixels(
     shape: tuple[int, int, int, int],
     wide: torch.dtype,
 ) -> _CountedPixels:
-    """Check the data that the logits are compared with and bring it to their ``shape``, in dtype ``wide``."""
+    """Check target, pos_weight and ignore_mask, and bring them to the logits' ``shape`` and the dtype ``wide``."""
     check_is_tensor(operator, "target", target)
     if not target.is_floating_point():
         raise TypeError(f"{operator}: target must be floating point, got {target.dtype}; convert it with .float()")
@@ -162,7 +162,7 @@ def _check_map(operator: str, name: str, data: Tensor, features: Tensor, shape: 
 
 
 def _pixel_loss(logits: Tensor, counted: _CountedPixels) -> Tensor:
-    """The published loss of every pixel, in the logits' dtype. A pixel that is ignored may hold anything, NaN too."""
+    """The published loss of every pixel, in the logits' dtype; 0 where it is ignored, even if the logit is NaN."""
     target, pos_weight, ignored = counted
     if ignored is not None:
         logits, target = logits.masked_fill(ignored, 0), target.masked_fill(ignored, 0)

@@ -1,4 +1,4 @@
-"""Convolution of a map and its coordinates, in plain PyTorch: what is constant is convolved once for the whole batch.
+"""Convolution of a map and its coordinates, in plain PyTorch: the coordinates are convolved once for the whole batch.
 
 CoordConv's two coordinate channels do not depend on the input:  W * cat[x, grid] = W_x * x + W_grid * grid.  The last
 term is one map for the whole batch, and x keeps its width, which tensor cores like better than two channels more.
@@ -32,9 +32,9 @@ def coord_conv(
         impl: ``"reference"`` concatenates and convolves as published; every other choice splits the coordinates off,
             in plain PyTorch on any device and dtype.
 
-    The coordinates are float32 numbers, as published, rounded to the dtype that the convolution computes in. Answers in
-    autocast's dtype where autocast is on, else in x's. Raises ValueError for a weight that does not fit or tensors on
-    different devices, TypeError for dtypes that do not fit.
+    The coordinates are float32 numbers, as published, rounded to the dtype that the convolution computes in. The result
+    is in autocast's dtype where autocast is on, else in x's. Raises ValueError for a weight that does not fit or
+    tensors on different devices, TypeError for dtypes that do not fit.
 
     Source: CRIS section 3.2; published ``CoordConv``; :func:`fastris.reference.coord_conv`.
     """

@@ -1,6 +1,6 @@
-"""Every pixel looks at every word: the decoder's cross-attention, with the text absorbed into the projections.
+"""The decoder's cross-attention of pixels to words, with the pixels' projections absorbed into the text.
 
-The words are few, so both projections of the pixels can be moved to the words. With q = LN(x) + pos and, for head h,
+The words are few, so both projections of the pixels can be applied to the words. With q = LN(x) + pos and, for head h,
 the slices Wq_h, bq_h, Wo_h of the query and output projections and the projected words K_h, V_h (L, d):
 
     (q Wq_h^T + bq_h) K_h^T / sqrt(d)  =  q K'_h^T + b_h       K'_h = K_h Wq_h / sqrt(d),  b_h = K_h bq_h / sqrt(d)
@@ -25,7 +25,7 @@ from fastris.ops.absorbed_attention import absorbed_attention, kept_scale
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 from fastris.reference import AttentionWeights
 
-# The kernels' softmax holds one head's words in a tile of at most this many columns.
+# The kernels' softmax keeps one head's words in one tile of at most this many columns.
 MAX_KERNEL_WORDS = 128
 
 
@@ -61,14 +61,14 @@ def cross_attention(
     Returns (B, N, D) in x's dtype: the residual keeps its precision. The matrix products run in autocast's dtype where
     autocast is on, else in x's dtype; normalisation and softmax inside the kernels run in float32.
 
-    Absorbing pays while heads * L < D. Beyond that (at D = 512 and 8 heads: from 64 words on) the fast paths project
-    the pixels as published and call PyTorch's ``scaled_dot_product_attention``; ``triton`` also does so for more than
-    128 words. On a CPU, outside ``torch.compile``, words behind the longest real sentence of the batch are cut off
-    first: they have no weight, so nothing changes.
+    Absorbing saves work while heads * L < D. Beyond that (at D = 512 and 8 heads: from 64 words on) the fast paths
+    project the pixels as published and call PyTorch's ``scaled_dot_product_attention``; ``triton`` also does so for
+    more than 128 words. On a CPU, outside ``torch.compile``, words behind the longest real sentence of the batch are
+    cut off first: they have no weight, so nothing changes.
 
-    A sample whose words are all padding: the published formula divides 0 by 0 there and answers NaN. The fast paths
-    attend to nothing: all weights are 0, and output and gradients are finite. Non-finite inputs at real positions pass
-    through as IEEE arithmetic says.
+    For a sample whose words are all padding the published formula divides 0 by 0 and returns NaN. On the fast paths all
+    its weights are 0, and output and gradients are finite. Non-finite inputs at real positions propagate as in IEEE
+    arithmetic.
 
     The fast paths keep x, the weights P and a few numbers per pixel for the backward pass, which computes the rest
     again; they can be differentiated once.
@@ -110,7 +110,7 @@ def cross_attention(
 
 
 class _Branch(NamedTuple):
-    """What stays the same on the way through one call."""
+    """The weights and settings of one call, as the functions below take them."""
 
     weights: AttentionWeights
     num_heads: int
@@ -168,7 +168,7 @@ def _check_padding_mask(padding_mask: Tensor, x: Tensor, words: int) -> None:
 
 
 def _trim(text: Tensor, text_positions: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Without the words behind the longest real sentence of the batch; one word always stays."""
+    """Cut off the words behind the longest real sentence of the batch; at least one word stays."""
     real = (~padding_mask).any(dim=0).nonzero()
     length = int(real[-1]) + 1 if len(real) else 1
     return text[:, :length], text_positions[:length], padding_mask[:, :length]

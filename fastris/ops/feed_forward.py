@@ -33,8 +33,10 @@ def feed_forward(
 
     ``weights`` is :class:`fastris.reference.FeedForwardWeights`; ``inner_dropout`` acts behind the ReLU and ``dropout``
     on the branch, both only when ``training``. ``impl="reference"`` runs :func:`fastris.reference.feed_forward`, and so
-    does every path under ``torch.compile``, which decides by itself what to keep. Every other choice runs this file,
-    on any device and dtype; it can be differentiated once. Source: CRIS section 3.3; published ``ffn``.
+    does every path under ``torch.compile``, which decides by itself what to keep. Every other choice runs the path
+    here, on any device and dtype; it can be differentiated once. Returns (..., D).
+
+    Source: CRIS section 3.3; ``ffn`` of the published ``TransformerDecoderLayer``.
     """
     if not training:
         dropout = inner_dropout = 0.0
@@ -98,6 +100,6 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm in the dtype of its parameters, answered in x's, with the mean and 1/deviation of every row."""
+    """LayerNorm, computed in its parameters' dtype and returned in x's, with every row's mean and 1/deviation."""
     normed, mean, rstd = torch.ops.aten.native_layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps)
     return normed.to(x.dtype), mean, rstd

@@ -1,4 +1,4 @@
-"""1x1 convolution of concatenated maps, in plain PyTorch: what is small is convolved before it is spread out.
+"""1x1 convolution of concatenated maps, in plain PyTorch: small maps are convolved before they are upsampled.
 
 A 1x1 convolution mixes channels and upsampling mixes pixels, so they commute, and a convolution of concatenated maps is
 the sum of the convolutions of its parts:  W cat[a, up2(b)] = W_a a + up2(W_b b).  The upsampled map and the
@@ -31,10 +31,10 @@ def pointwise_conv_cat(
         full: maps (B, C_i, 2H, 2W); may be empty where ``half`` is not.
         half: maps (B, C_j, H, W), to be upsampled; may be empty where ``full`` is not.
         weight: (C', C, 1, 1), C the sum of all widths in the order of the concatenation; bias (C',) or None.
-        impl: ``"reference"`` concatenates and convolves as published; every other choice runs the identity above, which
-            is plain PyTorch on any device and dtype.
+        impl: ``"reference"`` concatenates and convolves as published; every other choice adds up the convolutions of
+            the parts, in plain PyTorch on any device and dtype.
 
-    Answers in autocast's dtype where autocast is on, else in that of the maps. Raises ValueError for maps or weights
+    The result is in autocast's dtype where autocast is on, else in the maps'. Raises ValueError for maps or weights
     that do not fit each other or lie on different devices, TypeError for dtypes that do not fit.
 
     Source: CRIS section 3.2; ``f2_cat`` and ``aggr`` of the published ``FPN``;
@@ -44,7 +44,7 @@ def pointwise_conv_cat(
     if requested_impl(impl) == "reference":
         return reference.pointwise_conv_cat(full, half, weight, bias)
     parts = weight.split([part.shape[1] for part in (*full, *half)], dim=1)
-    biases = [bias] + [None] * (len(parts) - 1)  # once, wherever: upsampling keeps a constant as it is
+    biases = [bias] + [None] * (len(parts) - 1)  # added once, to any part: upsampling does not change a constant
     terms = [F.conv2d(*term) for term in zip(full, parts[: len(full)], biases, strict=False)]
     if half:
         own = zip(half, parts[len(full) :], biases[len(full) :], strict=True)

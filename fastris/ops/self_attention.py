@@ -1,8 +1,8 @@
-"""The decoder's self-attention sub-layer without the attention maps that nobody reads.
+"""The decoder's self-attention sub-layer, without the averaged attention maps that the published code never reads.
 
-As published, ``nn.MultiheadAttention`` is asked for its averaged weights, so every layer builds, drops out, averages
-and keeps N x N maps for each head (676 x 676 x 8 at 416x416). The values do not need them: query and key share one
-projection, and the rest is PyTorch's ``scaled_dot_product_attention``.
+The published code asks ``nn.MultiheadAttention`` for its averaged weights, so every layer computes, averages and keeps
+N x N maps for each head (676 x 676 x 8 at 416x416). Here PyTorch's ``scaled_dot_product_attention`` is called, whose
+fused kernels never build them.
 """
 
 from __future__ import annotations

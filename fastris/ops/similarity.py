@@ -8,7 +8,7 @@ each sample's map with that sample's own k x k kernel ``w``, which PyTorch can o
 2. ``w_t . b1`` must be counted only where tap t falls inside the image. Every tap is therefore a map of its own,
    ``T_t = w'_t . x + c_t`` at every pixel, and the logits are the sum of the T_t, each shifted by its tap. What is
    shifted in from outside is zero, constants included, so the border needs no special case.
-3. The middle tap is inside the image everywhere: the bias rides in its constant.
+3. The middle tap is inside the image everywhere, so the bias is added to its constant.
 
 What is left is one skinny product (H*W, C) x (C, Q*k*k) that reads the features once, and a shift-add of Q*k*k small
 maps. Only the features and the folded kernels are kept for the backward.
@@ -158,7 +158,7 @@ def reference_similarity(
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What folding and sums are computed in: float32, or float64 for float64."""
+    """The dtype of folding and of sums: float32, or float64 for float64."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -190,7 +190,7 @@ def fold(
 def shifted_tap_sum(pixels: Tensor, folded: FoldedKernel, height: int, width: int) -> Tensor:
     """Logits (B, Q, H, W) in the folded kernels' dtype, from ``pixels`` (B, C, H*W) in the compute dtype.
 
-    The skinny product is written from the side on which the features are contiguous, so that their gradient is too.
+    The operands' order follows the features' memory layout, so that their gradient has the same one.
     """
     if streams(pixels):
         return streamed_tap_sum(pixels, *folded[:2], height, width, folded.size)

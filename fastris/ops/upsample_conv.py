@@ -27,8 +27,8 @@ from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 
-# The samples of a batch are taken in parts whose nine tap images stay below these bytes. On a CPU a larger block is
-# mapped afresh by the allocator on every call, and touching its pages costs a good part of the matrix product.
+# A batch is computed in parts whose nine tap images stay below these bytes. On a CPU the allocator maps larger blocks
+# anew on every call, and the page faults cost a good part of the matrix product's time.
 CPU_PART_BYTES = 32 * 2**20
 GPU_PART_BYTES = 512 * 2**20
 
@@ -46,10 +46,10 @@ def upsample2x_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     and ``torch`` follow x as a convolution does (channels_last stays channels_last); ``triton`` answers channels_last.
 
     The fast paths keep only x and weight, in the computing dtype, for the backward pass, and can be differentiated
-    once. Their intermediate is nine tap images of C' channels at low resolution; the batch is taken in parts, whole
-    samples each, that hold it below 32 MiB on a CPU and 512 MiB on a GPU. All sums over channels run in float32 or
-    better; tap images are stored in the computing dtype, so in float16 each of them must stay below 65504. A non-finite
-    value in a sample reaches only that sample, but on the ``torch`` path all of it: zeros are multiplied there.
+    once. Their intermediate is nine tap images of C' channels at low resolution; the batch is computed in parts of
+    whole samples that keep it below 32 MiB on a CPU and 512 MiB on a GPU. All sums over channels run in float32 or
+    better; tap images are stored in the computing dtype, so in float16 their values must stay below 65504. A non-finite
+    value spreads within its own sample only, but on the ``torch`` path to every pixel of it: zeros multiply it there.
 
     Raises ValueError for a wrong shape, an empty image or tensors on different devices; TypeError for dtypes that do
     not fit; RuntimeError when ``impl="triton"`` cannot run here.
@@ -133,7 +133,7 @@ class _UpsampleConv(torch.autograd.Function):
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast off; nothing to do in a compiled backward, which is traced inside the forward's block."""
+    """Turn autocast off; a compiled backward needs nothing, as it is traced inside the forward's block."""
     return nullcontext() if torch.compiler.is_compiling() else torch.autocast(x.device.type, enabled=False)
 
 
@@ -233,7 +233,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Of x's dtype and device, channels_last where x is."""
+    """An uninitialised tensor of x's dtype, device and memory format (channels_last or contiguous)."""
     memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 

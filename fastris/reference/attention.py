@@ -92,10 +92,11 @@ def cross_attention(
     training: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``x + drop(LN(CrossAttn(q = LN(x) + pos, k = text + textpos, v = text)))``: every pixel looks at every word.
+    """``x + drop(LN(CrossAttn(q = LN(x) + pos, k = text + textpos, v = text)))``, the second sub-layer (section 3.3).
 
-    ``x`` (N, B, D), ``text`` (L, B, D), ``positions`` (N, 1, D), ``text_positions`` (L, 1, D) are sequence-first;
-    ``padding_mask`` (B, L) is True where a word is padding.
+    Every pixel attends to every word. ``x`` (N, B, D), ``text`` (L, B, D), ``positions`` (N, 1, D), ``text_positions``
+    (L, 1, D) are sequence-first, as in the published layer; ``padding_mask`` (B, L) is True where a word is padding.
+    Returns (N, B, D).
     """
     query = _layer_norm(x, weights.norm_weight, weights.norm_bias, eps) + positions.to(x.device)
     key = text + text_positions.to(text.device)
@@ -135,7 +136,10 @@ def feed_forward(
     training: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``x + drop(W2 LN(drop(ReLU(W1 LN(x)))))``, any leading shape. Easy to miss: the LayerNorm of the hidden width."""
+    """``x + drop(W2 LN(drop(ReLU(W1 LN(x)))))``, the third sub-layer (section 3.3): (..., D) -> (..., D).
+
+    Easy to miss: the LayerNorm of the hidden width F.
+    """
     hidden = _layer_norm(x, weights.norm_weight, weights.norm_bias, eps)
     hidden = F.dropout(F.relu(F.linear(hidden, weights.up_weight, weights.up_bias)), inner_dropout, training)
     hidden = _layer_norm(hidden, weights.inner_norm_weight, weights.inner_norm_bias, eps)

@@ -1,4 +1,4 @@
-"""Upsample, then convolve: the neck's 1x1 and coordinate convolutions, the projector's 3x3 (CRIS, 3.2 and 3.4)."""
+"""The neck's 1x1 and coordinate convolutions and the projector's upsampled 3x3 one (CRIS, sections 3.2 and 3.4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pointwise_conv_cat(
 
 
 def coord_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolution of x (B, C, H, W) with its coordinates as two channels more, in x's dtype."""
+    """Convolution of x (B, C, H, W) with its coordinates appended as two channels, in x's dtype: (B, C', H', W')."""
     return F.conv2d(append_coordinates(x).to(x.dtype), weight, bias, stride, padding)
 
 

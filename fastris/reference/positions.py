@@ -1,4 +1,4 @@
-"""Where a pixel or a word stands: the decoder's sine tables, and CoordConv's channels (CRIS, sections 3.2, 3.3)."""
+"""Position encodings: the decoder's sine tables and CoordConv's coordinate channels (CRIS, sections 3.2 and 3.3)."""
 
 from __future__ import annotations
 

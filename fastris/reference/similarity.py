@@ -1,4 +1,4 @@
-"""The sentence against every pixel, and the loss on that (CRIS, section 3.4, equations 8 to 10).
+"""Text-to-pixel similarity and the contrastive loss on it (CRIS, section 3.4, equations 8 to 10).
 
 Shapes: B batch, C channels of the pixel map, Q text kernels per sample, k their side.
 """
@@ -52,7 +52,7 @@ def contrastive_loss(logits: Tensor, target: Tensor, *, reduction: str = "mean")
 
 
 def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:
-    """The mask (B, 1, H, W) at the logits' size by nearest neighbour, as published; unchanged when sizes agree."""
+    """Resize the mask (B, 1, H, W) to ``size``, the logits' (h, w), by nearest neighbour, as published."""
     if tuple(target.shape[-2:]) == tuple(size):
         return target
     return F.interpolate(target, tuple(size), mode="nearest").detach()

@@ -1,8 +1,8 @@
 """Attention with dropout on a CPU, where ``scaled_dot_product_attention`` has no fused path for it.
 
-PyTorch's CPU kernel falls back to whole N x N maps for every head and sample at once as soon as dropout is on. Here one
-head of one sample is done at a time, so that its map stays in the cache, and nothing of size N x N is kept: the
-backward pass computes the map again and draws the same mask again from the same seed.
+With dropout, PyTorch's CPU kernel falls back to N x N maps of all heads and samples at once. Here one head of one
+sample is computed at a time, so that its map stays in the cache, and nothing of size N x N is kept: the backward pass
+computes the map again and draws the same mask again from the same seed.
 """
 
 from __future__ import annotations

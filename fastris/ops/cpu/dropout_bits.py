@@ -1,7 +1,7 @@
 """Dropout masks on a CPU for a tenth of the time: raw random bits from NumPy's SFC64 against a threshold.
 
-``bernoulli_`` draws one number at a time from a Mersenne twister. Thirty-two raw bits decide one element as well, to
-2^-32 of the probability, and the bits seed from ``torch.manual_seed`` like everything else.
+``bernoulli_`` draws one number at a time from a Mersenne twister. Thirty-two raw bits decide an element just as well,
+to 2^-32 of the probability. NumPy's generator is seeded from torch's, so ``torch.manual_seed`` makes masks repeat.
 """
 
 from __future__ import annotations

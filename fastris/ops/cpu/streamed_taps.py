@@ -1,8 +1,9 @@
-"""The sum of shifted taps on a CPU, for maps that no cache near the cores holds.
+"""The sum of shifted taps on a CPU, for feature maps that are larger than the caches.
 
-The skinny product (taps, C) x (C, H*W) has nine rows and so little to compute: reading the map decides. A BLAS library
-walks down all channels at once, a page of memory for each; a few channels at a time are read as one stream, from the
-first pixel to the last, while the maps of the taps stay in the cache. So is the map for the kernels' gradient.
+The product (taps, C) x (C, H*W) of :mod:`fastris.ops.similarity` has nine rows and little arithmetic, so reading the
+map takes most of the time. A BLAS library reads all channels at once, each from a memory page of its own. Here a few
+channels at a time are read as one stream, from the first pixel to the last, while the maps of the taps stay in the
+cache. The kernels' gradient reads the map in the same way.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 
 CHANNELS, CHANNELS_BACKWARD = 16, 32
-"""How many are read at once, for the taps and for the kernels' gradient."""
+"""Channels that are read at once, for the taps and for the kernels' gradient."""
 
 LEAST_BYTES = 2**24
-"""Below this, one call of the library is faster than several."""
+"""Size of the smallest map that is streamed; for smaller ones a single BLAS call is faster."""
 
 
 def streams(pixels: Tensor) -> bool:
-    """Whether :func:`streamed_tap_sum` is the faster way for ``pixels`` (B, C, H*W).
+    """Whether to use :func:`streamed_tap_sum` for ``pixels`` (B, C, H*W).
 
-    Partial sums are added in the map's own dtype, which has to be float32 or float64. Compiled code is left as it is.
+    Partial sums are added in the map's own dtype, so it must be float32 or float64. Never under ``torch.compile``.
     """
     return (
         pixels.device.type == "cpu"
@@ -71,7 +72,8 @@ class _StreamedTapSum(torch.autograd.Function):
 
 
 def _shifts(size: int, height: int, width: int) -> Iterator[tuple[Any, Any]]:
-    """For every tap but the middle one, the logits (B, Q, H, W) that it reaches and what of (B, Q, k*k, H, W) reaches.
+    """For every tap but the middle one: an index into the logits (B, Q, H, W), and the index into the maps of the taps
+    (B, Q, k*k, H, W) of what is added there.
 
     Tap t is shifted by (t // k - k // 2, t % k - k // 2), the order of ``F.fold``.
     """
@@ -83,5 +85,5 @@ def _shifts(size: int, height: int, width: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _overlap(shift: int, length: int) -> tuple[slice, slice]:
-    """Where a line moved by ``shift`` lands on itself, and which part of it does."""
+    """Target and source slice of a line of ``length`` pixels that is moved by ``shift``."""
     return slice(max(shift, 0), length + min(shift, 0)), slice(max(-shift, 0), length - max(shift, 0))
