@@ -1,4 +1,4 @@
-"""Data sets of referring expressions, and what turns them into the model's input."""
+"""Data sets of referring expressions: their readers, and the conversion to a model's input tensors."""
 
 from __future__ import annotations
 

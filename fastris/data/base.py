@@ -1,4 +1,4 @@
-"""What every source of referring expressions offers, whatever stands behind it."""
+"""The interface of every data set of referring expressions, and the error that bad data raises."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MAX_CHARACTERS = 1000  # of a sentence; the time of byte-pair encoding grows wit
 class DataError(ValueError):
     """Something in the user's data is wrong; the message names the reference or file and says what to do.
 
-    What a message quotes may come from a stranger's file, so nothing of it reaches a terminal that could steer it.
+    Messages quote untrusted files, so characters that could control a terminal are escaped.
 
     Args:
-        message: shown as `printable` makes it.
-        lines: the message is our own and has several lines, which stay.
+        message: what went wrong; it passes through `printable`.
+        lines: keep the message's line breaks. Only for messages that quote no file.
     """
 
     def __init__(self, message: str = "", *, lines: bool = False):
@@ -30,13 +30,13 @@ class DataError(ValueError):
 
 
 def printable(text: object) -> str:
-    """`fastris.runtime.plain.printable` of at most `LONGEST` characters: what is cut off ends in "..."."""
+    """`fastris.runtime.plain.printable` of at most `LONGEST` characters; a longer text is cut and ends in "..."."""
     text = str(text)
     return plain.printable(text if len(text) <= LONGEST else text[:LONGEST] + "...")
 
 
 def shown(value: object) -> str:
-    """A value of a stranger's file in a message: as Python spells it, at most `SHOWN` characters, whatever its size."""
+    """The repr of a value from an untrusted file, for a message: cut to about `SHOWN` characters, however large."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = SHOWN
     short.maxlist = short.maxtuple = short.maxdict = 10

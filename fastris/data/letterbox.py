@@ -1,4 +1,4 @@
-"""The published letterbox: one affine warp into a square, and its inverse."""
+"""The published letterbox: an affine warp of an image into a square, and its inverse."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Letterbox:
         return np.array(source, np.float32), np.array(target, np.float32)
 
     def warp_image(self, rgb: np.ndarray, inputs: Inputs = CLIP_INPUTS) -> torch.Tensor:
-        """Warp an image, cubic, with the mean colour around it, and normalise it by the mean and deviation.
+        """Warp an image with cubic interpolation and a border of the mean colour, then normalise it.
 
         Args:
             rgb: (H, W, 3) uint8.
-            inputs: whose mean and deviation; CLIP's unless a model says otherwise.
+            inputs: the mean and standard deviation of each channel, by default CLIP's.
 
         Returns:
             (3, S, S) float32 on the CPU.
@@ -72,7 +72,7 @@ class Letterbox:
         return pixels.div_(255).sub_(mean).div_(std)
 
     def warp_mask(self, mask: np.ndarray) -> torch.Tensor:
-        """Warp a mask, linear, with zero around it: soft at the edges, in steps of 1/255.
+        """Warp a mask with linear interpolation and a border of zeros: soft at the edges, in steps of 1/255.
 
         Args:
             mask: (H, W) bool.
@@ -90,7 +90,7 @@ class Letterbox:
         return torch.from_numpy(warped / 255).float()[None]
 
     def unwarp(self, probabilities: np.ndarray) -> np.ndarray:
-        """Warp a map of the square back to the image, cubic, with zero around it.
+        """Warp a map of the square back to the image, with cubic interpolation and zeros outside.
 
         Cubic interpolation overshoots at steep edges, so values may leave [0, 1] by a little, as published.
 

@@ -1,4 +1,4 @@
-"""One split of a data set by its name: the names, and the one way to open them."""
+"""Open one split of a data set by the data set's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g", "gre
 
 
 def check_name(name: str) -> None:
-    """Raises :class:`DataError` where there is no data set of that name; the message lists them."""
+    """Raise :class:`DataError`, listing the known names, unless there is a data set of that name."""
     if name not in DATASETS:
         raise DataError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
 

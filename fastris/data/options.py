@@ -1,4 +1,4 @@
-"""The options that say which data a command reads, declared once for all commands; and the data that they name."""
+"""The options that select a command's data, declared once for all commands, and the function that opens it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastris.options.declare import option
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """Fields for the options of a command that reads a data set, which inherits them.
+    """Base class of the options of commands that read a data set.
 
     Raises:
         DataError: an unknown data set, or files named for one that has none. A class with a `__post_init__` of its own
@@ -27,16 +27,17 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_name(self.dataset)
-        _where(self)
+        _reader_options(self)
 
 
 def load_split(options: DataOptions, split: str) -> ReferringDataset:
-    """One split of the data that a command's options name; see :func:`load_dataset`."""
-    return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **_where(options))
+    """Open one split of the data that a command's options select; see :func:`load_dataset`."""
+    given = _reader_options(options)
+    return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **given)
 
 
-def _where(options: DataOptions) -> dict[str, str]:
-    """What the options say about where the files lie and how, as far as they say it."""
+def _reader_options(options: DataOptions) -> dict[str, str]:
+    """The options `images` and `format` for a data set's reader, as far as they are given."""
     given = {name: value for name in ("images", "format") if (value := getattr(options, name)) is not None}
     if given and options.dataset == "synthetic":
         raise DataError(f"dataset=synthetic reads no files, so {' and '.join(given)} must be left out")

@@ -1,8 +1,8 @@
 """Files that a data set names: kept inside the folder that they belong to, and read only if they are regular files.
 
-A folder that the user lays out, or names, may be a link and lie anywhere. What lies in it, and what the data set's own
-files say, is a stranger's: no name leaves its folder, by its spelling or by a link, and a FIFO or a device, which never
-ends, is not opened.
+A folder that the user names may be a link and lie anywhere. The names in it, and those in the data set's own files, are
+untrusted: none may lead out of its folder, by its spelling or by a link, and FIFOs and devices, which never end, are
+not opened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KINDS = {
 
 
 def stays(name: str) -> bool:
-    """Whether a name, by its spelling, is one below its folder on every system, and one that a file can have."""
+    """Whether a name is, by its spelling alone, a valid relative path that stays in its folder on every system."""
     if len(name) <= MAX_PART and _PLAIN.fullmatch(name):
         return True
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
@@ -50,10 +50,10 @@ def stays(name: str) -> bool:
 
 
 def safe_name(name: str, where: str, *, key: str = "file_name", folder: str = "the folder of images") -> str:
-    """The name, if by its spelling it stays inside of its folder on every system.
+    """Return `name`, if by its spelling it stays in its folder on every system.
 
     Raises:
-        DataError: it is absolute, climbs with "..", or is none that a file can have; the message begins with `where`.
+        DataError: it is absolute, contains "..", or cannot be a file's name; the message begins with `where`.
     """
     if not stays(name):
         raise DataError(f"{where} has {key} {shown(name)}, which leaves {folder} or names no file; correct it")
@@ -61,7 +61,7 @@ def safe_name(name: str, where: str, *, key: str = "file_name", folder: str = "t
 
 
 class Look:
-    """What stands behind names in folders of images and masks; each name, and each folder, is looked at once."""
+    """Checks the files of images and masks. Results are cached: each name, and each folder, is looked at once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], str] = {}
@@ -105,10 +105,13 @@ class Look:
 
 
 def place(folder: Path, name: str, where: str, look: Look, *, key: str, kind: str, prefix: str = "") -> tuple[str, str]:
-    """A name in its folder, less a `prefix` with which people who count from the root begin it, and `look` at it.
+    """Find `name` in its folder, without `prefix` if there is no file with it: some write paths from the data's root.
+
+    Returns:
+        the name in the folder, and what `look` says of it ("" for a file).
 
     Raises:
-        DataError: what is left leaves the folder; the message begins with `where`.
+        DataError: the name leaves the folder; the message begins with `where`.
     """
     safe_name(name, where, key=key, folder=kind)
     found = look(folder, name)
@@ -119,10 +122,10 @@ def place(folder: Path, name: str, where: str, look: Look, *, key: str, kind: st
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is something to read; a file that cannot even be looked at is an error, not an absent one.
+    """Whether there is a file.
 
     Raises:
-        DataError: it is no regular file, or the system refuses to look.
+        DataError: it is no regular file, or the system refuses access, so that it is not known.
     """
     try:
         os.lstat(path)
@@ -138,7 +141,7 @@ def is_dir(path: Path) -> bool:
     """Whether there is such a folder.
 
     Raises:
-        DataError: the system refuses to look.
+        DataError: the system refuses access.
     """
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
@@ -151,10 +154,10 @@ def is_dir(path: Path) -> bool:
 
 
 def regular(path: Path) -> int:
-    """The size in bytes of a regular file, wherever links lead.
+    """The size in bytes of a regular file; links are followed.
 
     Raises:
-        DataError: it is a FIFO, a device or a folder, or cannot be looked at; the message says why.
+        DataError: it is a FIFO, a device or a folder, or cannot be accessed; the message says why.
     """
     try:
         state = os.stat(path)
@@ -168,7 +171,7 @@ def regular(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
-    """A regular file for reading.
+    """Open a regular file for reading.
 
     Raises:
         DataError: it is larger than `max_bytes`, is no regular file, or the system refuses to read it.
@@ -184,17 +187,17 @@ def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
 
 
 def content(path: Path, max_bytes: int) -> bytes:
-    """All of a regular file; errors are those of `opened`."""
+    """The content of a regular file; errors are those of `opened`."""
     with opened(path, max_bytes) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, max_bytes) + 1)  # room for what is asked for is taken at once
+        data = file.read(min(size, max_bytes) + 1)  # read() allocates as much as it is asked for
     if len(data) > size or size > max_bytes:
         raise DataError(f"{path} has more bytes than the {size} that it had when it was opened; try again")
     return data
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error of a file or folder that the system refuses to read: the system's reason, and the mend."""
+    """The error for a file or folder that cannot be read, with the system's reason and the mend."""
     if error.errno in _ABSENT:
         mend = "put it there, or correct its name"
     elif error.errno in (errno.EACCES, errno.EPERM):

@@ -1,4 +1,4 @@
-"""Data sets to the tensors that training and evaluation take."""
+"""Turn data sets into the tensors of training and evaluation, and draw the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastris.models.inputs import CLIP_INPUTS, Inputs
 
 
 def worker_init(worker_id: int) -> None:
-    """For `DataLoader(worker_init_fn=worker_init)`: one OpenCV thread in each worker process.
+    """For `DataLoader(worker_init_fn=worker_init)`: one OpenCV thread in each worker process, as published.
 
-    As published; here and not at import, so that the process that imports fastris keeps its own setting.
+    It is not set at import, so that the process that imports fastris keeps its own setting.
     """
     import cv2
 
@@ -27,7 +27,7 @@ def worker_init(worker_id: int) -> None:
 
 
 def digest(*numbers: int) -> int:
-    """64 bits that depend on every one of the numbers, the same on every machine and Python."""
+    """A 64-bit hash of the numbers, the same on every machine and version of Python."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -44,10 +44,10 @@ def _count_truncated(
 
 
 class TrainSamples(Dataset[dict[str, Any]]):
-    """One item per reference, with one of its sentences: another one each epoch.
+    """One item per reference, with one of its sentences, drawn anew each epoch.
 
-    Which sentence is decided by (seed, epoch, index) alone: workers, their number, the order of the items and a
-    resumed run change nothing. Persistent workers see `set_epoch` too.
+    The sentence depends on (seed, epoch, index) alone, not on the number of workers, the order of the items or whether
+    the run was resumed. `set_epoch` reaches persistent workers too.
 
     Args:
         dataset: where references, images and masks come from.
@@ -71,7 +71,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
         self.word_len = word_len
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        find_tokenizer(inputs.tokenizer)  # now, and not in a worker
+        find_tokenizer(inputs.tokenizer)  # an unknown name fails here, not in a worker
 
     def tokenize(self, sentences: str | Sequence[str]) -> TokenBatch:
         """Token ids (N, L) of sentences, and which of them were cut."""
@@ -88,7 +88,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
 
     @cached_property
     def truncated(self) -> int:
-        """Number of sentences of the whole data set, read in any epoch, that are cut to `word_len`.
+        """Number of sentences of the whole data set that are cut to `word_len`.
 
         Counted at first use by tokenising all of them: seconds for RefCOCO's training split.
         """
@@ -180,10 +180,10 @@ class EvalSamples(Dataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of indices, for `DataLoader(batch_sampler=...)`: a permutation that (seed, epoch) decides alone.
+    """Batches of indices, for `DataLoader(batch_sampler=...)`: a permutation that depends on (seed, epoch) alone.
 
-    An epoch can be entered at any batch, so a run that was interrupted inside one goes on with exactly the batches
-    that it would have seen. Several processes share the batches of one: each yields its own part of every batch.
+    An epoch can start at any batch, so a run that was interrupted inside one continues with exactly the batches that
+    it would have seen. Several processes draw the same batches, and each yields its own share of every batch.
 
     Args:
         n: number of samples.
@@ -191,8 +191,8 @@ class EpochSampler(Sampler[list[int]]):
         batch_size: samples per batch, over all processes.
         drop_last: leave the last batch out if it is not full; with `n` below `batch_size` there is none then.
         processes, rank: how many processes share each batch, and which of them this is, from 0.
-        parts: the parts in which each process works through its share, so that part p of all processes together is
-            part p of the whole batch.
+        parts: into how many parts each process divides its share (gradient accumulation); the parts p of all processes
+            together are part p of the whole batch.
 
     Raises:
         ValueError: `batch_size` below 1, or it does not split into equal shares and parts.

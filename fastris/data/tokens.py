@@ -1,4 +1,4 @@
-"""Sentences to token ids, CLIP's or another model's, cut to the model's length as published."""
+"""Tokenizers: sentences to token ids, CLIP's or another model's, cut to the model's length as published."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ Tokenizer: TypeAlias = Callable[[str | Sequence[str], int], TokenBatch]
 """(sentences, L) -> tokens (N, L) padded with 0, and the flags of those that were cut, as :func:`tokenize`."""
 
 TOKENIZERS: dict[str, Tokenizer] = {"clip": tokenize}
-"""By the name that a model gives (:class:`fastris.models.inputs.Inputs`)."""
+"""Tokenizers by name; a model names its own in :class:`fastris.models.inputs.Inputs`."""
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name; ValueError, with the known names, for another."""
+    """The tokenizer ``name``. Raises ValueError, listing the known names, for an unknown one."""
     if name not in TOKENIZERS:
         raise ValueError(f"tokenizer {name!r} is unknown; known are {', '.join(TOKENIZERS)}: add it to TOKENIZERS")
     return TOKENIZERS[name]
 
 
 def check_sentence(sentence: str) -> None:
-    """ValueError, as of `tokenize`, where it does not take the sentence."""
+    """Raise the error that `tokenize` raises for a sentence that it does not take."""
     _checked_words("sentence", sentence)
 
 

@@ -1,4 +1,4 @@
-"""References whose images and annotations lie in files: what every format on disk has in common."""
+"""The base class of all readers of data sets on disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ Record = Annotated | UnusableReference
 def collect(
     rows: Iterable[Row], build: Callable[[Row], Annotated], ref_id: Callable[[Row], Any], budget: Budget
 ) -> Iterator[Record]:
-    """`build` of each row, or, where that raises DataError, the error as one of this reference."""
+    """Build a reference from each row; where that fails, yield the error in its place.
+
+    Raises:
+        TooMuch: the split as a whole takes too much memory.
+    """
     for row in rows:
         if isinstance(row, UnusableReference):
             yield row
@@ -46,9 +50,9 @@ def collect(
         except UnusableReference as error:
             budget.spend(ERROR)
             yield error
-        except TooMuch:  # not of this reference alone
+        except TooMuch:  # an error of the whole split
             raise
-        except (DataError, OSError) as error:  # of the system, where it cannot even look a file's name up
+        except (DataError, OSError) as error:  # OSError: the system cannot even look the file's name up
             budget.spend(ERROR)
             yield UnusableReference(str(error), BAD_RECORD, ref_id(row))
 
@@ -56,21 +60,21 @@ def collect(
 class AnnotatedDataset(ReferringDataset):
     """One split of a data set on disk.
 
-    Opening a split reads its annotation files and, unless `on_error="skip"`, decodes no image and no mask. Images come
-    as stored: annotations are made for raw pixels, so EXIF orientation is not applied; grey and palette images become
-    RGB, transparency is left away, and of an animation the first picture counts.
+    Opening a split reads its annotation files and, unless `on_error="skip"`, decodes no image and no mask. Images are
+    returned as stored: annotations are made for raw pixels, so EXIF orientation is not applied. Grey and palette images
+    become RGB, transparency is dropped, and of an animation the first frame is used.
 
     Args:
         name, split: of the data set.
-        records: its references; those that a reader could not make sense of as errors.
-        on_error: what a reference does that `usable.py`, the rule that `fastris data check` goes by too,
-            calls unusable. "raise": what the annotation says and whether the image's file is there is looked at at
-            once, and the first trouble is an error; what takes a look into the image or the mask (an unreadable,
-            damaged or unsuitable image, a size that differs from the annotation's, a mask that encloses no pixel) is
-            an error when that reference is read. "skip": everything is looked at at once, every image decoded, which
-            takes some 20 s per 10,000 photos of 640 x 480 pixels; unusable references are left out and listed in
-            `skipped`, and `len` never changes later. A file that is damaged or removed after that is an error when it
-            is read. "defer", for tools that check: every reference is kept, and is an error when it is read.
+        records: its references, with an error in place of each one that the reader could not build.
+        on_error: what to do about references that `usable.py`, the rule of `fastris data check`, calls unusable.
+            "raise": annotations, and whether the image's file exists, are checked now, and the first problem raises.
+            Problems that only show in the image or the mask (an unreadable, damaged or unsuitable image, a size that
+            differs from the annotation's, a mask without pixels) raise when that reference is read.
+            "skip": everything is checked now, every image decoded, which takes some 20 s per 10,000 photos of 640 x 480
+            pixels. Unusable references are left out and listed in `skipped`; `len` never changes later. A file that
+            is damaged or removed afterwards raises when it is read.
+            "defer", for tools that check: every reference is kept, and an unusable one raises when it is read.
 
     Raises:
         DataError: unusable references, or none that is usable.
@@ -88,12 +92,12 @@ class AnnotatedDataset(ReferringDataset):
 
     @classmethod
     def finds(cls, name: str, root: Path) -> bool:
-        """Whether the data set of this name lies under `root` in this reader's format."""
+        """Whether `root` holds the data set of this name in this reader's format."""
         raise NotImplementedError
 
     @classmethod
     def splits(cls, name: str, root: Path, images: str | Path | None = None) -> list[str]:
-        """The splits that it has there."""
+        """The splits that the data set of this name has under `root`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -111,7 +115,7 @@ class AnnotatedDataset(ReferringDataset):
         return self._rule.image(self._item(index))
 
     def mask(self, index: int) -> np.ndarray:
-        """The object of reference `index`: (H, W) bool, at its image's size; polygons are merged.
+        """The mask of reference `index`: (H, W) bool, at its image's size; the union of all polygons.
 
         Raises:
             DataError: the segmentation encloses no pixel, or the image is unreadable or has another size.
@@ -122,14 +126,14 @@ class AnnotatedDataset(ReferringDataset):
         return np.zeros((height, width), bool) if code is None else annotation.decode(code)
 
     def run_lengths(self, index: int) -> dict[str, Any] | None:
-        """`mask` as COCO's compressed run lengths, `{"size": [H, W], "counts": text}`; None if nothing is named."""
+        """`mask` as COCO's compressed run lengths, `{"size": [H, W], "counts": text}`; None for no target."""
         item = self._item(index)
         height, width = self._rule.size(item)
         code = self._rule.code(item)
         return None if code is None else {"size": [height, width], "counts": code["counts"].decode("ascii")}
 
     def image_folder(self, index: int) -> Path | None:
-        """The folder in which the image of reference `index` has the reference's `file_name`; None if in none."""
+        """The folder that the `file_name` of reference `index` is relative to; None if the image is not in a folder."""
         root = self._item(index).root
         return root[0] if root else None
 
@@ -145,9 +149,9 @@ class AnnotatedDataset(ReferringDataset):
         return item
 
     def problems(self, index: int, seen: Seen) -> list[UnusableReference]:
-        """Everything that keeps reference `index` from being used, its image decoded; `seen` goes from one to the next.
+        """All problems of reference `index`; its image is decoded. Pass the same `seen` for every index.
 
-        Of a split that was opened with `on_error="defer"`.
+        The split must have been opened with `on_error="defer"`.
         """
         try:
             item = self._item(index)
@@ -168,12 +172,12 @@ class AnnotatedDataset(ReferringDataset):
         return usable
 
     def _first_problem(self, item: Annotated, seen: Seen, on_error: OnError) -> UnusableReference | None:
-        """What keeps the reference from being used; with "skip" all of the rule is asked."""
+        """The first problem of a reference, None if it has none; only "skip" looks into image and mask."""
         found = self._rule.stated(item, seen)
         return first_of(found or (self._rule.looked(item, seen) if on_error == "skip" else ()))
 
     def _account(self, unusable: list[UnusableReference], total: int, usable: int, on_error: str) -> None:
-        """List what is left out, or raise the first of it."""
+        """List the unusable references in `skipped`, or raise the first one; raise if no reference is left."""
         for error in unusable:
             self.skipped.setdefault(error.problem, []).append(error.ref_id)
         counts = ", ".join(f"{len(refs)} {problem}" for problem, refs in self.skipped.items())

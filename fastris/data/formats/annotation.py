@@ -1,4 +1,4 @@
-"""COCO segmentations, polygons and run lengths, and pictures of masks, to masks."""
+"""Convert annotations to masks: COCO's polygons and run lengths, and image files of masks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MASK_MODES = ("1", "L", "P", "I", "I;16", "RGB")
 
 @dataclass(frozen=True)
 class Several:
-    """The union of several segmentations of one image; of none: nothing is referred to."""
+    """The union of several segmentations of one image; without parts it stands for "no target"."""
 
     parts: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class MaskPicture:
-    """A mask as a picture: a file, or the bytes of one. What is not zero belongs to the object."""
+    """A mask stored as an image: a file, or the bytes of one. Pixels that are not zero belong to the object."""
 
     file: Path | bytes
 
@@ -38,7 +38,7 @@ class WrongSize(BadAnnotation):
 
 
 def checked(segmentation: Any, height: int, width: int) -> list[Any]:
-    """The form of a COCO segmentation checked, in pure Python and without making a mask.
+    """Check the form of a COCO segmentation, in pure Python and without decoding a mask.
 
     Args:
         segmentation: polygons `[[x1, y1, x2, y2, ...], ...]`, whose union counts; or, for crowds, run lengths
@@ -47,11 +47,11 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
         height, width: of the image, in pixels.
 
     Returns:
-        the polygons that enclose something (fewer than three points do not), or the run lengths, or the parts of
-        `Several` of which something is left; [] if nothing is left.
+        the polygons of at least three points, or the run lengths, or the parts of `Several` that are not empty; [] for
+        an empty segmentation.
 
     Raises:
-        BadAnnotation: not of that form; `WrongSize` if made for an image of another size.
+        BadAnnotation: another form; `WrongSize` if it was made for an image of another size.
     """
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise BadAnnotation(f"an image of {height} x {width} pixels (height x width) is out of bounds")
@@ -67,9 +67,9 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
 
 
 def encode(segmentation: Any, height: int, width: int) -> Any:
-    """A segmentation as one run-length code of pycocotools; of polygons and run lengths no pixel is decoded.
+    """Encode a segmentation as one run-length code of pycocotools; only a `MaskPicture` is decoded to pixels.
 
-    Polygons, and the parts of `Several`, are merged; the published loader adds them up, so that overlaps wrap.
+    Polygons, and the parts of `Several`, are united; the published loader adds them up, so that overlaps wrap around.
     Arguments and errors are those of `checked`; `MaskPicture` is accepted too.
 
     Returns:
@@ -101,7 +101,7 @@ def decode(code: Any) -> np.ndarray:
 
 
 def _read_picture(file: Path | bytes, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of a picture of a mask, of which palette indices count, not colours."""
+    """Read a mask image: (H, W) bool. Of a palette image the indices count, not the colours."""
     from PIL import Image
 
     try:
@@ -122,7 +122,7 @@ def _read_picture(file: Path | bytes, height: int, width: int) -> np.ndarray:
 
 
 def _checked_polygons(polygons: list[Any], height: int, width: int) -> list[list[float]]:
-    """The polygons that enclose something, after a check of their form."""
+    """Check the form of polygons; return those of at least three points."""
     for number, polygon in enumerate(polygons):
         if not isinstance(polygon, list):
             raise BadAnnotation(f"polygon {number} is {type(polygon).__name__}, but must be a list of numbers")
@@ -137,14 +137,14 @@ def _checked_polygons(polygons: list[Any], height: int, width: int) -> list[list
 
 
 def _outline(polygon: list[float]) -> float:
-    """Steps that drawing a polygon takes: along each side, the pixels of its longer direction, and one."""
+    """The length of a polygon's outline in pixels, as it is drawn: for each side its longer extent, plus one."""
     xs, ys = polygon[::2], polygon[1::2]
     sides = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
     return sum(max(abs(x2 - x1), abs(y2 - y1)) + 1 for x1, y1, x2, y2 in sides)
 
 
 def _checked_counts(runs: dict[Any, Any], height: int, width: int) -> list[int]:
-    """Run lengths as a list that covers the image exactly: pycocotools leaves memory unset where they fall short."""
+    """Run lengths as a list. They must cover the image exactly: pycocotools leaves the rest of the memory unset."""
     size, counts = runs.get("size"), runs.get("counts")
     if size != [height, width]:
         raise WrongSize(f"run lengths for size {size!r}, but the image is {[height, width]} (height, width)")
@@ -159,7 +159,7 @@ def _checked_counts(runs: dict[Any, Any], height: int, width: int) -> list[int]:
 
 
 def _decompress(text: str, most: int) -> list[int]:
-    """Counts from COCO's compressed string, `most` of them.
+    """Decode COCO's compressed counts; about `most` of them are allowed.
 
     Each number is written in digits of 5 bits, lowest first, as characters from "0" on; 32 marks that more digits
     follow, and the last digit's 16 is the sign. From the fourth on, numbers are differences to the one two before.

@@ -1,8 +1,7 @@
-"""How much memory annotations may take once they are read: small files can unfold to a thousand times their size.
+"""A limit on the memory of parsed annotations: small files can grow to a thousand times their size.
 
-What is counted is an estimate of Python's memory, from above: `CHARACTER` for a character of a text, `NUMBER` for a
-value, `LIST` and `TABLE` for containers. COCO's instances_train2014.json (0.33 GB) comes to 2.3 GB, RefCOCO's largest
-split to 0.5 GB.
+The memory is estimated from above, as Python objects: the characters of texts, `NUMBER` bytes for a value, `LIST` and
+`TABLE` for containers. COCO's instances_train2014.json (0.33 GB) comes to 2.3 GB, RefCOCO's largest split to 0.5 GB.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ LARGEST = 4 << 30  # bytes; COCO's annotations of train2017, 0.45 GB of JSON, co
 FREE = 256 << 20  # bytes that a file of any size may take
 RATIO = 24  # further bytes for each byte of the files; published ones need 3 to 10
 
-ERROR = 1000  # bytes of what is kept of a record that is bad
-TABLE, LIST, NUMBER, QUOTE = 184, 88, 40, 32  # bytes of a dict, a list, a value, and half of what a text has beside it
+ERROR = 1000  # bytes of the error that is kept for a bad record
+TABLE, LIST, NUMBER, QUOTE = 184, 88, 40, 32  # bytes of a dict, a list, a value, and half of a text's overhead
 
 
 class TooMuch(DataError):
-    """The files of a split unfold to more than a computer should be asked for: an error of the split as a whole."""
+    """The parsed files of a split would take more memory than its `Budget`: an error of the whole split."""
 
 
 class Budget:
-    """What may still be unfolded from the files of one split, in bytes.
+    """The memory, in bytes, that the parsed files of one split may still take.
 
     Args:
-        source: what the error names.
-        size: bytes of the files.
+        source: the file or folder, for the error's message.
+        size: total size of the files, in bytes.
     """
 
     def __init__(self, source: object, size: int):
@@ -50,14 +49,14 @@ class Budget:
 
 
 def of_texts(texts: Sequence[str]) -> int:
-    """What texts take, and their copies without spaces around."""
+    """Bytes of texts and of their stripped copies."""
     return sum(map(len, texts)) * 2 + (2 * QUOTE + NUMBER) * len(texts)
 
 
 def of_json(data: bytes | str) -> int:
-    """What a JSON text takes at most once it is parsed, counted before that from its punctuation.
+    """Bytes that a JSON text takes at most once it is parsed, estimated from its punctuation before it is.
 
-    Nothing else in JSON makes a container or a value; a sign inside of a text is counted too, which errs upwards.
+    Only these signs begin containers and values in JSON. Signs inside of texts are counted too: an overestimate.
     """
     width = 2 if data.isascii() else 5
     if isinstance(data, str):
@@ -70,7 +69,7 @@ def of_json(data: bytes | str) -> int:
 
 
 def _count(data: bytes, signs: bytes) -> list[int]:
-    """How often each of the signs occurs, in a piece that fits the cache at a time."""
+    """How often each of the signs occurs. The data is read in pieces that fit the cache."""
     import numpy as np
 
     values, piece, counts = np.frombuffer(data, np.uint8), 1 << 18, [0] * len(signs)

@@ -1,4 +1,4 @@
-"""Reading everything of a data set once, and saying what is wrong with it."""
+"""Read a whole data set once and report what is wrong with it: the work of `fastris data check`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MENDS_OF_CHECK = MENDS | {
 """Problem, as `check` reports it -> what to do about it."""
 
 Track = Callable[[Iterable[int], int, str], Iterable[int]]
-"""Passes an iterable of the given length on, under the given title."""
+"""Wraps an iterable, given its length and a title, to show progress."""
 
 
 def silent(items: Iterable[int], total: int, title: str) -> Iterable[int]:
@@ -30,13 +30,13 @@ def silent(items: Iterable[int], total: int, title: str) -> Iterable[int]:
 
 @dataclass
 class SplitReport:
-    """What a split holds, and what is wrong with it.
+    """The counts of a split, and its problems.
 
     Attributes:
-        references: number of records, whether they can be used or not.
-        images, sentences: number of those whose reference could be read.
-        no_target: references whose sentences name nothing in the image.
-        problems: problem -> (reference, what is wrong) of each case.
+        references: number of records, usable or not.
+        images, sentences: their numbers, over the references that could be read.
+        no_target: number of references whose sentences name nothing in the image.
+        problems: problem -> (reference's id, what is wrong) of each case.
     """
 
     references: int = 0
@@ -69,7 +69,7 @@ class SplitReport:
 
 
 def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport:
-    """The numbers of a split that was opened with `on_error="defer"`, from its annotations alone."""
+    """Count a split from its annotations alone; it must have been opened with `on_error="defer"`."""
     report, images = SplitReport(len(dataset)), set[Any]()
     for index in track(range(len(dataset)), len(dataset), f"read {dataset.name} {dataset.split}"):
         try:
@@ -80,12 +80,12 @@ def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport
 
 
 def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent) -> SplitReport:
-    """Hold every reference of a split that was opened with `on_error="defer"` against `usable.py`'s rule.
+    """Check every reference of a split by the rule in `usable.py`.
 
     Args:
-        dataset: the split.
-        word_len: phrases of more tokens than this, start and end included, are reported; 0: none is.
-        track: shows how far it is.
+        dataset: the split, opened with `on_error="defer"`.
+        word_len: sentences of more tokens than this, start and end included, are reported; 0 reports none.
+        track: shows progress.
     """
     report, images, seen = SplitReport(len(dataset)), set[Any](), Seen()
     for index in track(range(len(dataset)), len(dataset), f"check {dataset.name} {dataset.split}"):
@@ -101,7 +101,7 @@ def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent)
 
 
 def _check_lengths(report: SplitReport, reference: Reference, word_len: int) -> None:
-    """Report the phrases that training and evaluation will cut."""
+    """Report the sentences that training and evaluation will cut."""
     from fastris.data.tokens import tokenize
 
     for sentence in reference.sentences if word_len else ():

@@ -1,4 +1,4 @@
-"""Any format to the one of ours: a JSONL file per split with run lengths, and the images by their names."""
+"""Convert any format to fastris's own: one JSONL file per split with run-length masks, and the images."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def convert(
 ) -> dict[str, Any]:
     """Write a data set to a new folder, which appears complete or not at all.
 
-    What is written holds no pickle and nothing else that could run: `SPLIT.jsonl` with a reference a line, its mask
-    as COCO's compressed run lengths; `dataset.json` with the counts; and `images`, a link to the folder of the images,
-    or that folder's files, or the images that an LMDB file holds.
+    The new folder holds no pickle and nothing else that could execute code: `SPLIT.jsonl` with one reference per line,
+    its mask as COCO's compressed run lengths; `dataset.json` with the counts; and `images`, a link to the folder of the
+    images, copies of its files, or the images of an LMDB file.
 
     Args:
         name, root, format, images: of the data set, as for `formats.open_split`.
         out: the new folder; it must not exist, or be empty.
-        splits: those to write.
-        on_error: "raise" or "skip" for references that cannot be used.
-        copy_images: copy the images instead of a link to their folder.
-        track: shows how far it is.
+        splits: the splits to write.
+        on_error: "raise" or "skip" for unusable references.
+        copy_images: copy the images instead of linking to their folder.
+        track: shows progress.
 
     Returns:
         the content of `dataset.json`.
 
     Raises:
-        DataError: what reading the data set raises; `out` is not empty.
-        OSError: `out` cannot be written. Either way, as after Ctrl-C, nothing is left behind.
+        DataError: the data set cannot be read, or `out` is not empty.
+        OSError: `out` cannot be written. After any error or Ctrl-C, nothing is left behind.
     """
     manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "name": name}
     manifest |= {"converted_from": format, "fastris": __version__, "splits": {}}
@@ -70,7 +70,7 @@ def convert(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which becomes `out` at the end; on any error it is removed."""
+    """A temporary folder beside `out`, which is renamed to `out` at the end and removed on any error."""
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"out={str(out)!r} exists and is not empty; choose another folder, or remove it first")
@@ -114,7 +114,7 @@ def _file_stem(split: str) -> str:
 
 
 def _place_image(dataset: AnnotatedDataset, index: int, name: str, images: Path, copy: bool) -> None:
-    """Make `images/name` show the image: by a link to the folder, or as a file."""
+    """Make the image available as `images/name`: by a link to its folder, or as a copy."""
     source, folder = dataset.encoded_image(index), dataset.image_folder(index)
     if isinstance(source, Path) and folder is not None and not copy:
         target = folder.resolve()

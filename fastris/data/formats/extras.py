@@ -1,4 +1,4 @@
-"""Libraries that only some formats need."""
+"""Import the libraries that only some formats need."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class MissingLibrary(DataError):
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """The module, or one error that says how to install it.
+    """Import a module of an optional library.
 
     Raises:
-        MissingLibrary: it is not installed.
+        MissingLibrary: it is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

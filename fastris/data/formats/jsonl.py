@@ -1,10 +1,10 @@
-"""A folder with pictures and one JSON object a line: people's own data, and what `fastris data convert` writes.
+"""A folder of images with one JSON object per line: your own data, and what `fastris data convert` writes.
 
     {"image": "cat.jpg", "mask": "cat.png", "sentences": ["the cat on the left", "grey cat"]}
 
 `image` lies under `images/`, `mask` under `masks/`. Instead of a file, `mask` may hold COCO's run lengths or polygons.
 Optional are `split`, `ref_id`, `image_id`, `size` ([height, width] in pixels) and `no_target`, for sentences that name
-nothing in the image. What `convert` wrote has `dataset.json` beside, which names the data set and its counts.
+nothing in the image. `convert` also writes `dataset.json`, which holds the data set's name and counts.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class FolderDataset(AnnotatedDataset):
     """One split of a folder: `SPLIT.jsonl`, or the lines of any `*.jsonl` there whose field `split` says so.
 
     Args:
-        name: "folder" for any; the data set's name, for one that `fastris data convert` wrote.
+        name: "folder", or the data set's name if `fastris data convert` wrote the folder.
         split: the name of a file, or the value of the field.
         root: the folder.
         images: the folder of the images, if it is not `images`.
         on_error: "raise" or "skip", as `AnnotatedDataset` describes.
 
     Raises:
-        DataError: no such split, a line that is no JSON object, a file that lost lines since it was converted,
+        DataError: no such split, a line that is no JSON object, fewer or more lines than `dataset.json` counts, or
             unusable references.
     """
 
@@ -82,14 +82,14 @@ class FolderDataset(AnnotatedDataset):
 
     @classmethod
     def finds(cls, name: str, root: Path) -> bool:
-        """Whether the folder holds JSONL files, and those of this data set if it was converted."""
+        """Whether the folder holds JSONL files, of the data set `name` where `dataset.json` names one."""
         if not any(root.glob("*.jsonl")):
             return False
         return name in ("folder", read_manifest(root).get("name", "folder"))
 
     @classmethod
     def splits(cls, name: str, root: Path, images: str | Path | None = None) -> list[str]:
-        """The splits that the fields of the lines, and else the names of the files, state."""
+        """The splits that `dataset.json` names, or else the lines' fields `split` and the names of the files."""
         manifest = read_manifest(root)
         if manifest:
             return list(manifest["splits"])
@@ -118,7 +118,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path, budget: Budget) -> Iterator[tuple[str, Any]]:
-    """Where each line is, and its object, or the error that it is; empty lines are passed over."""
+    """Yield (where, object) for each line, an error in place of a bad object; empty lines are skipped."""
     with opened(path, MAX_FILE) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
@@ -146,13 +146,13 @@ def _splits_in(path: Path) -> set[str]:
 
 
 def _files_of(root: Path, split: str) -> list[Path]:
-    """The files in which the rows of a split can be: its own, if there is one, or else any."""
+    """The files that may hold rows of a split: `SPLIT.jsonl` if it exists, else all."""
     files, own = sorted(root.glob("*.jsonl")), root / f"{split}.jsonl"  # a split of "../x" is no file among these
     return [own] if own in files else files
 
 
 def _rows_of(root: Path, split: str, budget: Budget) -> Iterator[Any]:
-    """The rows of one split: pairs of where and what, or errors."""
+    """The rows of one split: pairs (where, row), or the errors of bad lines."""
     own = root / f"{split}.jsonl"
     count = 0
     for path in _files_of(root, split):
@@ -174,10 +174,10 @@ def _id_of(where: str, row: dict[str, Any]) -> int | str:
 
 
 def build(row: dict[str, Any], where: str, images: Path, root: Path, look: Look, budget: Budget) -> Annotated:
-    """One line as a reference with its annotation; its file and line are its id, where it states none.
+    """Build a reference with its annotation from one line; without a `ref_id`, its file and line number are its id.
 
     Raises:
-        DataError: a field holds something else than it should; the message begins with `where`.
+        DataError: a field has a wrong type or value; the message begins with `where`.
     """
     named = f"{where},"
     ref_id = field(row, "ref_id", ID, named, LAYOUT) if "ref_id" in row else _id_of(where, row)
@@ -221,7 +221,7 @@ def _segmentation(row: dict[str, Any], ref_id: int | str, where: str, masks: Pat
 
 
 def _size(row: dict[str, Any], where: str, segmentation: Any) -> tuple[int, int]:
-    """Height and width as the line states them; 0, 0 if it does not."""
+    """Height and width in pixels from the field `size` or the run lengths; 0, 0 if there are none."""
     size = segmentation.get("size") if type(segmentation) is dict else None
     size = row.get("size", size)
     if size is None:

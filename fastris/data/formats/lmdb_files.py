@@ -27,8 +27,8 @@ from fastris.data.paths import GONE, Look, is_dir, place, regular, safe_name, un
 SPLIT_ALIASES = {"val-test": "val"}
 LAYOUT = "the LMDB layout of CRIS"
 MAX_RECORD = 256 << 20  # bytes; an encoded image and its mask
-_ARROW = b"\xff\xff\xff\xff"  # begins the message of pyarrow.serialize, after 16 bytes of counts
-_ONE_AT_A_TIME = threading.RLock()  # a process may open a file but once
+_ARROW = b"\xff\xff\xff\xff"  # marks what pyarrow.serialize wrote, after 16 bytes of counts
+_ONE_AT_A_TIME = threading.RLock()  # LMDB: a process may have a file open only once
 os.register_at_fork(after_in_child=lambda: globals().update(_ONE_AT_A_TIME=threading.RLock()))
 _RECIPE = """\
 {path} was written with pyarrow.serialize, which pyarrow has dropped. Rewrite it once, with Python 3.7 to 3.11, \
@@ -46,7 +46,7 @@ with old.begin() as source, new.begin(write=True) as target:
 
 
 def find_file(name: str, root: Path, split: str) -> Path | None:
-    """`train.lmdb`, a file or LMDB's folder: as `root` itself, in it, or in the folders of the published layout."""
+    """Find `SPLIT.lmdb`, a file or a folder of LMDB: `root` itself, in it, or in the published layout's folders."""
     if root.name == f"{split}.lmdb" and root.exists():
         return root
     places = [root / name, root / "lmdb" / name, root]
@@ -57,24 +57,24 @@ class LmdbDataset(AnnotatedDataset):
     """One split of an LMDB data set.
 
     Expected under `root`: `lmdb/NAME/SPLIT.lmdb`, `NAME/SPLIT.lmdb` or `SPLIT.lmdb`; or `root` is that file. As
-    published, a mask is the record's own in "train", and `masks/NAME/SEG_ID.png` in any other split; where there is no
-    such folder it is the record's own there too.
+    published, the mask is the one in the record for "train", and `masks/NAME/SEG_ID.png` for any other split; where
+    there is no such folder it is the one in the record.
 
-    Records are read when they are asked for, so an unusable one is an error then, unless `on_error="skip"`, which reads
-    the whole file at once. The pickles are read by `formats/unpickle.py`, which can run nothing; LMDB's own pages are
-    read by the library lmdb, which trusts them: a damaged or forged page can end the process. Open only files of people
-    you trust, or run `fastris data convert` once where a crash does no harm: what it writes has no such pages.
+    Records are read on access, so an unusable one raises then, unless `on_error="skip"`, which reads the whole file
+    when it is opened. The pickles are read by `formats/unpickle.py`, which executes nothing; LMDB's own pages are read
+    by the library lmdb, which trusts them: a damaged or forged page can end the process. Open only files of people you
+    trust, or run `fastris data convert` once where a crash does no harm: what it writes has no such pages.
 
     Args:
         name: the data set's name, as the folders spell it.
         split: "train", "val", ...; "val-test" means "val".
         root: the folder described above, or the file.
         masks: the folder of the masks, if it is another one.
-        on_error: "raise" or "skip"; the latter alone notices two records of one id.
+        on_error: "raise" or "skip"; only "skip" detects two records with the same id.
 
     Raises:
-        DataError: no such file, one that is damaged, or one that was written with pyarrow.serialize, with the way to
-            convert it; the library lmdb is not installed.
+        DataError: no such file, a damaged one, or one that was written with pyarrow.serialize (the message says how to
+            convert it); or the library lmdb is not installed.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class LmdbDataset(AnnotatedDataset):
         return order
 
     def _read(self, number: int) -> Annotated:
-        """Record `number`, its form checked."""
+        """Read record `number` and check its form."""
         key = self._keys[number]
         where = f"{self.path}, record {key.decode(errors='replace')!r},"
         data = self._get(key)
@@ -232,7 +232,7 @@ def _mask_folder(name: str, path: Path, masks: str | Path | None) -> Path | None
 
 def _encoded(record: Any, key: str, where: str) -> bytes:
     value = field(record, key, (bytes, str), where, LAYOUT)
-    return value.encode("latin-1", "replace") if type(value) is str else value  # Python 2 had no other bytes
+    return value.encode("latin-1", "replace") if type(value) is str else value  # Python 2 wrote bytes as a string
 
 
 def _unpickle(data: bytes, path: Path, where: str) -> Any:
@@ -242,15 +242,14 @@ def _unpickle(data: bytes, path: Path, where: str) -> Any:
 
 
 def _data_of(path: Path) -> Path:
-    """The file with the pages: LMDB's folder has it by this name."""
+    """The file with LMDB's pages: `path` itself, or `data.mdb` in it."""
     return path / "data.mdb" if path.is_dir() else path
 
 
 def _fetch(path: Path, key: bytes) -> bytes | None:
-    """The value of a key, read through an environment that is open for no longer than this.
+    """The value of a key, or None. The LMDB environment is opened and closed for each call, which takes some 0.1 ms.
 
-    Opening takes some 0.1 ms. Kept open it could neither be shared with another data set of this process nor survive
-    a fork into worker processes.
+    An open one could neither be shared with another data set of this process nor survive a fork into worker processes.
     """
     lmdb = need("lmdb", "lmdb", "to read LMDB files")
     data = _data_of(path)

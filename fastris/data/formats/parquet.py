@@ -1,4 +1,4 @@
-"""Parquet files in the shape of `jxu124/refcoco` on the Hugging Face hub: REFER's records, annotations as JSON text.
+"""Parquet files in the layout of `jxu124/refcoco` on the Hugging Face hub: REFER's records, annotations as JSON text.
 
 The columns that are read: `ref_id`, `image_id`, `ann_id`, `split`, `sentences` (a list of `{"sent": ...}`, or that as
 JSON), `raw_anns` (COCO's annotation as JSON) and `raw_image_info` (COCO's image record as JSON). A row states its split
@@ -34,7 +34,7 @@ _BATCH = 512  # rows
 
 
 def find_files(name: str, root: Path) -> list[Path]:
-    """The Parquet files under `root`, `root/data`, or in those of a folder of the data set's name."""
+    """The Parquet files in `root/NAME`, `root/NAME/data`, `root` or `root/data`: those of the first that has any."""
     bases = [root / name, root / FOLDERS.get(name, name), root]
     for place in (folder for base in bases for folder in (base, base / "data")):
         files = sorted(place.glob("*.parquet"))
@@ -44,7 +44,7 @@ def find_files(name: str, root: Path) -> list[Path]:
 
 
 class ParquetDataset(AnnotatedDataset):
-    """One split of Parquet files in the shape of jxu124/refcoco.
+    """One split of Parquet files in the layout of jxu124/refcoco.
 
     Expected under `root`: the files, in it or in `data`, and COCO's images in `coco/train2014` (what `image_path`
     says), `images/mscoco/images/train2014`, `images/train2014` or `train2014`.
@@ -121,10 +121,9 @@ def _id_of(where: str, row: dict[str, Any]) -> int | str:
 def _rows(
     files: list[Path], columns: tuple[str, ...], budget: Budget, split: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and its columns, of all rows or those of a split; few rows are in memory at a time.
+    """Yield (where, columns) of all rows, or of those of `split`; only a few rows are in memory at a time.
 
-    Texts are kept as Parquet stores them, each but once, until a row is made: a small file can repeat a large text
-    millions of times.
+    Texts stay dictionary-encoded until a row is built: a small file can repeat a large text millions of times.
     """
     parquet, arrow = need("pyarrow.parquet", "parquet", "to read Parquet files"), need("pyarrow", "parquet", "")
     for path in files:
@@ -151,7 +150,7 @@ def _rows(
 
 
 def _leaves(file: Any, path: Path, columns: tuple[str, ...]) -> list[Any]:
-    """The primitive columns that are needed; of the sentences only what `sent` holds. The file's size is checked."""
+    """The leaf columns to read; of the sentences only `sent`. Raises DataError for a file over the limits."""
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{path} lacks the column {', '.join(missing)}; is this file in {LAYOUT}?")
@@ -169,7 +168,7 @@ def _leaves(file: Any, path: Path, columns: tuple[str, ...]) -> list[Any]:
 
 
 def _check_values(column: Any, path: Path) -> None:
-    """Refuse texts and lists that would take the memory once they are Python's."""
+    """Raise DataError for texts and lists that would fill the memory as Python objects."""
     import pyarrow.compute as compute
     import pyarrow.types as types
 
@@ -194,7 +193,7 @@ def _check_values(column: Any, path: Path) -> None:
 
 
 def _unfolded(column: Any) -> int:
-    """Bytes that the values of a column take once they are Python's, in which no two share a text."""
+    """Bytes that the values of a column take as Python objects, which share no texts."""
     import pyarrow.compute as compute
     import pyarrow.types as types
 
@@ -210,10 +209,10 @@ def _unfolded(column: Any) -> int:
 
 
 def build(row: dict[str, Any], folder: Path, where: str, budget: Budget) -> Annotated:
-    """One row as a reference with its annotation.
+    """Build a reference with its annotation from one row.
 
     Raises:
-        DataError: a column holds something else than it should; the message begins with `where`.
+        DataError: a column has a wrong type or value; the message begins with `where`.
     """
     ref_id, image_id = (field(row, key, ID, f"{where},", LAYOUT) for key in ("ref_id", "image_id"))
     sentences = row.get("sentences")

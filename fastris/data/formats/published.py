@@ -1,4 +1,4 @@
-"""How many references the authors' files hold, to tell a whole data set from one that lost some."""
+"""The published numbers of references, which show whether a data set is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REFERENCES = {
 
 
 def compare(name: str, split: str, count: int) -> str:
-    """What the published count says about `count`: equal, how many differ, or that there is none."""
+    """Compare `count` with the published number of references, in words."""
     published = REFERENCES.get(name, {}).get(split)
     if published is None:
         return "no published count"

@@ -1,4 +1,4 @@
-"""What readers of annotation files share: fields of a checked type, files of a bounded size, records that are bad."""
+"""Helpers of the annotation readers: fields of a checked type, ids, JSON files of a limited size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastris.data.formats.budget import Budget, of_json, of_texts
 from fastris.data.paths import content
 
 ID = (int, str)
-IDS = range(-(1 << 63), 1 << 64)  # larger numbers can all have one hash, and each look at a set would pass them all
+IDS = range(-(1 << 63), 1 << 64)  # larger numbers can be chosen to have one hash, which makes sets quadratic
 MAX_ID = 1000  # characters of an id that is text
 MAX_JSON_BYTES = 2 << 30  # COCO's instances_train2014.json, which gRefCOCO comes with, takes 0.3 GB
 
 
 def field(record: Any, key: str, kinds: tuple[type, ...], where: str, layout: str = "the REFER layout") -> Any:
-    """`record[key]`, if `record` is a dict that has it, of one of the types; else a DataError that names both."""
+    """Return `record[key]`. Raises DataError, naming record and key, unless it exists and has one of the types."""
     if type(record) is not dict:
         raise DataError(f"{where} is {type(record).__name__}, but must be a dict")
     if key not in record:
@@ -35,7 +35,7 @@ ID_RULE = f"an id must be a number of 64 bits or a text of at most {MAX_ID} char
 
 
 def is_id(value: Any) -> TypeGuard[int | str]:
-    """Whether a value can be an id: `ID_RULE`."""
+    """Whether a value is a valid id; `ID_RULE` says which are."""
     return (type(value) is int and value in IDS) or (type(value) is str and len(value) <= MAX_ID)
 
 
@@ -43,15 +43,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DataError: not valid JSON, nested too deep, no file that can be read, larger than `max_bytes`, in which case it
-            is not read, or more than the memory should be asked for, in which case it is not parsed.
+        DataError: the file cannot be read, is larger than `max_bytes`, would take more memory than its `Budget`, or is
+            not valid JSON or nested too deep.
     """
     data = content(path, max_bytes)
     return parse_json(data, str(path), Budget(path, len(data)))
 
 
 def parse_json(data: bytes | str, where: str, budget: Budget) -> Any:
-    """`read_json` for text in memory; `where` is how the error names it, `budget` what it may unfold to."""
+    """`read_json` for text in memory; errors name it `where`, and `budget` limits the memory of the result."""
     budget.spend(of_json(data))
     try:
         return json.loads(data)
@@ -60,7 +60,7 @@ def parse_json(data: bytes | str, where: str, budget: Budget) -> Any:
 
 
 def by_id(records: list[Any], wanted: Iterable[int | str], where: str) -> dict[int | str, dict[str, Any]]:
-    """Those of the records whose id is wanted."""
+    """The records whose id is wanted, by id."""
     wanted = set(wanted)
     found = {}
     for number, record in enumerate(records):
@@ -83,6 +83,6 @@ def sentences_of(record: dict[str, Any], where: str, budget: Budget) -> tuple[st
 
 
 def stripped(texts: Sequence[str], budget: Budget) -> tuple[str, ...]:
-    """Texts without spaces around, each of which may be a copy, though all may have been one in the file."""
+    """Strip texts. Each copy counts against the budget: in the file all may have been one text."""
     budget.spend(of_texts(texts))
     return tuple(text.strip() for text in texts)

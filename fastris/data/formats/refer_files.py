@@ -21,14 +21,14 @@ LAYOUT = {
     "refcocog_g": ("refcocog", "refs(google).p"),
     "grefcoco": ("grefcoco", "grefs(unc).json"),
 }
-"""Data set -> its folder under the root, and its references there; `instances.json` lies beside."""
+"""Data set -> its folder under the root, and its file of references there; `instances.json` lies beside it."""
 
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
 NO_TARGET_ID = -1  # gRefCOCO's annotation of an expression that names nothing
 
 
 class Files(NamedTuple):
-    """Where a data set lies."""
+    """The paths of one data set: its references, its annotations, and the folder of its images."""
 
     refs: Path
     instances: Path
@@ -36,7 +36,7 @@ class Files(NamedTuple):
 
 
 def holds(name: str, root: Path) -> bool:
-    """Whether the references of a data set lie under `root`."""
+    """Whether the file of references of a data set lies under `root`."""
     folder, refs_name = LAYOUT[name]
     return is_file(root / folder / refs_name)
 
@@ -48,7 +48,7 @@ def image_folder(root: Path, images: str | Path | None, places: tuple[str, ...] 
 
 
 def locate(name: str, root: Path, images: str | Path | None) -> Files:
-    """The files of a data set, or one error that lists all of them and says which are missing."""
+    """Find the files of a data set. Raises DataError, which lists all of them and says which are missing."""
     folder, refs_name = LAYOUT[name]
     refs, instances = root / folder / refs_name, root / folder / "instances.json"
     folder_of_images = image_folder(root, images)
@@ -71,7 +71,7 @@ def locate(name: str, root: Path, images: str | Path | None) -> Files:
 
 
 def read_split(files: Files, split: str) -> list[Record]:
-    """The references of one split with their annotations and images, every key that is used here checked.
+    """Read the references of one split with their annotations and images; every key that is used is checked.
 
     Raises:
         DataError: unknown split, or files that are damaged or do not fit each other.
@@ -93,9 +93,9 @@ def _load(path: Path) -> list[Any]:
 
 
 def _by_split(path: Path, budget: Budget) -> tuple[dict[str, list[Any]], list[UnusableReference]]:
-    """Split -> its references, with an error in place of each that is bad; and the errors of those without a split."""
+    """Split -> its references, with an error in place of each bad one; and the errors of those without a split."""
     splits: dict[str, list[Any]] = {}
-    nowhere: list[UnusableReference] = []
+    without_split: list[UnusableReference] = []
     seen: set[int | str] = set()
     for number, ref in enumerate(_load(path)):
         ref_id: int | str = f"record {number}"
@@ -104,24 +104,24 @@ def _by_split(path: Path, budget: Budget) -> tuple[dict[str, list[Any]], list[Un
             split = field(ref, "split", (str,), f"{path}, ref_id {ref_id},")
         except DataError as error:
             budget.spend(ERROR)
-            nowhere.append(UnusableReference(str(error), ref_id=ref_id))
+            without_split.append(UnusableReference(str(error), ref_id=ref_id))
             continue
         if ref_id in seen:
             budget.spend(ERROR)
             ref = UnusableReference(f"{path} holds ref_id {ref_id} twice; download it again", DUPLICATE_ID, ref_id)
         seen.add(ref_id)
         splits.setdefault(split, []).append(ref)
-    if not splits and nowhere:
-        raise nowhere[0]
-    return splits, nowhere
+    if not splits and without_split:
+        raise without_split[0]
+    return splits, without_split
 
 
 def _refs_of(path: Path, split: str, budget: Budget) -> list[Any]:
-    """The references of one split, as the file holds them, and those without a split, which are bad in any."""
-    splits, nowhere = _by_split(path, budget)
+    """The references of one split, as the file holds them, and the errors of those without a split."""
+    splits, without_split = _by_split(path, budget)
     if split not in splits:
         raise DataError(f"split={split!r} is unknown; {path} has {', '.join(splits) or 'no references at all'}")
-    return [*splits[split], *nowhere]
+    return [*splits[split], *without_split]
 
 
 def _read_instances(path: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _read_instances(path: Path) -> dict[str, Any]:
 
 
 def _ann_ids(ref: dict[str, Any], where: str) -> list[int | str]:
-    """The annotations of a reference: one; or in gRefCOCO several, or none."""
+    """The ids of a reference's annotations: one, or in gRefCOCO several or none."""
     ids = field(ref, "ann_id", (*ID, list), where)
     ids = ids if type(ids) is list else [ids]
     if not all(map(is_id, ids)):
@@ -141,7 +141,7 @@ def _ann_ids(ref: dict[str, Any], where: str) -> list[int | str]:
 
 
 def _join(refs: list[Any], files: Files, budget: Budget) -> Iterator[Record]:
-    """References with their annotations and images."""
+    """Join the references with their annotations and images by id."""
     instances = _read_instances(files.instances)
     wanted: dict[str, set[int | str]] = {"annotations": set(), "images": set()}
     for ref in refs:
@@ -151,7 +151,7 @@ def _join(refs: list[Any], files: Files, budget: Budget) -> Iterator[Record]:
             wanted["annotations"].update(filter(is_id, ann_ids))
             wanted["images"].update(filter(is_id, [image_id]))
     known = {key: by_id(instances[key], ids, f"{files.instances}, {key[:-1]}") for key, ids in wanted.items()}
-    yield from collect(refs, lambda ref: _joined(ref, files, known, budget), lambda ref: ref["ref_id"], budget)
+    yield from collect(refs, lambda ref: _build(ref, files, known, budget), lambda ref: ref["ref_id"], budget)
 
 
 def _side(image: dict[str, Any], key: str, where: str) -> int:
@@ -161,7 +161,7 @@ def _side(image: dict[str, Any], key: str, where: str) -> int:
     return side
 
 
-def _joined(
+def _build(
     ref: dict[str, Any], files: Files, known: dict[str, dict[int | str, dict[str, Any]]], budget: Budget
 ) -> Annotated:
     where = f"{files.refs}, ref_id {ref['ref_id']},"

@@ -1,4 +1,4 @@
-"""The formats on disk, and which of them a folder holds."""
+"""The table of formats on disk, and the search for the one that a folder holds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastris.data.formats.annotated import AnnotatedDataset
 from fastris.data.paths import unreadable
 
 NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
-"""Data sets with files; "folder" is people's own."""
+"""Data sets that are read from files; "folder" is your own data."""
 
 
 class Format(NamedTuple):
-    """Where the reader of a format lives. Its module is imported only when it is needed."""
+    """A format: the module and class of its reader, imported only when needed, and its layout in words."""
 
     module: str
     reader: str
@@ -40,18 +40,18 @@ FORMATS = {
         "fastris.data.formats.parquet", "ParquetDataset", "data/*.parquet of jxu124/refcoco, coco/train2014/"
     ),
 }
-"""Formats by name, in the order in which a folder is looked through for them."""
+"""Formats by name, in the order in which a folder is searched for them."""
 
 
 class Found(NamedTuple):
-    """A data set in a folder, and the format in which it lies there."""
+    """A data set that a folder holds, and its format."""
 
     name: str
     format: str
 
 
 def choose_format(name: str, root: Path, format: str = "auto") -> str | None:
-    """The first format in which `root` holds the data set; None if it holds it in none. `format` is taken if given.
+    """The first format in which `root` holds the data set, or None; a `format` that is not "auto" is returned as is.
 
     Raises:
         DataError: unknown format.
@@ -66,7 +66,7 @@ def choose_format(name: str, root: Path, format: str = "auto") -> str | None:
 def open_split(
     name: str, split: str, root: str | Path, *, format: str = "auto", images: str | Path | None = None, **options: Any
 ) -> AnnotatedDataset:
-    """One split of a data set on disk, in whatever format it lies there; see `fastris.data.load_dataset`.
+    """Open one split of a data set on disk, in the format that is found; see `fastris.data.load_dataset`.
 
     Raises:
         DataError: unknown format, nothing of that name under `root`, or what the format's reader raises.
@@ -80,7 +80,7 @@ def open_split(
 
 
 def discover(root: str | Path) -> list[Found]:
-    """The data sets in a folder. Files that do not say what they are count as "folder".
+    """The data sets in a folder. Files that do not name their data set count as "folder".
 
     Raises:
         DataError: there is no such folder, or nothing in it.
@@ -110,7 +110,7 @@ def _nothing(name: str, root: Path) -> str:
     try:
         if root.is_dir():
             os.listdir(root)
-    except OSError as error:  # a search in a folder that may not be read finds nothing, and says nothing
+    except OSError as error:  # searching a folder without permission finds nothing and raises nothing
         return str(unreadable(root, error))
     layouts = "; ".join(f"{key}: {entry.layout}" for key, entry in FORMATS.items())
     if name != "folder":

@@ -1,4 +1,4 @@
-"""A reader for pickles of plain data that can run nothing.
+"""A pickle reader for plain data, which cannot execute code.
 
 Python's own unpickler looks up and calls whatever a file names; with globals refused, seven bytes (a memo index of a
 billion) still take 16 GB, and a key that is a million tuples deep still ends the process: the tests show both. This
@@ -35,13 +35,13 @@ from fastris.data.formats.unpickle_values import (
 from fastris.data.paths import content, regular
 
 MAX_BYTES = 128 << 20  # 50,000 references with 150,000 sentences take about 30 MB
-_ENCODE, _BYTES = object(), object()  # what stands on the stack for the only two names that are understood
+_ENCODE, _BYTES = object(), object()  # stand on the stack for the only two globals that are understood
 _KNOWN = {
     (b"_codecs", b"encode"): _ENCODE,
     (b"__builtin__", b"bytes"): _BYTES,
     (b"builtins", b"bytes"): _BYTES,
 }
-_GAP = object()  # what stands in the memo for an index that was passed over
+_GAP = object()  # stands in the memo for an index that was skipped
 _MEND = (
     "Only lists, dicts, tuples, strings, numbers, booleans and None are read from a pickle, because anything else "
     "can run code. Download the file again, or save it with plain values (int(x) for a NumPy number)"
@@ -73,14 +73,14 @@ def load_plain(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
 def loads_plain(data: bytes, source: str = "the pickle", *, binary: bool = False) -> Any:
     """`load_plain` for bytes in memory; `source` is how error messages name them.
 
-    `binary`: bytes are accepted and stay bytes; what Python 2 wrote as a string is text all the same, or, where it is
-    not UTF-8, one character a byte.
+    With `binary`, bytes are accepted and returned as bytes. Python 2's strings still become text: UTF-8 or, where that
+    fails, Latin-1.
     """
     machine = _Machine(data, source, binary)
     try:
         value = machine.run()
         check_tree(value, [8 * len(data) + 1000])
-    except DataError:  # a ValueError too, but one that has said what is wrong
+    except DataError:  # a ValueError too, but its message is already complete
         raise
     except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         at = f"at byte {min(machine.position, len(data))} of {len(data)}"
@@ -102,8 +102,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.budget = Budget(source, len(data))
-        self.memo: list[Any] = []  # picklers number it from 0 or 1 on
-        self.scattered: dict[str, Any] = {}  # indices that do not follow one another; as texts, see `_put`
+        self.memo: list[Any] = []  # by index; picklers count from 0 or 1
+        self.scattered: dict[str, Any] = {}  # the memo's entries at other indices, which are kept as texts: see `_put`
         self.gaps = 0
 
     def run(self) -> Any:
@@ -175,12 +175,12 @@ def _empty(kind: Callable[[], Any], size: int) -> _Handler:
 
 
 def _written(convert: Callable[[bytes], Any]) -> _Handler:
-    """A value in text, up to the end of the line."""
+    """Handler of a value that is written as text, up to the end of the line."""
     return lambda machine: machine.stack.append(convert(machine.number()))
 
 
 def _reader(layout: str) -> Callable[[_Machine], Any]:
-    """Reads one number of a fixed size."""
+    """A function that reads one number of a fixed size."""
     form = struct.Struct(layout)
     size, unpack = form.size, form.unpack_from
 
@@ -198,7 +198,7 @@ def _fixed(layout: str) -> _Handler:
 
 
 def _counted(layout: str, convert: Callable[[bytes], Any]) -> _Handler:
-    """A value of bytes, after their number."""
+    """Handler of a value made from bytes, whose number comes first."""
     read = _reader(layout)
 
     def handler(machine: _Machine) -> None:
@@ -220,7 +220,7 @@ def _skip(count: int) -> _Handler:
 
 
 def _bytes(layout: str) -> _Handler:
-    """Bytes, after their number: as they are, or as the text that Python 2 meant by them."""
+    """Handler of bytes, whose number comes first: as they are if `binary`, else as text."""
     as_bytes, as_text = _counted(layout, lambda raw: raw), _counted(layout, text)
     return lambda machine: (as_bytes if machine.binary else as_text)(machine)
 
@@ -235,7 +235,7 @@ def _global(machine: _Machine) -> None:
 
 
 def _reduce(machine: _Machine) -> None:
-    """Bytes, as protocol 2 spells them; any other call is refused."""
+    """Handler of the two calls by which protocol 2 writes bytes; any other call is refused."""
     arguments, function = machine.stack.pop(), machine.stack.pop()
     if function is _BYTES and arguments == ():
         machine.stack.append(b"")
@@ -262,7 +262,7 @@ def _pop(machine: _Machine) -> None:
 
 
 def _collect(kind: Callable[[list[Any]], Any], size: int) -> _Handler:
-    """A container of everything since the last mark."""
+    """Handler that puts everything since the last mark into a container."""
 
     def handler(machine: _Machine) -> None:
         machine.budget.spend(size)
@@ -307,9 +307,9 @@ def _setitems(machine: _Machine) -> None:
 
 
 def _put(read: Callable[[_Machine], int]) -> _Handler:
-    """Remember the topmost value under an index: in a list, as long as the indices follow one another.
+    """Handler that stores the topmost value in the memo: in a list, as long as the indices are consecutive.
 
-    Others are kept by their digits, since a file can choose numbers, unlike texts, so that all have one hash.
+    Other indices are kept as texts: a file could choose numbers, but not texts, that all have one hash.
     """
 
     def handler(machine: _Machine) -> None:

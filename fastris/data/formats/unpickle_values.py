@@ -1,4 +1,4 @@
-"""What is written in a pickle, to Python's values."""
+"""Convert the values in a pickle to Python's, and refuse the ones that could exhaust memory or time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 MAX_NUMBER = 64  # bytes of one written number
 
 MAX_DEPTH = 32  # the REFER layout nests five deep
-MAX_NUMBER_KEYS = 256  # of a dict, that are no texts: equal hashes make each of them cost as much as all before it
+MAX_NUMBER_KEYS = 256  # largest dict with keys that are no texts: equal hashes make adding keys quadratic
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _LEAVES = _SCALARS | {bytes}
@@ -21,7 +21,7 @@ class Malformed(ValueError):
 
 
 def text(raw: bytes) -> str:
-    """A string of Python 2: UTF-8, or else one character a byte."""
+    """A string of Python 2: UTF-8 or, where that fails, Latin-1."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -29,12 +29,12 @@ def text(raw: bytes) -> str:
 
 
 def line_int(line: bytes) -> int | bool:
-    """A number of protocol 0, which also spells booleans."""
+    """An integer of protocol 0, which also writes booleans in this way."""
     return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line)
 
 
 def quoted(line: bytes) -> str:
-    """A string of protocol 0."""
+    """A string of protocol 0, in quotes and with escapes."""
     whole = line.strip()
     body = whole[1:-1]
     if len(whole) < 2 or whole[0] not in b"'\"" or whole[-1] != whole[0]:
@@ -43,14 +43,17 @@ def quoted(line: bytes) -> str:
 
 
 def long(raw: bytes) -> int:
-    """A number of any length up to `MAX_NUMBER`."""
+    """A little-endian signed integer of up to `MAX_NUMBER` bytes."""
     if len(raw) > MAX_NUMBER:
         raise Malformed(f"an integer of {len(raw)} bytes")
     return int.from_bytes(raw, "little", signed=True)
 
 
 def check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
-    """Refuse cycles, deep nesting, and shared parts that unfold to far more values than the file has bytes."""
+    """Raise Malformed for cycles, deep nesting, and shared parts that make far more values than the file has bytes.
+
+    `budget` holds the number of values that are still allowed.
+    """
     kind = type(value)
     if kind in _LEAVES:
         return
@@ -64,7 +67,7 @@ def check_tree(value: Any, budget: list[int], depth: int = 0) -> None:
 
 
 def pairs(items: list[Any], before: int = 0) -> dict[Any, Any]:
-    """A dict of keys and values in turn, to be added to one that has some before."""
+    """A dict from alternating keys and values; `before` counts the keys of the dict that it will be added to."""
     keys, values = items[::2], items[1::2]
     if len(keys) != len(values):
         raise Malformed("a key without a value")
@@ -74,7 +77,7 @@ def pairs(items: list[Any], before: int = 0) -> dict[Any, Any]:
 
 
 def check_keys(keys: list[Any], before: int) -> None:
-    """Refuse keys that are no scalars, and many that are numbers."""
+    """Raise Malformed for keys that are no scalars, and for too many that are no texts."""
     if not _SCALARS.issuperset(map(type, keys)):
         raise Malformed(_BAD_KEY)
     if before + len(keys) > MAX_NUMBER_KEYS:

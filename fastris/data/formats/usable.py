@@ -1,15 +1,15 @@
-"""The one rule that says which references can be used: `data check`, `on_error` and every reader go by it.
+"""The one rule for which references are usable: `data check`, `on_error` and every reader apply it.
 
-What it asks, in this order, each with a name and a mend of its own (`MENDS`):
+Its checks, in this order; `MENDS` names each problem and says what to do about it:
 
-- what the annotation says (`Rule.stated`): an id that is unique, and one image to one `image_id`; an image that is a
-  file and stays in its folder; sentences that hold a word, in at most 1000 characters; a segmentation of COCO's form;
-- what files say (`Rule.looked`): an image whose header can be read, of a colour mode that becomes RGB without clipping,
-  with sides that the letterbox takes and of the size that the annotation was made for; a mask that encloses a pixel;
-  and pixels that can be decoded.
+- the annotation (`Rule.stated`): a unique id, and one image to one `image_id`; an image that is a file and stays in its
+  folder; sentences that hold a word, in at most 1000 characters; a segmentation of COCO's form;
+- the files (`Rule.looked`): an image whose header can be read, of a colour mode that becomes RGB without clipping, with
+  sides that the letterbox takes and of the size that the annotation was made for; a mask with at least one pixel; and
+  pixels that can be decoded.
 
-A reference that passes all of it goes through training and evaluation. What no decoder reports it cannot know: flipped
-bits inside of a JPEG that still decode, and files that change later.
+A reference that passes goes through training and evaluation. The rule cannot see what no decoder reports: flipped bits
+inside of a JPEG that still decodes, and files that change later.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastris.data.paths import GONE, IRREGULAR, OUT, Look
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for strangers' files
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for untrusted files
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits
 MAX_SIDE = 32766  # pixels; OpenCV 4 warps no image with a longer side
 
@@ -75,10 +75,10 @@ class UnusableReference(DataError):
 
     Attributes:
         problem: a key of `MENDS`.
-        ref_id: of the reference; "record N" where it has none.
+        ref_id: the reference's id; "record N" where it has none.
         detail: what is wrong, in words, with the image's name.
-        reason: the same without.
-        also: what else is wrong with it.
+        reason: `detail` without the image's name.
+        also: the reference's other problems.
     """
 
     reason: str = ""
@@ -95,15 +95,15 @@ class UnusableReference(DataError):
 
 @dataclass(frozen=True)
 class Annotated:
-    """A reference with its annotation, not decoded.
+    """A reference with its annotation, not yet decoded.
 
     Attributes:
         reference: its ids and sentences.
         where: what messages add to its id, such as its annotation's id.
-        path: of the image; the image's name only, where `pixels` holds it.
+        path: the image's file; only its name where `pixels` holds the image.
         height, width: of the image in pixels, as the annotation states them; 0 where it does not.
         segmentation: polygons or run lengths of COCO, or `annotation.Several` or `annotation.MaskPicture`.
-        root: the folder that `path` must not leave, and the rest of the path.
+        root: the folder that `path` must stay in, and the path relative to it.
         pixels: the encoded image, where it is not in a file.
     """
 
@@ -119,12 +119,12 @@ class Annotated:
 
 @dataclass
 class Seen:
-    """What is known of the references so far: nothing is looked at twice, and no two share what they must not.
+    """What the checks of earlier references found: it avoids repeated reads, and shows ids that are used twice.
 
     Attributes:
-        ids: of the references.
-        images: image_id -> its image, the path or a digest of the bytes.
-        look: what stands behind the names of images and masks.
+        ids: the references' ids.
+        images: image_id -> its image, as a path or a digest of the bytes.
+        look: checks the files of images and masks.
         damage: image -> why its pixels cannot be decoded; None if they can.
     """
 
@@ -138,7 +138,7 @@ class Rule:
     """The rule for the references of one split, whose messages begin with `title`.
 
     Attributes:
-        way_out: how messages end.
+        way_out: the end of every message, which says what the user can do.
     """
 
     def __init__(self, title: str):
@@ -147,7 +147,7 @@ class Rule:
         self._sizes: dict[Path, tuple[int, int]] = {}
 
     def unusable(self, problem: str, item: Annotated, detail: str) -> UnusableReference:
-        """The error that says so."""
+        """The error for a problem of a reference: its message, with the mend, and its detail."""
         ref_id = item.reference.ref_id
         message = (
             f"{self.title}: {problem} at ref_id {ref_id} ({item.where}image {item.path}): {detail}. "
@@ -158,7 +158,7 @@ class Rule:
         return error
 
     def stated(self, item: Annotated, seen: Seen) -> list[UnusableReference]:
-        """What is wrong with what the annotation says; opens no image and no mask."""
+        """The problems of the annotation; opens no image and no mask."""
         return _failures(
             lambda: self.alone(item, seen),
             lambda: self._place(item, seen),
@@ -167,22 +167,22 @@ class Rule:
         )
 
     def looked(self, item: Annotated, seen: Seen, decode: Callable[[], Any] | None = None) -> list[UnusableReference]:
-        """What is wrong with the image and the mask, once `stated` has found nothing; decodes every image once.
+        """The problems of the image and the mask, for a reference without problems in `stated`; decodes an image once.
 
         Args:
-            item, seen: the reference, and what is known so far.
-            decode: decodes its image; of a JPEG the default does so in less time, and meets the same errors.
+            item, seen: the reference, and what earlier checks found.
+            decode: decodes its image; the default is faster for a JPEG, and finds the same errors.
         """
         return _failures(lambda: self.size(item)) or _failures(
             lambda: self.code(item), lambda: self._pixels(item, seen, decode or (lambda: self._decode(item)))
         )
 
     def examined(self, item: Annotated, seen: Seen, decode: Callable[[], Any]) -> list[UnusableReference]:
-        """All that is wrong with a reference in whose form `stated`, or its reader, has found nothing."""
+        """All problems of a reference whose annotation `stated`, or its reader, has found in order."""
         return _failures(lambda: self.alone(item, seen)) + self.looked(item, seen, decode)
 
     def alone(self, item: Annotated, seen: Seen) -> None:
-        """Whether no other reference has its id, and no other image its image's id."""
+        """Raise UnusableReference if another reference has its id, or another image its image's id."""
         reference, image = item.reference, _image_key(item)
         if reference.ref_id in seen.ids:
             raise self.unusable(DUPLICATE_ID, item, "another reference has this id")
@@ -193,7 +193,7 @@ class Rule:
             raise self.unusable(TWO_IMAGES, item, f"{what}, {reference.image_id!r}, too")
 
     def _place(self, item: Annotated, seen: Seen) -> None:
-        """Whether the image is there, a regular file, and in its folder."""
+        """Raise UnusableReference unless the image is a regular file in its folder."""
         if item.pixels is not None or item.root is None:
             return
         found = seen.look(*item.root)
@@ -210,7 +210,10 @@ class Rule:
         return self.unusable(MISSING_IMAGE, item, f"no file {item.path.name} in {item.path.parent}")
 
     def sentences(self, item: Annotated) -> None:
-        """Whether `tokenize` takes every sentence; the vocabulary is loaded only for those that need it."""
+        """Raise UnusableReference unless `tokenize` takes every sentence.
+
+        The vocabulary is loaded only for sentences that need it.
+        """
         for sentence in item.reference.sentences:
             if len(sentence) <= MAX_CHARACTERS and PLAIN.fullmatch(sentence):
                 continue
@@ -227,7 +230,7 @@ class Rule:
                 raise self.unusable(BAD_PHRASE, item, str(error)[:300]) from error
 
     def _segmentation(self, item: Annotated) -> None:
-        """What can be said about the mask without making it, and about the size that was stated for it."""
+        """Check the stated size, and the segmentation as far as possible without decoding it."""
         if item.height and item.height * item.width <= annotation.MAX_PIXELS:
             self._check_sides(item, item.height, item.width)
         if isinstance(item.segmentation, annotation.MaskPicture) or not item.height:
@@ -240,7 +243,7 @@ class Rule:
             raise self.unusable(EMPTY_MASK, item, "its segmentation is empty")
 
     def code(self, item: Annotated) -> Any:
-        """The mask's run-length code; None where nothing is referred to."""
+        """The mask's run-length code, None for no target. Raises UnusableReference for a bad or empty mask."""
         height, width = (item.height, item.width) if item.height else self.size(item)
         try:
             code = annotation.encode(item.segmentation, height, width)
@@ -258,7 +261,7 @@ class Rule:
         return self.unusable(problem, item, str(error))
 
     def size(self, item: Annotated) -> tuple[int, int]:
-        """Height and width of the image by its header, checked; of each file one header is read."""
+        """Height and width from the image's header, checked; the header of each file is read once."""
         if item.pixels is not None or item.path not in self._sizes:
             with self._open(item) as image:
                 size = image.height, image.width
@@ -270,7 +273,7 @@ class Rule:
         return size
 
     def image(self, item: Annotated) -> np.ndarray:
-        """The image: (H, W, 3) uint8, RGB; of an animation the first picture, and what is transparent as opaque."""
+        """The image: (H, W, 3) uint8, RGB; the first frame of an animation, and transparent pixels as opaque ones."""
         with self._open(item) as image:
             self._check_size(item, image.height, image.width)
             try:
@@ -281,7 +284,7 @@ class Rule:
                 raise self.unusable(UNREADABLE_IMAGE, item, str(error)) from error
 
     def _decode(self, item: Annotated) -> None:
-        """Decode the pixels for their errors alone: a JPEG in grey at an eighth of its size, but from every byte."""
+        """Decode the pixels only to find errors: a JPEG in grey at an eighth of its size, which reads every byte."""
         with self._open(item) as image:
             try:
                 image.draft("L", (1, 1))
@@ -310,7 +313,7 @@ class Rule:
             raise self.unusable(UNSUITABLE_IMAGE, item, f"{detail} than {MAX_SIDE}")
 
     def _open(self, item: Annotated) -> Image.Image:
-        """The image with its header read and checked, and no more."""
+        """Open the image: its header is read and checked, its pixels are not decoded."""
         from PIL import Image
 
         try:
@@ -331,7 +334,7 @@ class Rule:
 
 
 def _failures(*steps: Callable[[], Any]) -> list[UnusableReference]:
-    """What the steps raise."""
+    """Run all steps; return the UnusableReference errors that they raise."""
     found = []
     for step in steps:
         try:
@@ -342,7 +345,7 @@ def _failures(*steps: Callable[[], Any]) -> list[UnusableReference]:
 
 
 def first_of(found: Iterable[UnusableReference]) -> UnusableReference | None:
-    """The first of several problems of one reference, which holds the rest in `also`; None if there is none."""
+    """The first problem of a reference, with the others in its `also`; None if there is none."""
     found = tuple(found)
     if found:
         found[0].also = found[1:]
@@ -350,10 +353,10 @@ def first_of(found: Iterable[UnusableReference]) -> UnusableReference | None:
 
 
 def _image_key(item: Annotated) -> Path | bytes:
-    """What tells the image from others: its path, or a digest of its bytes."""
+    """A key that identifies the image: its path, or a digest of its bytes."""
     return item.path if item.pixels is None else hashlib.blake2b(item.pixels, digest_size=16).digest()
 
 
 def _writable(text: str) -> str:
-    """The text with halves of characters, which no file can hold, spelt out."""
+    """Escape lone surrogates (halves of characters), which no file can hold."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,8 +1,7 @@
-"""Referring expressions without any download: scenes of shapes and phrases that name exactly one of them.
+"""The built-in synthetic data set: scenes of shapes, and phrases that each name exactly one of them.
 
-Everything about a scene follows from (seed, split, number of the scene), so any process can make any sample, in any
-order. Which shapes a scene holds decides its split: no validation scene holds the same set of shapes as a training
-scene, whatever the seeds.
+A scene depends on (seed, split, number of the scene) alone, so any process can make any sample, in any order. The set
+of shapes decides the split: no validation scene holds the same set of shapes as a training scene, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SENTENCES = 3  # per object: where it can be done, one by attributes, one by pla
 
 
 class Split(NamedTuple):
-    """Scenes a split has by default, and which tenths of all sets of shapes are its own."""
+    """A split's number, how many scenes it has by default, and which tenths of all sets of shapes belong to it."""
 
     number: int
     scenes: int
@@ -54,7 +53,7 @@ RGB = {
 
 
 class Referred(NamedTuple):
-    """One referred shape of a scene: its index, and pairs of meaning and wording."""
+    """One referred shape of a scene: its index, and the meanings and wordings of its phrases, in the same order."""
 
     shape: int
     phrases: tuple[Phrase, ...]
@@ -114,14 +113,14 @@ class SyntheticExpressions(ReferringDataset):
         return self._referred(index)[1].phrases
 
     def scene(self, index: int) -> Scene:
-        """The scene of reference `index`: what the interpreter in `fastris.data.scenes.scenes` reads."""
-        return _story(self.seed, self.split, self._referred(index)[0])[0]
+        """The scene of reference `index`, as `fastris.data.scenes.scenes.matches` takes it."""
+        return _scene_and_referred(self.seed, self.split, self._referred(index)[0])[0]
 
     def _referred(self, index: int) -> tuple[int, Referred]:
         if not 0 <= index < len(self):
             raise IndexError(f"index={index} is outside of the {len(self)} references of this data set")
         number, which = divmod(index, REFERENCES)
-        return number, _story(self.seed, self.split, number)[1][which]
+        return number, _scene_and_referred(self.seed, self.split, number)[1][which]
 
     def _drawn(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         return _picture(self.seed, self.split, number, self.size)
@@ -132,7 +131,7 @@ def _generator(seed: int, split: str, number: int, stream: int) -> np.random.Gen
 
 
 @lru_cache(maxsize=256)
-def _story(seed: int, split: str, number: int) -> tuple[Scene, tuple[Referred, ...]]:
+def _scene_and_referred(seed: int, split: str, number: int) -> tuple[Scene, tuple[Referred, ...]]:
     """The scene of that number, and its referred shapes."""
     rng = _generator(seed, split, number, 0)
     while True:
@@ -149,7 +148,7 @@ def _story(seed: int, split: str, number: int) -> tuple[Scene, tuple[Referred, .
 
 @lru_cache(maxsize=64)
 def _picture(seed: int, split: str, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    scene = _story(seed, split, number)[0]
+    scene = _scene_and_referred(seed, split, number)[0]
     return draw(scene, size, _generator(seed, split, number, 1))
 
 

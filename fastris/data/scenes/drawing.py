@@ -1,4 +1,4 @@
-"""Scenes of shapes as anti-aliased pictures, with the mask of every shape."""
+"""Draw scenes of shapes as anti-aliased images, with the mask of every shape."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _ring(corners: int, radius: float, start: float = 0.0) -> np.ndarray:
 
 @cache
 def _light(size: int) -> np.ndarray:
-    """Light falls from the top left: (S, S), from 1 down to -1."""
+    """Brightness of light from the top left: (S, S), from 1 down to -1."""
     ramp = np.linspace(1, -1, size, dtype=np.float32)
     return 0.35 * ramp + 0.65 * ramp[:, None]
 

@@ -1,4 +1,4 @@
-"""Scenes under the wrong phrases: what a model scores on them that finds things, but does not listen."""
+"""The synthetic scenes with wrong phrases, on which a model that ignores the phrase scores as high as before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastris.data.scenes.dataset import REFERENCES, SyntheticExpressions
 
 
 class OtherPhrases(ReferringDataset):
-    """The same objects and masks under the phrases of the next object of the same scene."""
+    """The same objects and masks, each with the phrases of the next object of its scene."""
 
     def __init__(self, dataset: SyntheticExpressions):
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Says things about a scene: picks meanings that single out a shape, and puts them into words."""
+"""Generate referring expressions: choose meanings that single out a shape, and put them into words."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 class Speaker:
-    """Refers to the shapes of one scene."""
+    """Generates expressions for the shapes of one scene."""
 
     def __init__(self, rng: np.random.Generator, scene: Scene):
         self.rng = rng
