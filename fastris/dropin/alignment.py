@@ -1,7 +1,8 @@
 """Cross-attention with one key: ETRIS's hierarchical alignment, in which pixels attend to one sentence vector.
 
-A softmax over one key is 1, whatever the query. So every pixel gets the same answer, the key's value, projected: the
-sentence's gate. Queries, keys and scores are never computed, and their weights get the zero gradient that they have.
+A softmax over one key is 1, whatever the query. So the attention's output is the same for every pixel: the projected
+value of that key, with which the pixels are gated. Queries, keys and scores are not computed; the gradient of their
+weights is zero, as in the original.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 
 def one_key_attention(attention: nn.MultiheadAttention, memory: Tensor) -> Tensor:
-    """What ``attention`` answers to every query when ``memory`` (1, B, D) is its only key and value: (1, B, D).
+    """The output (1, B, D) of ``attention`` for any query when ``memory`` (1, B, D) is its only key and value.
 
-    True as long as no dropout is on: dropout on the weights takes that one weight from some queries and heads.
+    Holds only without dropout, which would set that single weight to 0 for some queries and heads.
     """
     width, output, bias = attention.embed_dim, attention.out_proj, attention.in_proj_bias
     value = F.linear(memory, attention.in_proj_weight[2 * width :], None if bias is None else bias[2 * width :])
@@ -24,9 +25,10 @@ def one_key_attention(attention: nn.MultiheadAttention, memory: Tensor) -> Tenso
 
 
 def gate_forward(find: Callable[[Any], nn.MultiheadAttention], join: Callable, batch_first: bool) -> Callable:
-    """The forward of a module that joins pixels with their attention to one key: ``join(pixels, attention)``.
+    """A fast forward for a module that returns ``join(pixels, attention to one key)``.
 
-    In training with dropout on the attention's weights it is the module's own: what it then joins is left to it.
+    ``find(module)`` returns the attention in the module. In training with dropout on the attention's weights, the
+    module's own forward runs.
     """
 
     def forward(gate: Any, tgt: Tensor, memory: Tensor) -> Tensor:

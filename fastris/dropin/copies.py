@@ -1,4 +1,4 @@
-"""Copies of a module to try things on: random parameters, no hooks, nothing shared that may change."""
+"""Copies of a module to run tests on: random parameters, no hooks, no shared state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-# So many normal numbers are repeated over and over: a prime, so that no two rows of a weight begin alike.
+# The length of the repeated sequence of random numbers: a prime, so that no two rows of a weight begin alike.
 _PERIOD = 65_537
 
 
 class Noise:
-    """Normal random numbers of one dtype on one device, the same in every process; no one else's generator moves."""
+    """Normal random numbers of one dtype on one device, equal in every process; global generators are not touched."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.device = device
@@ -40,8 +40,8 @@ class Noise:
 def random_copy(module: nn.Module, noise: Noise) -> nn.Module:
     """A deep copy without hooks, with random parameters and statistics in the dtype and on the device of ``noise``.
 
-    SyncBatchNorm becomes what it computes in one process. Raises TypeError where a parameter or buffer has no values,
-    and whatever copying the module raises.
+    SyncBatchNorm is replaced by a BatchNorm of this process alone. Raises TypeError where a parameter or buffer has no
+    values (meta device), and whatever copying the module raises.
     """
     kept: dict[int, Any] = {}
     for child in module.modules():
@@ -56,12 +56,12 @@ def random_copy(module: nn.Module, noise: Noise) -> nn.Module:
 
 
 def fresh_copy(original: nn.Module) -> nn.Module:
-    """A deep copy that shares ``original``'s parameters and nothing else."""
+    """A deep copy that shares only the parameters with ``original``."""
     return copy.deepcopy(original, {id(parameter): parameter for parameter in original.parameters()})
 
 
 def without_dropout(module: nn.Module, dropped: str | None = None) -> nn.Module:
-    """``module`` with every dropout's probability at 0, or at 1 for the one named ``dropped``."""
+    """Set every dropout's probability to 0, or to 1 for the one named ``dropped``; returns ``module``."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Dropout):
             child.p = float(name == dropped)
@@ -92,7 +92,7 @@ def _check_values(tensor: Tensor) -> None:
 
 
 class _LocalNorm(nn.modules.batchnorm._BatchNorm):
-    """What SyncBatchNorm computes in one process, for any number of dimensions."""
+    """BatchNorm of this process alone, for any number of dimensions, in place of SyncBatchNorm."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -112,7 +112,7 @@ def _local_norms(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def unnoticed(device: torch.device) -> Iterator[None]:
-    """What runs in this block draws from nobody's random numbers, and autocast and inference mode are off in it."""
+    """In this block random numbers are drawn without effect outside, and autocast and inference mode are off."""
     python, numpy = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"))
@@ -138,7 +138,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def structure_of(value: Any) -> Any:
-    """What holds the tensors: a type, or (type, structures of the items)."""
+    """The nesting of a value's tensors: a type, or (type, structures of the items)."""
     if isinstance(value, (list, tuple)):
         return type(value), *map(structure_of, value)
     return Tensor if isinstance(value, Tensor) else type(value)

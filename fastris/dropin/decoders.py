@@ -1,4 +1,7 @@
-"""Which modules look like CRIS's decoder and its layers, by their attributes or by the order of what they call."""
+"""Recognise modules that may be CRIS's decoder or its layers, by their attributes or by the order of their calls.
+
+Each function returns candidates (:class:`.parts.Part`), which :mod:`.proof` then proves or rejects.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ _View = Callable[[Any], Any]
 
 
 def layers(layer: Any) -> list[Part]:
-    """By the published names."""
+    """Candidates for a decoder layer with the published attribute names."""
     return _layer_parts(layer, _as_it_is, _ffn_obstacle(layer) or _layer_obstacle(layer))
 
 
 def renamed_layers(module: nn.Module) -> list[Part]:
-    """By the order in which a module calls its norms, attentions, dropouts and Linears, whatever their names are."""
+    """Candidates for a decoder layer with other names, by its order of norms, attentions, dropouts and Linears."""
     found = [leaf for _, leaf in leaves(module) if isinstance(leaf, _STEPS)]
     counts = [sum(isinstance(leaf, kind) for leaf in found) for kind in _STEPS]
     if counts != [6, 2, 4, 2] or owns_parameters(module, *found) or len(arguments(module)) < 4:
@@ -84,7 +87,7 @@ class _Layer(NamedTuple):
 
 
 def _order_of_calls(module: nn.Module) -> list[str] | None:
-    """The paths of a layer's steps in the order of their calls; None where that is not the published order."""
+    """The paths of a layer's steps in the order of their calls in a run; None unless it is the published order."""
     calls: list[tuple[str, nn.Module]] = []
 
     def watch(copy: nn.Module) -> None:
@@ -102,7 +105,10 @@ def _order_of_calls(module: nn.Module) -> list[str] | None:
 
 
 def _layer_parts(layer: nn.Module, view: _View, obstacle: str | None) -> list[Part]:
-    """With a padding mask and without one, where the module's own forward can be called so; alone or with weights."""
+    """Candidates for each way to call the layer and to return: with or without a mask, with or without weights.
+
+    ``view(layer)`` gives access to its modules under the published names.
+    """
     takes = arguments(layer)
     without = len(takes) == 4 or (len(takes) > 4 and takes[4].default is not takes[4].empty)
     forwards = (
@@ -126,7 +132,10 @@ def _as_it_is(layer: Any) -> Any:
 
 
 def _seen_by(view: _View, forward: Callable) -> Callable:
-    """``forward`` on what ``view`` shows; the forward itself where it has the names, so that layers share a proof."""
+    """``forward`` for a layer that is read through ``view``.
+
+    It is ``forward`` itself where the layer has the published names, so that several layers share one proof.
+    """
     if view is _as_it_is:
         return forward
 
@@ -172,7 +181,7 @@ def _inputs_of_width(dim: int) -> tuple:
 
 
 def _layer_takes(vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None = None) -> bool:
-    """Positions are shared by the batch and the mask is bool; nn.MultiheadAttention takes more than that."""
+    """Whether the batch shares its positions and the mask is bool: nn.MultiheadAttention also takes other kinds."""
     return (
         vis.ndim == txt.ndim == 3
         and vis_pos.shape == (vis.shape[0], 1, vis.shape[2])
@@ -182,7 +191,7 @@ def _layer_takes(vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad
 
 
 def decoders(decoder: Any) -> list[Part]:
-    """By the published names ``layers`` and ``norm``; with and without ``return_intermediate``."""
+    """Candidates for a decoder, by the names ``layers`` and ``norm``, with or without ``return_intermediate``."""
     obstacle = None
     published = hasattr(decoder, "return_intermediate")
     if not isinstance(decoder.layers, nn.ModuleList) or not len(decoder.layers):
@@ -192,7 +201,7 @@ def decoders(decoder: Any) -> list[Part]:
     elif not all(hasattr(layer, name) for layer in decoder.layers for name in LAYER):
         obstacle = None if all(renamed_layers(layer) for layer in decoder.layers) else _STRANGE
     if obstacle and not published:
-        return []  # most of PyTorch's own stacks have layers and a norm
+        return []  # most of PyTorch's own stacks of layers also have ``layers`` and ``norm``
     return [
         Part("TransformerDecoder", forward, inputs, _decoder_takes, obstacle, optional, FLOAT32_TABLES)
         for forward, inputs, optional in _decoder_forms(decoder, published)
@@ -203,7 +212,7 @@ _STRANGE = "its layers are not CRIS's decoder layers"
 
 
 def _decoder_forms(decoder: Any, published: bool) -> list[tuple[Callable, Callable, tuple[int, ...]]]:
-    """(forward, inputs, optional inputs) of every way in which such a decoder is called and answers."""
+    """(forward, inputs, optional inputs) for every way in which such a decoder may be called and may return."""
     answers: tuple[Callable, ...] = (_last, _last_and_nothing, _last_and_all, _last_and_weights, _all)
     layer = next(iter(decoder.layers), None) if isinstance(decoder.layers, nn.ModuleList) else None
     masked_layers = layer is None or len(arguments(layer)) != 4

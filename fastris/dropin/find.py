@@ -1,5 +1,4 @@
-"""Which parts of CRIS a module looks like, by its attributes or by what it is made of. What it computes is
-proof.py's question."""
+"""Find the parts of CRIS that a module may be, by its attributes or by its submodules; proof.py then decides."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from fastris.dropin.necks import NECK, gates, necks
 from fastris.dropin.parts import Part
 from fastris.dropin.projectors import projectors, renamed_projectors
 
-# By attributes. The neck stands before the projector: necks that hold a projector's attributes as well exist, the
-# reverse does not.
+# Recognised by attributes. Necks come before projectors: some necks also have a projector's attributes, but no
+# projector has a neck's.
 _BY_NAME: tuple[tuple[tuple[str, ...], Callable[[Any], list[Part]]], ...] = (
     (LAYER, layers),
     (("layers", "norm"), decoders),
@@ -23,7 +22,7 @@ _BY_NAME: tuple[tuple[tuple[str, ...], Callable[[Any], list[Part]]], ...] = (
     (("vis", "txt_fc"), projectors),
 )
 
-# By what a module is made of, where it has none of these names; each gives nothing for all that is unlike.
+# Recognised by submodules, for modules without these names; each function returns [] for a module that does not fit.
 _BY_MAKE: tuple[Callable[[nn.Module], list[Part]], ...] = (gates, renamed_layers, renamed_projectors)
 
 

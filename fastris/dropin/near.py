@@ -1,4 +1,4 @@
-"""Modules that are almost CRIS's parts: not supported, and the report says what they lack. See patch.py."""
+"""Recognise modules that are almost CRIS's parts; the report then says which attributes they lack. See patch.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _BLOCKS = ("f1_v_proj", "f2_v_proj", "f3_v_proj", "f2_cat", "f3_cat", "f4_proj5"
 
 
 class _Kind(NamedTuple):
-    """``telling`` are the attributes that other people's modules do not have; so many of them make a likeness."""
+    """A part of CRIS. A module resembles it if it has ``enough`` of the ``telling`` attributes.
+
+    These are rare elsewhere. A class name that contains one of ``class_names`` counts as one attribute more.
+    """
 
     name: str
     attributes: tuple[str, ...]
@@ -42,7 +45,7 @@ _KINDS = (
 
 
 def near_miss(module: nn.Module) -> str | None:
-    """What to say of a module that resembles one of CRIS's parts without having all that it is recognised by."""
+    """The report's line for a module that resembles a part of CRIS but lacks some of its attributes; else None."""
     for kind in _KINDS:
         named = any(name in type(module).__name__.lower() for name in kind.class_names)
         if sum(hasattr(module, name) for name in kind.telling) + named >= kind.enough:
@@ -65,7 +68,7 @@ def _said(module: nn.Module, name: str, attributes: Sequence[str]) -> str | None
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    """Whether a list of CRIS's decoder layers, or of modules almost like them, is its own."""
+    """Whether the module has a ModuleList of CRIS's decoder layers, or of modules almost like them."""
     layer, _ = _KINDS
     return not isinstance(module, (nn.ModuleList, nn.Sequential)) and any(
         isinstance(child, nn.ModuleList)
@@ -76,7 +79,7 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _is_pixel_head(module: nn.Module) -> bool:
-    """Two upsamplings, each with a block of convolutions behind it, and at last a convolution."""
+    """Whether it is a Sequential of upsampling, block, upsampling, block and a convolution."""
     kinds = (nn.Upsample, nn.Sequential, nn.Upsample, nn.Sequential, nn.Conv2d)
     return (
         isinstance(module, nn.Sequential)

@@ -1,4 +1,4 @@
-"""Which modules look like CRIS's neck, or like the gates of ETRIS's: the rest of that one is as fast as ours."""
+"""Recognise modules that may be CRIS's neck, or a gate of ETRIS's neck, whose other parts are as fast as ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NECK = ("txt_proj", "norm_layer", "coordconv", *_BLOCKS)
 
 
 def necks(neck: Any) -> list[Part]:
-    """CRIS's neck, by the published names."""
+    """Candidates for CRIS's neck, by the published names."""
     obstacle = _coordconv_obstacle(neck)
     if not all(is_chain(getattr(neck, name), BLOCK) for name in _BLOCKS):
         obstacle = "its blocks are not Conv2d, BatchNorm2d, ReLU"
@@ -47,7 +47,7 @@ def _neck_takes(imgs: Any, state: Tensor | None) -> bool:
 
 
 def gates(module: nn.Module) -> list[Part]:
-    """A module around one nn.MultiheadAttention that takes pixels and what they attend to, whatever its name is."""
+    """Candidates for a gate: a module of any name around one nn.MultiheadAttention, called with pixels and one key."""
     children = list(module.named_children())
     if len(children) != 1 or sum(p.default is p.empty for p in arguments(module)) != 2:
         return []
@@ -55,7 +55,7 @@ def gates(module: nn.Module) -> list[Part]:
     if not isinstance(attention, nn.MultiheadAttention) or owns_parameters(module, attention):
         return []
     obstacle = None
-    if attention.in_proj_weight is None:  # then queries and keys have weights of their own, which would get no gradient
+    if attention.in_proj_weight is None:  # queries and keys then have own weights, which would get no gradient
         obstacle = "its attention has keys or values of another width"
     elif attention.bias_k is not None or attention.add_zero_attn:
         obstacle = "its attention adds keys of its own"

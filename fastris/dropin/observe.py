@@ -1,5 +1,7 @@
-"""One look at a stranger's module at work, where its attributes do not say enough. Nothing is concluded from it alone:
-what it suggests is put to the proof like everything else."""
+"""Run a copy of somebody's module once, to learn what its attributes do not show.
+
+What the run suggests is proved afterwards, like every other candidate.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ Watch = Callable[[nn.Module], None]
 
 
 def observed(module: nn.Module, inputs: Callable[[Any], tuple], watch: Watch | None = None) -> tuple | None:
-    """(copy, inputs, answer): one run in eval mode of a deep copy in float64 with random parameters and no hooks.
+    """Run a float64 copy with random parameters and no hooks once in eval mode; returns (copy, inputs, output).
 
-    ``watch`` may hook the copy before it runs. None when it cannot be copied or does not run, whatever the reason: the
-    proof will find the same and say it.
+    ``watch`` may register hooks on the copy before it runs. None if it cannot be copied or does not run; the proof then
+    reports the reason.
     """
     cpu = torch.device("cpu")
     with unnoticed(cpu), torch.enable_grad():
@@ -29,5 +31,5 @@ def observed(module: nn.Module, inputs: Callable[[Any], tuple], watch: Watch | N
             if watch:
                 watch(copy)
             return copy, given, type(module).forward(copy, *given)
-        except Exception:  # a stranger's code may raise anything
+        except Exception:  # other people's code may raise anything
             return None

@@ -1,4 +1,4 @@
-"""What a part of CRIS is to the drop-in, and what its families share when they look for theirs."""
+"""The description of a candidate for replacement, and the helpers of the functions that look for candidates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How far, of the scale, two float64 results may lie apart; where tables of positions enter, those are float32 numbers.
+# Largest difference of two float64 results, as a fraction of their scale; the second where float32 tables enter.
 ROUNDING = 1e-10
 FLOAT32_TABLES = 1e-6
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of CRIS that a module has the looks of: how we would run it, and what its proof needs.
+    """A part of CRIS that a module may be: the forward that would replace its own, and what the proof needs.
 
-    ``forward(module, *inputs)`` is ours; ``inputs(module)`` makes small random float64 inputs, of which those at the
-    places ``optional`` may be None; ``takes(*inputs)`` says of a call whether it is of the kind that the proof covers;
-    ``obstacle`` is what rules the module out before any proof; ``tolerance`` is what the proof allows for rounding.
+    Attributes:
+        name: of the part, for the report.
+        forward: fastris's forward, ``forward(module, *inputs)``.
+        inputs: ``inputs(module)`` makes small random float64 inputs.
+        takes: ``takes(*inputs)`` tells whether a call is of the kind that the proof covers.
+        obstacle: why the module cannot be replaced, if that is known without a proof.
+        optional: the positions of inputs that may be None.
+        tolerance: the rounding that the proof allows, as a fraction of the scale.
     """
 
     name: str
@@ -41,7 +46,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def is_chain(module: Any, kinds: tuple[type, ...]) -> bool:
-    """A Sequential of exactly these kinds, where SyncBatchNorm may stand for BatchNorm2d."""
+    """Whether it is a Sequential of exactly these classes; SyncBatchNorm counts as BatchNorm2d."""
     if not isinstance(module, nn.Sequential) or len(module) != len(kinds):
         return False
     allowed = [(kind, nn.SyncBatchNorm) if kind is nn.BatchNorm2d else kind for kind in kinds]
@@ -49,7 +54,7 @@ def is_chain(module: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def arguments(module: nn.Module) -> list[inspect.Parameter]:
-    """What the module's own forward takes by position, without ``self``; empty where that cannot be seen."""
+    """The positional parameters of the module's own forward, without ``self``; [] where they cannot be inspected."""
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -58,14 +63,14 @@ def arguments(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def at(module: nn.Module, path: str) -> Any:
-    """The descendant at a dotted path, as ``named_modules`` spells it."""
+    """The submodule at a dotted path, as ``named_modules`` gives it."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
 def leaves(module: nn.Module, within: str = "") -> list[tuple[str, nn.Module]]:
-    """(path, module) of what does the work, in order of registration: attentions as a whole, else what has no child."""
+    """(path, module) of all submodules without children, in order of registration; an attention counts as one."""
     found = []
     for name, child in module.named_children():
         inside = isinstance(child, nn.MultiheadAttention) or next(child.children(), None) is None
@@ -80,5 +85,5 @@ def owns_parameters(module: nn.Module, *others: nn.Module) -> bool:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether all that ``module`` has is in one child, which is then the one to look at."""
+    """Whether at most one child of ``module`` has parameters; that child is then the one to look at."""
     return sum(next(child.parameters(), None) is not None for child in module.children()) < 2

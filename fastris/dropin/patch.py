@@ -1,17 +1,17 @@
 """The drop-in: swap the forwards of CRIS's parts inside somebody else's model, in place and reversibly.
 
 ``fastris.patch(model)`` looks for CRIS-style decoders, projectors and necks by their structure, whatever their classes
-are called. Structure alone proves nothing, so each candidate is put to a proof first: on a deep copy with random
+are called. Structure alone proves nothing, so each candidate is tested first (the "proof"): on a deep copy with random
 parameters, in float64, its own forward and the published formula must give the same outputs, the same gradients of
 inputs and parameters and the same BatchNorm statistics, in eval mode and in training, on small and on large inputs, and
-with each of its dropouts in turn dropping everything; and its own forward must not draw random numbers or store
-anything besides. Only then is the forward of that one instance replaced. What cannot be proved equal is left alone, and
-the report says why.
+with each of its dropouts in turn dropping everything; and its own forward must not draw other random numbers or store
+anything. Only then is the forward of that one instance replaced. A module that cannot be proved equal is left alone,
+and the report says why.
 
-A proof holds for what was proved. Each call of a replaced forward looks whether it still does, and otherwise runs the
-module's own: arguments of another kind, a setting of the module that was changed, and hooks, adapters or wrappers that
-somebody put on a layer whose own forward is not called any more. The first call at sizes that are new looks whether the
-two agree there as well, and puts the module's own forward back, with a warning, where they do not: sizes.py.
+Each call of a replaced forward checks whether the proof covers it, and otherwise runs the module's own forward. It does
+so for arguments of another kind, after a change of the module's settings, and where hooks, adapters or wrappers were
+put on a layer whose own forward is no longer called. The first call at new sizes checks whether the two agree there
+too, and puts the module's own forward back, with a warning, where they do not (sizes.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOTHING_LEFT = "no other CRIS-style part was found; encoders, loss and the rest 
 
 @dataclass
 class PatchReport:
-    """What :func:`patch` did. ``replaced`` and ``left_alone`` hold (module path, what it is or why)."""
+    """What :func:`patch` did: ``replaced`` holds (module path, part), ``left_alone`` (module path, reason)."""
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     left_alone: list[tuple[str, str]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class PatchReport:
 
 
 def _grouped(rows: list[tuple[str, str]], form: str, separator: str) -> str:
-    """One entry for all modules of which the same is to be said."""
+    """One entry for all modules with the same text."""
     groups: dict[str, list[str]] = {}
     for path, what in rows:
         groups.setdefault(what, []).append(path or "the model")
@@ -71,16 +71,15 @@ def patch(model: nn.Module) -> PatchReport:
     Parameters, their names, buffers, hooks, the state dict, optimizer references and a surrounding DDP stay as they
     are; other instances of the same classes are not touched. A call that the proof does not cover runs the original
     forward: see the module's docstring. The first call at new sizes (batch, pixels, words; training and eval mode
-    apart) costs two more forwards without gradients, and warns where it puts the original back. Sizes cannot be looked
-    at in a CUDA graph's capture, under vmap or in fake tensors; new ones run the original there.
+    apart) costs two more forwards without gradients, and warns where it puts the original back. Sizes cannot be checked
+    during a CUDA graph's capture, under vmap or with fake tensors; new ones run the original there.
 
-    Call it before ``torch.compile``, which looks at the sizes that it compiles for; where it keeps them open
-    (``dynamic=True``), ours runs between those that were looked at before, the original beyond. A deep copy of a
-    patched model is patched; an unpickled one has its original forwards again, so that a saved model never depends on
-    fastris. Which path then runs follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``. Gradients are as the fast paths
-    give them: once, so code that differentiates a gradient again needs ``use_impl("reference")``. Unpatch a model
-    before ``nn.DataParallel``, which copies instances in a way that no replaced forward survives;
-    DistributedDataParallel is fine.
+    Call it before ``torch.compile``, so that the sizes that are compiled for are checked. Where they stay open
+    (``dynamic=True``), ours runs for sizes between those that were checked before, the original for others. A deep copy
+    of a patched model is patched; an unpickled one has its original forwards again, so that a saved model never depends
+    on fastris. Which path then runs follows :func:`fastris.use_impl` and ``FASTRIS_IMPL``. The fast paths can be
+    differentiated once: code that differentiates a gradient again needs ``use_impl("reference")``. Unpatch a model
+    before ``nn.DataParallel``, whose copies of a module lose the replaced forward; DistributedDataParallel is fine.
 
     Args:
         model: any module that contains CRIS-style decoders (published ``TransformerDecoder`` and its layers, also
@@ -111,7 +110,7 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether the forward that runs is defined by fastris, be it for a class that others derived."""
+    """Whether the module's forward is defined by fastris, also where somebody derived a class from ours."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
@@ -119,7 +118,7 @@ def _is_ours(module: nn.Module) -> bool:
 def _try_parts(
     report: PatchReport, path: str, module: nn.Module, parts: list[Part], known: dict[Any, Proof | Unproved]
 ) -> None:
-    """Replace the forward by the first of ``parts`` that can be proved equal, or report why the likeliest cannot."""
+    """Replace the forward by the first of ``parts`` that can be proved equal, or report why the first cannot."""
     reasons = []
     for part in parts:
         try:
@@ -150,7 +149,10 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _check_forward(module: nn.Module) -> None:
-    """An unpickled module may hold its class's own forward once more, bound to itself: that is no replacement."""
+    """Raise Unproved if somebody else has replaced the module's forward, or TorchScript has compiled it.
+
+    An unpickled module may hold its class's own forward, bound to itself; that is no replacement.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         raise Unproved("it is compiled by TorchScript")
     own = module.__dict__.get("forward")
@@ -163,9 +165,9 @@ def _swap(module: nn.Module, proof: Proof, path: str) -> None:
 
 
 def _as_forward(proof: Proof, original: Callable, path: str) -> Callable:
-    """The part's forward as a method with ``original``'s arguments, which hands on to it what is unproved.
+    """The part's forward as a method with ``original``'s arguments, which runs ``original`` for calls without proof.
 
-    The method must be named ``forward``: a pickled bound method is looked up by name, and then finds the class's own.
+    The method must be named ``forward``: a pickled bound method is looked up by name, which then finds the class's own.
     """
     signature = inspect.signature(original)
     ours = len(inspect.signature(proof.part.forward).parameters) - 1

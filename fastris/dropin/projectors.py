@@ -1,4 +1,4 @@
-"""Which modules look like CRIS's projector, and how their numbers are meant."""
+"""Recognise modules that may be CRIS's projector, and the layout of their parameters and outputs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _by_name(projector: Any) -> _Layers:
 
 
 def projectors(projector: Any) -> list[Part]:
-    """By the published names ``vis`` and ``txt`` or ``txt_fc``; ``in_dim`` and ``kernel_size`` may be missing."""
+    """Candidates by the names ``vis`` and ``txt`` or ``txt_fc``; ``in_dim`` and ``kernel_size`` may be missing."""
     published = hasattr(projector, "in_dim") and hasattr(projector, "kernel_size")
     obstacle = _layers_obstacle(*_by_name(projector))
     if obstacle and not published:
-        return []  # so much has something called vis and something called txt
+        return []  # many modules have attributes called vis and txt
     if obstacle:
         return [_part(_by_name, projector_forward, obstacle)]
     why = _numbers_obstacle(projector) if published else _NO_NUMBERS
@@ -46,7 +46,7 @@ def projectors(projector: Any) -> list[Part]:
 
 
 def renamed_projectors(module: nn.Module) -> list[Part]:
-    """By make: two 3x3 convolutions with their norms, a 1x1 convolution and a Linear, in order of registration."""
+    """Candidates by submodules: two 3x3 convolutions with norms, a 1x1 convolution and a Linear, in this order."""
     paths = _paths(module)
     if paths is None or len(arguments(module)) < 2 or is_wrapper(module):
         return []
@@ -61,7 +61,7 @@ def renamed_projectors(module: nn.Module) -> list[Part]:
 
 
 def _paths(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
-    """Paths of (three convolutions, two norms, two activations or none, one Linear), or None where there is more."""
+    """Paths of (three convolutions, two norms, two activations or none, one Linear); None for other submodules."""
     kinds = (nn.Conv2d, (nn.BatchNorm2d, nn.SyncBatchNorm), nn.ReLU, nn.Linear)
     found = leaves(module)
     groups = [[(path, leaf) for path, leaf in found if isinstance(leaf, kind)] for kind in kinds]
@@ -120,7 +120,7 @@ _NO_NUMBERS = "its text projection does not give kernels and a bias for each"
 
 
 def _numbers_obstacle(projector: Any) -> str | None:
-    """What does not fit where ``in_dim`` and ``kernel_size`` mean what they mean in the published code."""
+    """Why the sizes do not fit if ``in_dim`` and ``kernel_size`` have their published meaning; None if they do."""
     if not isinstance(projector.in_dim, int) or projector.kernel_size not in KERNEL_SIZES:
         return f"its text kernel is {projector.kernel_size} wide, and fastris has 1, 3 and 5"
     outputs = _linear(text_projection(projector)).out_features
@@ -136,10 +136,10 @@ def _numbers_obstacle(projector: Any) -> str | None:
 
 
 def _observed_readings(projector: nn.Module, find: _Find) -> list[Reading]:
-    """How the module itself reads its numbers, as one run of a copy shows: rarely more than one, none where unlike.
+    """The layouts that fit one run of a copy of the module: mostly one, [] if it is no projector.
 
-    The number of logit maps and of channels say what the text projection's outputs are, the logits' size tells the
-    padding, and the gradients of each logit map tell which map and which bias it reads.
+    The numbers of logit maps and channels give the meaning of the text projection's outputs, the logits' size gives the
+    padding, and the gradients of each logit map show which map and which bias it depends on.
     """
     seen = observed(projector, partial(_inputs, find=find))
     if seen is None:
@@ -173,7 +173,7 @@ def _are_maps(parts: Any, form: type) -> bool:
 
 
 def _numbers(outputs: int, channels: int, count: int) -> list[tuple[int, int, int]]:
-    """(kernels, size, biases) by which ``outputs`` numbers of the sentence make ``count`` logit maps."""
+    """All (kernels, size, biases) with which ``outputs`` numbers per sentence make ``count`` logit maps."""
     fits = []
     for size in KERNEL_SIZES:
         taps = size * size

@@ -1,4 +1,4 @@
-"""The proof that a module computes what CRIS's part computes, and the watch that it stays so. See patch.py."""
+"""Prove by tests that a module computes what a part of CRIS computes, and check that it stays so. See patch.py."""
 
 from __future__ import annotations
 
@@ -29,23 +29,26 @@ from fastris.dropin.copies import (
 from fastris.dropin.parts import Part
 from fastris.dropin.sizes import Sizes
 
-# Of the inputs: a clamp of the module's own shows at the larger.
+# The scales of the test inputs; large ones reveal a module that clamps its values.
 SCALES = (1.0, 1e4)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Unproved(Exception):
-    """Why a module must be left alone, as the report says it."""
+    """The module could not be proved equal and is left alone; the message is the report's reason."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved, and what must stay as it was for the proof to hold.
+    """What was proved, and what must not change for the proof to hold.
 
-    ``without`` holds the places of optional inputs that may be None; ``bypassed`` the descendants whose own forwards we
-    do not call, with their classes; ``settings`` the module's own numbers, strings and flags; ``sizes`` the sizes of
-    inputs that were looked at since.
+    Attributes:
+        part: the part that the module was proved to be.
+        without: the positions of optional inputs that may be None.
+        bypassed: the submodules whose own forwards are no longer called, with their classes.
+        settings: the module's own numbers, strings and flags.
+        sizes: the sizes of inputs that were checked since.
     """
 
     part: Part
@@ -63,7 +66,7 @@ class Proof:
         return self.disturbed(module) is None
 
     def disturbed(self, module: nn.Module) -> str | None:
-        """The first bypassed descendant whose own call would do more or other than what was proved."""
+        """The first bypassed submodule that was replaced, or was given hooks or another forward; else None."""
         for name, kind in self.bypassed:
             try:
                 child = operator.attrgetter(name)(module)
@@ -74,7 +77,7 @@ class Proof:
         return None
 
     def covers(self, inputs: tuple) -> bool:
-        """True for inputs of the kind that was proved."""
+        """Whether the inputs are of the kind that was proved."""
         for place, value in enumerate(inputs):
             if value is None and place not in self.without:
                 return False
@@ -82,10 +85,9 @@ class Proof:
 
 
 def prove(module: nn.Module, part: Part, known: dict[Any, Proof | Unproved] | None = None) -> Proof:
-    """The proof that the module's own forward equals ``part``'s on every probe; raises Unproved with what differed.
+    """Prove that the module's own forward equals ``part``'s in every test; raises Unproved with what differed.
 
-    ``known`` keeps what came out, and answers for the next module that differs in nothing that a proof could see: a
-    decoder's layers are proved once.
+    ``known`` caches the outcomes: modules that no test could tell apart, such as a decoder's layers, are proved once.
     """
     known = {} if known is None else known
     key = part.name, part.forward, _likeness(module)
@@ -117,7 +119,7 @@ def _prove(module: nn.Module, part: Part) -> Proof:
         for probe in (*(_Probe(False, None, scale, scale == 1.0) for scale in SCALES), _Probe(True)):
             bypassed |= _compare(original, part, inputs, probe)
         for name, child in original.named_modules():
-            if _is_dropout(child) and name in bypassed:  # the others run their own forwards, with us as without us
+            if _is_dropout(child) and name in bypassed:  # the others' own forwards run in both
                 _compare(original, part, inputs, _Probe(True, name, weights=False))
         without = frozenset(place for place in part.optional if _equal_without(original, part, inputs, place))
     kinds = tuple((name, type(child)) for name, child in module.named_modules() if name in bypassed)
@@ -125,7 +127,7 @@ def _prove(module: nn.Module, part: Part) -> Proof:
 
 
 def _likeness(module: nn.Module) -> tuple:
-    """Equal for two modules that no proof could tell apart: what their parameters are worth does not enter it."""
+    """A key that is equal for two modules that no test could tell apart; the parameters' values do not matter."""
     places: dict[int, int] = {}
     rows: list[tuple] = []
     for name, child in module.named_modules(remove_duplicate=False):
@@ -167,10 +169,12 @@ def _named(parameters: list[inspect.Parameter]) -> str:
 
 
 class _Probe(NamedTuple):
+    """One test: the mode and the inputs' scale that both forwards run with."""
+
     training: bool
     dropped: str | None = None  # the dropout that drops everything
     scale: float = 1.0
-    weights: bool = True  # whether gradients of matrices and kernels are asked for: they cost most of the time
+    weights: bool = True  # whether gradients of matrices and kernels are compared: they cost most of the time
 
     def __str__(self) -> str:
         when = "in training" if self.training else "in eval mode"
@@ -183,7 +187,7 @@ def _is_dropout(module: nn.Module) -> bool:
 
 
 def _equal_without(original: nn.Module, part: Part, inputs: tuple, place: int) -> bool:
-    """Whether the input at ``place`` may be None."""
+    """Whether the two are also equal with None as the input at ``place``."""
     missing = (*inputs[:place], None, *inputs[place + 1 :])
     try:
         for training in (False, True):
@@ -194,7 +198,10 @@ def _equal_without(original: nn.Module, part: Part, inputs: tuple, place: int) -
 
 
 def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> set[str]:
-    """The descendants that their forward calls more often than ours; raises Unproved when the two differ."""
+    """Run one test; raises Unproved where the two forwards differ.
+
+    Returns the names of the submodules that the module's own forward calls more often than ours.
+    """
     theirs = _attempt(
         "its forward does not run on CRIS's inputs", _run, original, type(original).forward, inputs, probe
     )
@@ -224,13 +231,17 @@ def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> s
 def _attempt(trouble: str, function: Callable, *args: Any) -> Any:
     try:
         return function(*args)
-    except Exception as error:  # whatever a stranger's code raises on our probe, it is no proof
+    except Exception as error:  # whatever other people's code raises on our test, it is no proof
         lines = str(error).splitlines() or [""]
         raise Unproved(f"{trouble} ({type(error).__name__}: {lines[0][:120]})") from error
 
 
 class _Traces(NamedTuple):
-    """Everything that one pass leaves: outputs, gradients of inputs and parameters and statistics in ``tensors``."""
+    """The results of one pass: ``tensors`` holds outputs, gradients of inputs and parameters, and buffers.
+
+    ``calls`` counts each submodule's calls, ``stored`` names the attributes that were set, ``random`` says whether
+    random numbers were drawn.
+    """
 
     tensors: list[Tensor]
     structure: Any
@@ -264,7 +275,7 @@ def _run(original: nn.Module, forward: Callable, inputs: tuple, probe: _Probe) -
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
-    """A module's own attributes; the length tells of a list that grew."""
+    """A module's own attributes with their lengths, which show that a list, dict or set has grown."""
     return {
         key: (value, len(value) if isinstance(value, (list, dict, set)) else 0)
         for key, value in vars(module).items()

@@ -1,11 +1,11 @@
-"""The sizes that a replaced forward was proved at. See patch.py.
+"""Check a replaced forward at the first call with new sizes. See patch.py.
 
-A proof runs on small inputs, and a forward may depend on how large they are: words behind the eighth that nobody reads,
-maps that are cut or resized where they are wide. So the first call at new sizes looks, before it answers, whether the
-two still agree there: on a copy of the module with random parameters and random inputs of the call's sizes, in the
-call's mode but without dropout, its own forward and the published formula are run once each, without gradients, in
-float32, and in float64 where the two are not plainly equal. The user's tensors, statistics and random numbers take no
-part in it, so neither does what they happen to be: a word cut off shows even where it is padding in this batch.
+A proof runs on small inputs, but a forward may depend on their size: it may ignore all words after the eighth, or crop
+or resize wide maps. So the first call at new sizes first checks whether the two forwards agree there: on a copy of the
+module with random parameters and random inputs of the call's sizes, in the call's mode but without dropout, its own
+forward and the published formula are run once each, without gradients, in float32, and in float64 where the two are not
+clearly equal. The user's tensors, statistics and random numbers are not used, so the outcome does not depend on them: a
+word that is cut off is found even where it is padding in this batch.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from fastris.dropin.copies import (
 )
 
 MARK = "_fastris_patched"
-# So many different sizes are looked at, each once. Then it is known how the module takes sizes, and only a size beyond
-# all that were seen is looked at, and of the others the 1st, 2nd, 4th, 8th and so on.
+# The number of different sizes that are all checked. After that only sizes outside the range of those seen so far are
+# checked, and of the others the 1st, 2nd, 4th, 8th and so on.
 LIMIT = 64
-# Of the scale, for float32 results of the same formula; what is further apart is settled in float64.
+# Largest difference of float32 results, as a fraction of their scale; above it, float64 decides.
 _PLAINLY_EQUAL = 1e-5
 
 
 class Sizes:
-    """What a proof knows about sizes. ``refusal`` says where the two differed, once they did.
+    """The sizes at which a proof was checked. ``refusal`` says where the two forwards differed, if they did.
 
-    Modules that share a proof share this as well, and so do copies of them.
+    Modules that share a proof, and their copies, share this too.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Sizes:
         self._said: set[tuple[str, str]] = set()
 
     def agree(self, module: nn.Module, part: Any, original: Callable, inputs: tuple, path: str) -> bool:
-        """Whether our forward may answer this call; False for sizes that differ or cannot be looked at now."""
+        """Whether our forward may run for this call; False where the two differ or the sizes cannot be checked now."""
         kind, sizes = (module.training, _forms(inputs)), _sizes(inputs)
         if torch.compiler.is_compiling():
             return self._agree_in_graph(module, part, original, kind, sizes, path)
@@ -67,7 +67,7 @@ class Sizes:
         return False
 
     def _agree_in_graph(self, module: Any, part: Any, original: Any, kind: tuple, sizes: tuple, path: str) -> bool:
-        """Sizes that the graph is compiled for are looked at while it is traced; open ones must lie between known."""
+        """Under torch.compile: fixed sizes are checked while tracing, dynamic ones must lie in the checked range."""
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         if all([has_static_value(size) for size in sizes]):
@@ -79,13 +79,13 @@ class Sizes:
         return True
 
     def known(self, kind: tuple, count: int) -> tuple[tuple[int, int], ...]:
-        """The smallest and largest of each size that agreed; the proof's own are as good as 2. (1, 0) for none."""
+        """(smallest, largest) of each size that agreed, (1, 0) for none; the proof itself covers sizes from 2 on."""
         if self.refusal is not None:
             return ((1, 0),) * count
         return tuple((min(2, low), high) for low, high in self._ranges.get(kind, ((1, 0),) * count))
 
     def looked_at(self, module: nn.Module, part: Any, original: Callable, kind: tuple, sizes: tuple, path: str) -> bool:
-        """As :meth:`agree`, for sizes that need not be new."""
+        """Check the sizes, unless that is done already, and remember the outcome; whether the two forwards agree."""
         if self.refusal is not None:
             self.warn(path, self.refusal)
             return False
@@ -128,20 +128,20 @@ class Sizes:
             self._agreed.add((kind, sizes))
 
     def warn(self, path: str, why: str) -> None:
-        """Say once for each module why its own forward runs."""
+        """Warn, once per module and reason, that its own forward runs again."""
         if (path, why) not in self._said:
             self._said.add((path, why))
             warnings.warn(f"fastris.patch: {path or 'the model'} runs its own forward again: {why}", stacklevel=2)
 
 
 def put_back(module: nn.Module) -> bool:
-    """Give a patched module its own forward back; whether it was patched."""
+    """Give a patched module its own forward back; returns whether it was patched."""
     if not hasattr(module.__dict__.get("forward"), MARK):
         return False
     return module.__dict__.pop("forward", None) is not None
 
 
-# torch.compile runs these three while it traces, and keeps what they answer as constants.
+# torch.compile calls these three while it traces, and keeps their results as constants.
 def _constant(function: Callable) -> Callable:
     """As torch.compiler.assume_constant_result, which would import the compiler here."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ def _say_open_while_tracing(sizes: Sizes, path: str) -> None:
 
 
 def _can_look(module: nn.Module, inputs: tuple) -> bool:
-    """False where a look would be seen or has nothing to look at: captured CUDA graphs, traces, fake tensors, vmap."""
+    """Whether sizes can be checked now: not in a CUDA graph's capture, a trace, under vmap or with fake tensors."""
     if any(type(x) not in (Tensor, nn.Parameter) for x in tensors_in(inputs)):
         return False
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
@@ -178,7 +178,7 @@ def _can_look(module: nn.Module, inputs: tuple) -> bool:
 
 
 def _device(module: nn.Module) -> torch.device:
-    """Where to look: beside the module's parameters on a GPU of CUDA, else on the CPU."""
+    """The device to check on: that of the module's parameters if it is a CUDA device, else the CPU."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return device if device.type == "cuda" else torch.device("cpu")
 
@@ -188,7 +188,7 @@ class _Unanswered(Exception):
 
 
 def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, sizes: tuple) -> str:
-    """How the module's own forward differs from CRIS's formula at these sizes; empty when it does not."""
+    """How the module's own forward differs from CRIS's formula at these sizes, in words; empty if it does not."""
     device = _device(module)
     with unnoticed(device), torch.no_grad():
         for padded in _paddings(forms, sizes):
@@ -243,11 +243,12 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-# An input is described by what it is, and by its sizes in one row of numbers: the forms are the same for all sizes.
+# Nested inputs are described by their forms (what they are) and their sizes (one row of numbers). Calls of one kind
+# have the same forms at all sizes.
 
 
 def _forms(value: Any) -> Any:
-    """Constants that say what nested inputs are: (dtype's kind, number of dimensions) for a tensor."""
+    """What nested inputs are, as constants: (kind of dtype, number of dimensions) for a tensor."""
     if isinstance(value, Tensor):
         kind = "float" if value.is_floating_point() else "bool" if value.dtype is torch.bool else "int"
         return kind, value.ndim
@@ -268,7 +269,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _shaped(forms: Any, sizes: Iterator[int], make: Callable[[str, tuple[int, ...]], Any]) -> Any:
-    """The nested inputs that ``forms`` and ``sizes`` describe, with what ``make(kind, shape)`` gives for tensors."""
+    """Build the nested inputs that ``forms`` and ``sizes`` describe; ``make(kind, shape)`` makes the tensors."""
     if forms is None:
         return None
     kind, inner = forms
@@ -278,8 +279,11 @@ def _shaped(forms: Any, sizes: Iterator[int], make: Callable[[str, tuple[int, ..
 
 
 def _inputs(forms: Any, sizes: tuple[int, ...], noise: Noise, padded: int) -> tuple:
-    """Random inputs of these sizes. Masks say of ``padded`` words at the end of the first row that they are padding,
-    of one more in the next row, and so on up to half of the row."""
+    """Random inputs of these sizes.
+
+    A mask marks the last ``padded`` words of its first row as padding, one more in each further row, up to half of the
+    row, and then begins anew.
+    """
 
     def make(kind: str, shape: tuple[int, ...]) -> Tensor:
         if kind == "float":
@@ -295,7 +299,7 @@ def _inputs(forms: Any, sizes: tuple[int, ...], noise: Noise, padded: int) -> tu
 
 
 def _paddings(forms: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """How many words of the first row to pad, one look each: a mask of one row cannot be both full and not."""
+    """The numbers of padded words in the first row to check with: two for a mask of a single row, else one."""
     single: list[bool] = []
     _shaped(forms, iter(sizes), lambda kind, shape: single.append(kind == "bool" and shape[:-1] == (1,)))
     return (0, 1) if any(single) else (0,)
