@@ -1,8 +1,8 @@
-"""A model for asking, not for training: every BatchNorm folded into the convolution in front of it.
+"""Make a copy of a model for inference, with every BatchNorm folded into the convolution or Linear in front of it.
 
-In eval mode a BatchNorm is a fixed scale and shift of each channel, ``s (W x) + t = (s W) x + t``, so the weights can
-carry it. About sixty passes over the image encoder's, neck's and projector's maps disappear, and what is left runs in
-channels_last, the layout that convolutions like best. Values stay the same up to rounding.
+In eval mode a BatchNorm is a fixed scale and shift of each channel, ``s (W x) + t = (s W) x + t``, so it can be merged
+into the weights. This removes about sixty passes over the image encoder's, neck's and projector's maps. The copy runs
+in channels_last, which convolutions prefer. Values stay the same up to rounding.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FOLDED: dict[type, tuple[type, Callable]] = {
 def for_inference(model: M) -> M:
     """A copy of a CRIS model in eval mode, with its BatchNorms folded into the layers in front of them.
 
-    For many images with the same weights, as in ``fastris eval``. The copy answers as the model does in eval mode;
-    later changes of the model do not reach it. It has other state-dict keys, so save the model itself. It cannot be
-    trained: ``train()`` on it raises RuntimeError. A norm without running statistics follows the batch even in eval
-    mode and stays as it is.
+    For many images with the same weights, as in ``fastris eval``. The copy returns what the model returns in eval mode;
+    later changes of the model do not affect it. It has other state-dict keys, so save the model itself. It cannot be
+    trained: ``train()`` on it raises RuntimeError. A norm without running statistics uses the batch's even in eval mode
+    and is not folded.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     for parent, first, second in list(_pairs(folded)):
@@ -47,9 +47,9 @@ def _refuse_training(mode: bool = True) -> None:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(parent, name, name) of each layer and the BatchNorm that reads it alone.
+    """(parent, layer's name, norm's name) of each layer and the BatchNorm behind it.
 
-    Such a norm follows its layer in a Sequential; in CLIP's ResNet ``bn1`` follows ``conv1`` by name.
+    In a Sequential the norm is the next module; in CLIP's ResNet it has the layer's number (``conv1``, ``bn1``).
     """
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -65,5 +65,5 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def _is_fixed(norm: nn.Module) -> bool:
-    """Whether the norm uses running statistics in eval mode; without them it follows the batch even there."""
+    """Whether the norm has running statistics, which it then uses in eval mode."""
     return getattr(norm, "running_mean", None) is not None

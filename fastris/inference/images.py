@@ -1,4 +1,4 @@
-"""A user's own picture, in whatever form it comes, as RGB bytes."""
+"""Read a user's picture (a file, a PIL image or an array) as an RGB array."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
     ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""What pictures come in, by Pillow's names. Others stay closed: for EPS, Pillow starts another program on the file."""
+"""The formats that are read, by Pillow's names. Others are refused: for EPS, Pillow would run another program."""
 
 STRIP_PIXELS = 1 << 20
-"""A picture is turned into RGB so many pixels at a time, so that beside it and the result little is in memory."""
+"""Pixels that are converted to RGB at a time, which limits the memory beside the picture and the result."""
 
 _ORIENTATION = 0x0112  # EXIF's tag
 _MAX_8_BIT, _MAX_12_BIT, _MAX_16_BIT = 255, 4095, 65535
 
 
 class _Undecodable(ValueError):
-    """The picture was read, but its values have no obvious brightness; the text says which, and the mend."""
+    """The picture's values cannot be mapped to brightness; the message says which they are, and the mend."""
 
 
 def read_image(source: ImageSource) -> np.ndarray:
-    """The picture as it is meant to be seen: (H, W, 3) uint8, RGB.
+    """Read a picture, upright, as (H, W, 3) uint8, RGB.
 
     Args:
         source: a path, a PIL image, or a uint8 array (H, W, 3) in RGB, (H, W, 4) in RGBA, (H, W) or (H, W, 1) in grey.
 
-    The orientation that a camera notes in EXIF is applied (to PIL images too, so the result may be turned against
-    ``image.size``). What is transparent shows white. Grey of 16 bits is mapped from 0..65535, or from 0..255 if it
-    holds nothing brighter; floating point from 0..1 or 0..255. An animated file gives its first frame, with a warning.
+    The EXIF orientation is applied (to PIL images too, so height and width may be swapped against ``image.size``).
+    Transparent pixels become white. Grey of 16 bits is mapped from 0..65535, or from 0..255 if it holds nothing
+    brighter; floating point from 0..1 or 0..255. An animated file gives its first frame, with a warning.
 
-    Files are read in the formats of :data:`FORMATS`, HEIF where ``pillow_heif`` is registered. At the peak 7 bytes a
-    pixel are in memory for a colour picture: 4 that Pillow decodes, and the 3 of the result.
+    Files are read in the formats of :data:`FORMATS`, HEIF where ``pillow_heif`` is registered. A colour picture takes
+    at most 7 bytes a pixel: 4 that Pillow decodes, and the 3 of the result.
 
     Raises:
         FileNotFoundError: no such file, or a folder; PermissionError: a file that may not be read.
-        ValueError: a file that is no readable picture, values without an obvious brightness, or a picture too large:
-            more pixels than Pillow's guard against decompression bombs allows, or a side over 32766 pixels.
+        ValueError: a file that is no readable picture, values that cannot be mapped to brightness, or a picture too
+            large: more pixels than Pillow's guard against decompression bombs allows, or a side over 32766 pixels.
         TypeError: any other kind of source, or an array that is not uint8.
     """
     from PIL import Image
@@ -108,13 +108,13 @@ def _from_file(path: Path) -> np.ndarray:
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture in one of :data:`FORMATS`, not yet decoded; Pillow loads its rarer formats only when needed."""
+    """Open a picture in one of :data:`FORMATS` without decoding it; Pillow loads its rarer formats only when needed."""
     from PIL import Image, UnidentifiedImageError
 
     for load in (Image.preinit, Image.init):
         load()
         with warnings.catch_warnings(), suppress(UnidentifiedImageError):
-            warnings.simplefilter("ignore", UserWarning)  # of what a format misses in the file, when another fits
+            warnings.simplefilter("ignore", UserWarning)  # why one format does not fit, where another does
             return Image.open(path, formats=[each for each in FORMATS if each in Image.OPEN])
     raise UnidentifiedImageError
 
@@ -142,7 +142,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
-    """(H, W, 3) uint8 of a decoded picture, upright, one strip of rows after another."""
+    """Convert a decoded picture to (H, W, 3) uint8, upright, one strip of rows after another."""
     width, height = image.size
     turned = orientation in (5, 6, 7, 8)
     rgb = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
@@ -156,7 +156,7 @@ def _to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
 
 
 def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of an upright picture whose rows are those that the file stores; ``orientation`` is EXIF's, 1 to 8."""
+    """A view of an upright picture in the file's order of rows and columns; ``orientation`` is EXIF's, 1 to 8."""
     views = {
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -180,7 +180,7 @@ def _rows(image: Image.Image, rows: slice) -> Image.Image:
 
 
 def _colours(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture of 8 bits, in front of white."""
+    """Convert an 8-bit picture to (H, W, 3) uint8, with white behind transparent pixels."""
     from PIL import Image
 
     if image.has_transparency_data:
@@ -191,7 +191,10 @@ def _colours(image: Image.Image) -> np.ndarray:
 
 
 def _white(image: Image.Image) -> float:
-    """The value that is white in grey of 16 or 32 bits or floating point: of fixed ranges, so pictures compare."""
+    """The value of white in grey of 16 or 32 bits or floating point: one of a few fixed values, so pictures compare.
+
+    Raises _Undecodable for values outside of these ranges.
+    """
     strips = (np.asarray(_rows(image, rows)) for rows in _strips(image.height, image.width))
     ranges = np.array([(strip.min(), strip.max()) for strip in strips])
     low, high = ranges.min(), ranges.max()

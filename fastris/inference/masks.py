@@ -1,4 +1,7 @@
-"""From the model's logits to a map of the picture, by CRIS's published rule; other rules are evaluation's."""
+"""Turn the model's logits into probabilities at the picture's size, by CRIS's published rule.
+
+The other rules are in :mod:`fastris.evaluation.rules`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ THRESHOLD = 0.35
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises ValueError where ``threshold`` is no probability."""
+    """Raise ValueError unless ``threshold`` is a probability, from 0 to 1."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in 0..1 (a probability), got {threshold}")
 
@@ -31,7 +34,7 @@ def on_square(maps: Tensor, size: int, resize: str = "bicubic", align_corners: b
 
 
 def probability_on_image(logits: np.ndarray, warp: Letterbox) -> np.ndarray:
-    """Logits (h, w) of the letterboxed square as probabilities (H, W) float32 of the image.
+    """Turn logits (h, w) of the letterboxed square into probabilities (H, W) float32 at the image's size.
 
     Sigmoid, bicubic to the square, cubic inverse letterbox. Cubic interpolation overshoots at steep edges, so
     probabilities may leave [0, 1] by a little, as published.

@@ -1,4 +1,4 @@
-"""The phrases that a user asks for, checked before anything slow begins."""
+"""Check a user's phrases before anything slow begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def check_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:
-    """The phrases as a tuple. Raises ValueError or TypeError, if there is none or one is unusable."""
+    """Return the phrases as a tuple. Raises ValueError or TypeError if there is none or one is unusable."""
     checked = (phrases,) if isinstance(phrases, str) else tuple(phrases)
     if not checked:
         raise ValueError("phrases is empty; give at least one, such as 'the red cup on the left'")

@@ -27,17 +27,20 @@ if TYPE_CHECKING:
     from fastris.models.base import ReferringModel
 
 PHRASES_AT_ONCE = 32
+"""Phrases in one batch, for a model that encodes the picture once."""
+
 IMAGES_AT_ONCE = 8
-"""The same for a model that encodes the picture anew for every phrase."""
+"""Phrases in one batch, for a model that encodes the picture again for every phrase."""
 
 
 class Segment(NamedTuple):
-    """What one phrase found.
+    """The result for one phrase.
 
     Attributes:
         phrase: the phrase.
         mask: (H, W) bool, at the picture's own size.
-        probability: (H, W) float32 in [0, 1]. Cubic interpolation may overshoot; the mask is decided before clipping.
+        probability: (H, W) float32 in [0, 1]. The mask comes from the values before they are clipped to that range,
+            which cubic interpolation can leave.
         score: mean probability inside the mask, 0 if the mask is empty.
     """
 
@@ -49,15 +52,15 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction(Sequence[Segment]):
-    """What N phrases found in one picture: a sequence of :class:`Segment`, or all of it as arrays.
+    """The results for N phrases about one picture: a sequence of :class:`Segment`, or all of them as arrays.
 
-    Full-size maps are made when they are asked for: ``for segment in prediction`` holds one at a time in memory, while
-    ``masks`` and ``probabilities`` make and keep N of them.
+    Full-size maps are computed on access: ``for segment in prediction`` holds one at a time in memory, while ``masks``
+    and ``probabilities`` compute and keep N of them.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB, upright: the size that the masks have.
+        image: the picture (H, W, 3) uint8 RGB, upright; masks have its size.
         phrases: the N phrases.
-        logits: (N, h, w) float32, as the model gave them for the letterboxed square.
+        logits: (N, h, w) float32, the model's output for the letterboxed square.
         warp: the letterbox between the picture and the square.
         threshold: the probability above which a pixel belongs to a mask.
     """
@@ -101,10 +104,10 @@ class Prediction(Sequence[Segment]):
         return np.array([segment.score for segment in self], np.float32)
 
     def overlay(self, i: int | None = None, alpha: float = 0.5, caption: bool = False) -> Image.Image:
-        """The picture with the mask of phrase ``i`` (of all phrases for None) tinted by ``alpha`` and outlined.
+        """The picture with the mask of phrase ``i`` (all masks for None) tinted by ``alpha``, 0 to 1, and outlined.
 
         ``caption``: write the phrase below, and enlarge a tiny picture or shrink a huge one so that it can be read;
-        otherwise the overlay has the picture's size.
+        otherwise the overlay has the picture's size. Raises IndexError for a phrase that does not exist.
         """
         from PIL import Image
 
@@ -121,11 +124,10 @@ class Prediction(Sequence[Segment]):
 
 
 class Segmenter:
-    """A model ready to be asked: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the red cup")``.
+    """Finds what phrases name in pictures: ``Segmenter.from_pretrained("demo/model").predict("photo.jpg", "the cup")``.
 
     Args:
-        model: a :class:`fastris.CRIS`, or one of another system. The segmenter owns it: it is moved to ``device`` and
-            put in eval mode.
+        model: a :class:`fastris.CRIS`, or a model of another system. It is moved to ``device`` and put in eval mode.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
         threshold: the probability, from 0 to 1, above which a pixel belongs to the mask.
     """
@@ -141,7 +143,7 @@ class Segmenter:
     def from_pretrained(
         cls, source: str | Path, *, device: str | torch.device = "auto", threshold: float = THRESHOLD
     ) -> Segmenter:
-        """Load what :func:`fastris.weights.load.load_model` loads: a folder, a checkpoint file or a Hugging Face id."""
+        """Load a folder, a checkpoint file or a Hugging Face id, as :func:`fastris.weights.load.load_model` does."""
         from fastris.weights.load import load_model
 
         found = choose_device(str(device))  # before the model: it takes long to load
@@ -152,7 +154,7 @@ class Segmenter:
 
         Args:
             image: anything that :func:`.images.read_image` reads: a path, a PIL image, a uint8 array in RGB.
-            phrases: one phrase or several. One with more words than the model reads is cut, with a warning.
+            phrases: one phrase or several. One with more tokens than the model reads is cut, with a warning.
 
         Raises ValueError for an unreadable image, no phrases, or a phrase without words; TypeError for other types.
         """
@@ -160,9 +162,9 @@ class Segmenter:
         return self.predict_checked(read_image(image), checked)
 
     def predict_checked(self, rgb: np.ndarray, checked: tuple[str, ...]) -> Prediction:
-        """:meth:`predict` for a picture and phrases that :func:`read_image` and :func:`check_phrases` have returned.
+        """:meth:`predict` for a picture from :func:`read_image` and phrases from :func:`check_phrases`.
 
-        The prediction keeps ``rgb`` itself, no copy of it.
+        The prediction keeps ``rgb`` itself, not a copy.
         """
         config = self.model.config
         inputs = inputs_of(config)

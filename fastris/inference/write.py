@@ -1,4 +1,4 @@
-"""What was found in a picture as files: three pictures for each phrase, and predictions.json about all of a folder."""
+"""Write predictions to files: three images for each phrase, and predictions.json for the whole folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastris.runtime.storage import replacing
 def write_phrase(prediction: Prediction, i: int, out: Path, *, image: str, model: str) -> dict[str, Any]:
     """Write the mask, probability and overlay of phrase ``i`` into the folder ``out`` as PNG, all three or none.
 
-    ``image``, ``model``: where picture and model came from. Returns the phrase's entry for predictions.json.
+    ``image``, ``model``: the sources of picture and model, for the record. Returns the entry for predictions.json.
     """
     import cv2
     from PIL import Image
@@ -51,7 +51,7 @@ def write_phrase(prediction: Prediction, i: int, out: Path, *, image: str, model
 
 
 def _file_name(image: str, i: int, phrase: str) -> str:
-    """How the names of phrase ``i``'s pictures begin: short enough for a file system, whatever the image is called."""
+    """The beginning of the names of phrase ``i``'s files: short enough for a file system, however long the image's."""
     stem = Path(image).stem[:80]
     while len(os.fsencode(stem)) > 120:
         stem = stem[:-1]
@@ -60,9 +60,9 @@ def _file_name(image: str, i: int, phrase: str) -> str:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """The entries of the folder's predictions.json, which earlier runs wrote; none where there is no such file.
+    """Read the entries that earlier runs wrote to the folder's predictions.json; [] where there is no such file.
 
-    Raises FileExistsError where ``out`` is a file, and ValueError where predictions.json is somebody else's.
+    Raises FileExistsError where ``out`` is a file, and ValueError where fastris did not write predictions.json.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out={out} is a file; give a folder")
@@ -79,9 +79,9 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 
 def write_records(out: Path, known: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
-    """Write predictions.json: ``records``, and those of the ``known`` whose pictures they have not replaced.
+    """Write predictions.json: ``records``, and the ``known`` entries whose files they have not replaced.
 
-    So several runs can share a folder. Warns where a picture's files were replaced by those of another of its name.
+    So several runs can share a folder. Warns where a picture's files were replaced by those of another with its name.
     """
     written = {record["mask"]: record["image"] for record in records}
     kept = [record for record in known if record["mask"] not in written]

@@ -1,4 +1,4 @@
-"""The model card: what a model was trained on, how it scored and by which rule, in Hugging Face's form (README.md)."""
+"""The model card (README.md in Hugging Face's format): training data, scores and the rule behind them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastris.runtime.storage import replacing
 
 
 def unknown_card(config: ModelConfig, source: str) -> str:
-    """The card of weights that say nothing about their training."""
+    """The card of converted weights of which the training is not known."""
     return model_card(config, f"Converted by fastris from `{source}`, which does not say how it was trained.")
 
 
 def card_path(target: Path, kind: str) -> Path:
-    """Where the card of a model belongs that is written to `target`: in its folder, or beside its file."""
+    """The card's path for a model that is written to `target`: in its folder, or beside its file."""
     return target / CARD if kind == "folder" else target.with_suffix(".md")
 
 
 def write_card(path: Path, text: str) -> Path:
-    """Write a card in one step; OSError if that cannot be done."""
+    """Write a card in one step. Raises OSError where it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -36,10 +36,14 @@ def model_card(
     results: Sequence[Any] = (),
     datasets: Sequence[str] = (),
 ) -> str:
-    """A card with the section `body` about where the weights come from.
+    """The text of a model card.
 
-    `evaluation`: how they scored, in Markdown; `results`: the same as huggingface_hub's `EvalResult`s; `datasets`: what
-    they were trained on.
+    Args:
+        config: the model's configuration.
+        body: the section about where the weights come from, in Markdown.
+        evaluation: their scores, in Markdown.
+        results: the same scores as huggingface_hub's `EvalResult`s.
+        datasets: the data sets that they were trained on.
     """
     source = f" ({config.published})" if config.published else ""
     sections = [
@@ -57,7 +61,7 @@ def model_card(
 
 
 def _metadata(config: ModelConfig, results: Sequence[Any], datasets: Sequence[str]) -> str:
-    """The YAML head, with the results as Hugging Face's model index."""
+    """The YAML header, with the results as Hugging Face's model index."""
     from huggingface_hub import ModelCardData
 
     head = ModelCardData(

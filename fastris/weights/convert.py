@@ -1,4 +1,4 @@
-"""Writing a model: as a published ``.pth``, as one safetensors file, or as a folder for ``from_pretrained``."""
+"""Write a model as a published ``.pth``, as one safetensors file, or as a folder for ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastris.weights.card import card_path
 
 
 def target_kind(target: Path, to: str = "auto") -> str:
-    """``pth``, ``safetensors`` or ``folder``: what was asked for, or for ``auto`` what the target's suffix says."""
+    """The kind of file to write, ``pth``, ``safetensors`` or ``folder``: ``to``, or for ``auto`` by the suffix."""
     if to != "auto":
         return to
     return {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}.get(target.suffix, "folder")
 
 
 def written_files(target: Path, kind: str) -> list[Path]:
-    """The files that :func:`write_model` writes, and the card's. FileExistsError for a folder where a file is."""
+    """The paths of the model's files and its card. Raises FileExistsError where a folder would replace a file."""
     if kind != "folder":
         return [target, card_path(target, kind)]
     if target.is_file():
@@ -29,7 +29,7 @@ def written_files(target: Path, kind: str) -> list[Path]:
 
 
 def write_model(model: ReferringModel, target: Path, kind: str, card: str) -> None:
-    """Write weights and configuration, each file in one step; a folder's card is :func:`.card.write_card`'s."""
+    """Write weights and configuration, each file in one step. A folder's card is left to :func:`.card.write_card`."""
     config, state = model.config.to_dict(), model.state_dict()
     if kind == "pth":
         published = {f"module.{name}": tensor for name, tensor in state.items()}

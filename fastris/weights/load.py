@@ -1,7 +1,7 @@
-"""Weights in files: published checkpoints, CLIP's weights, safetensors, folders that ``save_pretrained`` wrote.
+"""Load weights of all kinds: published checkpoints, CLIP's weights, safetensors, folders of ``save_pretrained``.
 
-Reading runs no code of the file and checks every tensor's name and shape. Bytes are :mod:`fastris.runtime.storage`'s
-business, names and shapes :mod:`fastris.models.state_dicts`', and folders :mod:`fastris.models.pretrained`'s.
+Loading executes no code from the file and checks every tensor's name and shape. :mod:`fastris.runtime.storage` reads
+the bytes, :mod:`fastris.models.state_dicts` compares names and shapes, :mod:`fastris.models.pretrained` reads folders.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
 
     Args:
         model: the model; parameters keep their dtype and device, so fp16 weights become fp32 in an fp32 model.
-        source: a file, folder or name (see ``ACCEPTED``), or an already loaded checkpoint or state dict.
+        source: a file, folder or name, or an already loaded checkpoint or state dict; see
+            :data:`fastris.models.pretrained.ACCEPTED`.
         strict: raise :class:`WeightsError`, before anything is copied, when a name is missing or unexpected or a shape
             differs; ``False`` copies what fits. From CLIP's weights only CRIS's own ``connect`` layers (and BatchNorm's
             step counters) may be missing.
@@ -68,7 +69,7 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
 
 
 def load_clip(model: nn.Module, source: Source, *, strict: bool = True) -> LoadReport:
-    """:func:`load_weights` for CLIP alone: the start of a training run.
+    """:func:`load_weights` for CLIP's weights only, from which a training run starts.
 
     ``source``: ``RN50:openai`` (open_clip's name and tag, which open_clip downloads), OpenAI's ``RN50.pt``, a
     safetensors file, or open_clip's state dict. Raises ValueError when it holds a whole model instead.
@@ -92,8 +93,8 @@ def load_model(source: Source, config: ModelConfig | None = None) -> ReferringMo
     """Build the model that ``source`` holds, with its weights, in eval mode on the CPU.
 
     ``source``: a folder written by ``save_pretrained``, a Hugging Face id, a ``.safetensors`` file or a checkpoint.
-    The configuration is ``config`` if given, else the one that the source carries, else what the model's
-    ``infer_config`` reads off the shapes. Raises FileNotFoundError (what was looked for, what is accepted) or
+    The configuration is ``config`` if given, else the one stored with the weights, else the one that the model's
+    ``infer_config`` derives from their shapes. Raises FileNotFoundError (what was looked for, what is accepted) or
     ValueError (what does not fit).
     """
     weights = read_weights(source)
@@ -110,8 +111,8 @@ def load_model(source: Source, config: ModelConfig | None = None) -> ReferringMo
 def read_weights(source: Source) -> Weights:
     """Read tensors, and the configuration if there is one, from anything in ``ACCEPTED`` or from a loaded checkpoint.
 
-    What exists on disk goes before open_clip's and Hugging Face's names. Raises FileNotFoundError when nothing is
-    there, ConnectionError when a download fails, ValueError when the content is damaged or is not a state dict.
+    Paths that exist take precedence over open_clip's and Hugging Face's names. Raises FileNotFoundError when nothing is
+    found, ConnectionError when a download fails, ValueError when the content is damaged or is not a state dict.
     """
     if isinstance(source, Weights):
         return source
@@ -143,7 +144,7 @@ def _read_file(path: Path, source: str = "") -> Weights:
 
 
 def _from_checkpoint(content: Any, source: str) -> Weights:
-    """Unwrap ``{"state_dict": ..., "config": ...}``, as published and as fastris writes it; or a bare state dict."""
+    """Unwrap ``{"state_dict": ..., "config": ...}``, as published and as fastris writes it, or take a state dict."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{source} holds a {type(content).__name__}; it must hold a dict with 'state_dict', or one")
     state = content.get("state_dict", content)
@@ -156,7 +157,7 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
 
 
 def _download_open_clip(name_and_tag: str) -> Path:
-    """Have open_clip fetch, or find in its cache, the weights of ``name:tag``; its registry knows where they are."""
+    """Download the weights ``name:tag`` with open_clip, or find them in its cache; the file's path."""
     import open_clip
 
     name, _, tag = name_and_tag.partition(":")
