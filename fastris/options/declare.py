@@ -1,4 +1,4 @@
-"""Options of a command: a dataclass says what exists, YAML files and ``key=value`` arguments fill it in.
+"""Command-line options: a dataclass declares them, YAML files and ``key=value`` arguments fill it in.
 
 A command declares its options once, as a dataclass whose fields are made by :func:`option`. From that one declaration
 come the values (:func:`load_options`), the checks with their messages, and the help page (:func:`describe`)::
@@ -37,9 +37,9 @@ T = TypeVar("T")
 def option(default: Any, help: str, unit: str = "", *, positional: bool = False, hidden: bool = False) -> Any:
     """A dataclass field that :func:`load_options` fills in and :func:`describe` prints.
 
-    ``default``: any value; a list or mapping is copied for each instance; ``REQUIRED`` where the user must give one.
-    ``positional``: takes the arguments that are not options, in field order; a field of type ``tuple[str, ...]`` takes
-    all that are left. ``hidden``: left out of the help page.
+    ``default``: any value; a list or mapping is copied for each instance; ``REQUIRED`` if the user must give one.
+    ``positional``: the field takes arguments that are not options, in field order; a field of type ``tuple[str, ...]``
+    takes all that are left. ``hidden``: left out of the help page.
     """
     metadata = {"help": help, "unit": unit, "positional": positional, "hidden": hidden}
     if isinstance(default, list | dict | set):
@@ -48,17 +48,17 @@ def option(default: Any, help: str, unit: str = "", *, positional: bool = False,
 
 
 def extra_option(names: Callable[[], Iterable[str]] = tuple) -> Any:
-    """The field ``extra: dict[str, Any]`` that keeps the keys of a YAML file that are no option of this command.
+    """The field ``extra: dict[str, Any]``, which keeps a YAML file's keys that are no options of this command.
 
-    ``names``: called when needed, gives the keys that may also be written on the command line (``fastris train
-    num_layers=2``); every other unknown key there is an error.
+    ``names()``, called when needed, returns the keys that are also allowed on the command line (``fastris train
+    num_layers=2``); any other unknown key there is an error.
     """
     metadata = {"help": "", "unit": "", "positional": False, "hidden": True, "names": names}
     return dataclasses.field(default_factory=dict, metadata=metadata)
 
 
 def load_options(cls: type[T], args: Iterable[str], allow_extra: bool = False) -> T:
-    """The dataclass ``cls`` filled from ``file.yaml``, ``key=value``, ``--key value``, ``--key=value`` and ``--flag``s.
+    """Fill the dataclass ``cls`` from ``file.yaml``, ``key=value``, ``--key value``, ``--key=value`` and ``--flag``s.
 
     Files come first, in order, then the arguments in order: the last one wins. ``-`` and ``_`` in a name are the same.
     Unknown keys of a file go to ``cls.extra`` if the dataclass has that field, and are an error if not. On the command
@@ -82,7 +82,7 @@ def load_options(cls: type[T], args: Iterable[str], allow_extra: bool = False) -
 
 
 def usage(cls: type) -> str:
-    """What follows the command's name, such as ``IMAGE PHRASE [PHRASE ...] [options.yaml] [name=value ...]``."""
+    """The usage line after the command's name: ``IMAGE PHRASE [PHRASE ...] [options.yaml] [name=value ...]``."""
     hints = typing.get_type_hints(cls)
     parts = []
     for field in dataclasses.fields(cls):
@@ -94,9 +94,9 @@ def usage(cls: type) -> str:
 
 
 def describe(cls: type) -> str:
-    """The options of ``cls`` as lines of ``name  type  default  help [unit]``, for ``--help``.
+    """The help page: the options of ``cls`` as lines of ``name  type  default  help [unit]``.
 
-    What must be given comes first, then the rest in the order of the fields: inherited ones, then those of ``cls``.
+    Required options come first, then the others in the order of the fields: inherited ones, then those of ``cls``.
     """
     hints = typing.get_type_hints(cls)
     visible = [f for f in dataclasses.fields(cls) if not f.metadata.get("hidden") and f.name != _EXTRA]
@@ -111,7 +111,7 @@ def describe(cls: type) -> str:
 
 
 class _Reader:
-    """Collects checked values for one dataclass; knows which names exist and how to say that one does not."""
+    """Parses arguments for one dataclass: collects checked values, and reports unknown names with suggestions."""
 
     def __init__(self, cls: type, allow_extra: bool) -> None:
         self.cls = cls
@@ -200,7 +200,10 @@ class _Reader:
         return self.allow_extra or name in set(self.extra_field.metadata.get("names", tuple)())
 
     def _is_assignment(self, key: str) -> bool:
-        """Whether ``key=...`` is an option: always, unless this command takes phrases and no option's name is near."""
+        """Whether ``key=...`` is an option. It always is, unless the command takes phrases and the key is no option.
+
+        Raises ValueError where the command takes phrases and the key is nearly an option's name.
+        """
         name = self._name(key)
         if not self.positional or name in self.fields or self._is_extra(name):
             return True
@@ -226,7 +229,7 @@ class _Reader:
         return name, queue.pop(0)
 
     def _is_value(self, queue: list[str], kind: Any) -> bool:
-        """Whether what follows an on/off flag is its value: an on/off word, or text where that can be nothing else."""
+        """Whether the next argument is an on/off flag's value: an on/off word, or text that can be nothing else."""
         token = queue[0].lower() if queue else "--"
         is_other = self.positional or token.startswith("--") or "=" in token or token.endswith((".yaml", ".yml"))
         return token in TRUE | FALSE or (accepts(kind, str) and not is_other)

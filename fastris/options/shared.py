@@ -1,8 +1,8 @@
-"""Values that options of several commands take."""
+"""Types of options that several commands have."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
-"""Mixed precision, before :meth:`fastris.runtime.device.Precision.choose` decides what it means on the device."""
+"""The option for mixed precision; :meth:`fastris.runtime.device.Precision.choose` resolves it for the device."""

@@ -1,4 +1,4 @@
-"""One option's value: from the text of the command line, or from what YAML made of it, to the annotated type."""
+"""Convert one option's value, text from the command line or a value from YAML, to the annotated type."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 TRUE = frozenset({"true", "yes", "on", "1"})
 FALSE = frozenset({"false", "no", "off", "0"})
 _NOTHING = frozenset({"null", "none", "~", ""})
-LARGEST_INT = 2**63 - 1  # what tensors, files and generators of random numbers can hold
+LARGEST_INT = 2**63 - 1  # the largest that tensors, files and random number generators can hold
 _UNIONS = (typing.Union, types.UnionType)
 
 
 class Mismatch(ValueError):
-    """A value that is not of the type asked for. Its text is the mend where there is one to tell, else empty."""
+    """A value cannot be converted to the type. The message is a mend, or empty."""
 
 
 def type_name(kind: Any) -> str:
-    """A type as a user reads it: ``int``, ``true|false``, ``text or none``, ``list of int``, ``a|b``."""
+    """A type in words for users: ``int``, ``true|false``, ``text or none``, ``list of int``, ``a|b``."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in _UNIONS:
         return " or ".join(type_name(a) for a in args)
@@ -42,16 +42,16 @@ def shown(value: Any) -> str:
 
 
 def accepts(kind: Any, member: type) -> bool:
-    """Whether ``member`` is the type ``kind``, or one of the types that it unites."""
+    """Whether ``member`` is the type ``kind`` or, if that is a union, one of its members."""
     if typing.get_origin(kind) in _UNIONS:
         return any(accepts(a, member) for a in typing.get_args(kind))
     return (typing.get_origin(kind) or kind) is member
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``: a scalar type, ``Path``, ``Literal``, a union, ``tuple``, ``list``, ``dict`` or ``Any``.
+    """Convert to ``kind``: a scalar type, ``Path``, ``Literal``, a union, ``tuple``, ``list``, ``dict`` or ``Any``.
 
-    Text is read as YAML wherever the type is not text itself. Raises :class:`Mismatch`.
+    Text is parsed as YAML for sequences, mappings and ``Any``. Raises :class:`Mismatch`.
     """
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in _UNIONS:
@@ -96,7 +96,7 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    """YAML 1.1 reads ``1e-4`` as text, so text that spells a number is one; YAML spells infinity ``.inf``."""
+    """A number, also from text: YAML 1.1 reads ``1e-4`` as text, and writes infinity as ``.inf``."""
     if isinstance(value, str):
         value = float(value.lower().replace(".inf", "inf"))
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):

@@ -1,4 +1,4 @@
-"""An options file: YAML, with the sections of the published files flattened, and one clear error for anything else."""
+"""Read an options file: YAML in which the sections of the published files are flattened."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastris.options.values import shown
 from fastris.runtime.plain import check_file
 
 SECTIONS = frozenset({"data", "train", "distributed", "test"})
-"""Sections of the published files (in lower case); what stands in them is read as if it stood at the top level."""
+"""Sections of the published files, in lower case; their entries are read as if they were at the top level."""
 
 
 def read_options(file: str, fields: Collection[str] = ()) -> dict[str, Any]:
     """The options that a YAML file gives, by name. A top-level key that is one of ``fields`` is never a section.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` where the file is empty, not UTF-8, not YAML, no mapping, or says a
-    name twice (YAML itself would keep the last one without a word).
+    Raises ``FileNotFoundError``, or ``ValueError`` where the file is empty, not UTF-8, not YAML, no mapping, or gives a
+    name twice (YAML itself would silently keep the last one).
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""One picture that shows whether a model follows language: scenes, phrases, truth, prediction, and both overlaid."""
+"""Draw a gallery of predictions: images with their phrase, truth, prediction, and both overlaid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = ("image", "truth", "prediction", "both")
 
 
 class GalleryRow(NamedTuple):
-    """What one row shows: ``image`` (H, W, 3) uint8, ``truth`` and ``prediction`` (H, W) bool, ``iou`` in [0, 1]."""
+    """One row: ``image`` (H, W, 3) uint8, ``phrase``, ``truth`` and ``prediction`` (H, W) bool, ``iou`` in [0, 1]."""
 
     image: np.ndarray
     phrase: str
@@ -31,10 +31,10 @@ class GalleryRow(NamedTuple):
 
 
 def save_gallery(path: str | Path, rows: Sequence[GalleryRow], title: str, subtitle: str = "", across: int = 2) -> Path:
-    """Write a PNG with ``across`` rows beside each other; returns its path.
+    """Write a PNG with ``across`` rows side by side; returns its path.
 
-    Each row is the image, the truth, the prediction and both overlaid (green where they agree, blue where the object
-    was missed, red where there is too much), above its phrase. Raises ValueError when there are no rows.
+    Each row shows the image, the truth, the prediction and both overlaid (green where they agree, blue for missed
+    pixels, red for pixels too many), above its phrase and IoU. Raises ValueError when there are no rows.
     """
     if not rows:
         raise ValueError("rows is empty; a gallery needs at least one row")

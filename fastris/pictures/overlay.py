@@ -1,4 +1,4 @@
-"""Masks painted over their picture, for people to look at."""
+"""Paint masks over their picture, with captions, for people to look at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Hues far from one another, starting with those that are rare in photos.
 COLOURS = ((230, 0, 126), (0, 158, 255), (255, 176, 0), (0, 200, 120), (155, 89, 255), (240, 95, 30), (0, 215, 215))
 SMALLEST_VIEW, LARGEST_VIEW = 320, 1600
-"""A captioned view has a longer side of so many pixels."""
+"""Range of the longer side of a captioned view, in pixels."""
 LONGEST_CAPTION = 1000  # characters; what follows would not fit in its three lines
 
 
@@ -25,7 +25,7 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def paint(rgb: np.ndarray, masks: Sequence[tuple[int, np.ndarray]], alpha: float = 0.5) -> np.ndarray:
-    """The picture (H, W, 3) uint8 with each mask (H, W) bool tinted, and outlined against any background.
+    """The picture (H, W, 3) uint8 with each mask (H, W) bool tinted, and outlined in its colour and white.
 
     ``masks``: (number, mask) pairs; the number chooses the colour. ``alpha``: strength of the tint from 0 to 1.
     """
@@ -45,7 +45,7 @@ def paint(rgb: np.ndarray, masks: Sequence[tuple[int, np.ndarray]], alpha: float
 
 
 def resize_for_view(rgb: np.ndarray, masks: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Picture and masks at a size to look at: tiny ones enlarged by whole pixels, large ones shrunk."""
+    """Resize picture and masks for viewing: tiny ones are enlarged by a whole factor, large ones shrunk."""
     import cv2
 
     height, width = rgb.shape[:2]
@@ -63,7 +63,7 @@ def resize_for_view(rgb: np.ndarray, masks: Sequence[np.ndarray]) -> tuple[np.nd
 
 
 def view(rgb: np.ndarray, found: Sequence[tuple[int, str, np.ndarray]], alpha: float = 0.5) -> Image.Image:
-    """A picture to look at: each (number, phrase, mask) in its colour, the phrases below, at a readable size."""
+    """Draw a captioned view: each (number, phrase, mask) in its colour, the phrases below, at a readable size."""
     rgb, masks = resize_for_view(rgb, [mask for _, _, mask in found])
     numbers = [number for number, _, _ in found]
     painted = paint(rgb, list(zip(numbers, masks, strict=True)), alpha)
@@ -96,7 +96,7 @@ def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Im
 
 
 def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[tuple[bool, str]]:
-    """(is the first, line) for each line of ``text`` that is at most ``width`` pixels long."""
+    """Wrap ``text`` into lines of at most ``width`` pixels: (is it the first line, line), at most ``most`` of them."""
     lines = [""]
     for word in printable(" ".join(text.split()))[:LONGEST_CAPTION].split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Where the work runs: the device, its precision, the layout of images on it, and the processes that read data."""
+"""Choose the device, mixed precision and memory layout of a run, and its number of data loading processes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastris.runtime import distributed
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision on one device: `name` is "bf16", "fp16" or "off", already chosen."""
+    """Mixed precision on one device; `name` is "bf16", "fp16" or "off". Use :meth:`choose` to make one."""
 
     name: str
     device: torch.device
 
     @classmethod
     def choose(cls, amp: str, device: torch.device) -> Precision:
-        """What `amp` means on `device`.
+        """The precision that the option `amp` stands for on `device`.
 
-        "auto" is bf16 on CUDA devices whose hardware has it (compute capability 8.0 and up), fp16 with a loss scaler on
-        older ones, and off elsewhere.
+        "auto" is bf16 on CUDA devices that support it (compute capability 8.0 and up), fp16 with a loss scaler on older
+        ones, and off elsewhere.
 
         Raises:
             ValueError: `amp` is unknown or cannot run on the device.
@@ -43,28 +43,28 @@ class Precision:
         return cls(amp, device)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the forward pass runs."""
+        """The autocast context for the forward pass; it does nothing for "off"."""
         dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "off")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """The loss scaler of fp16; for the others one that does nothing."""
+        """The loss scaler, which does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def layout_for(device: torch.device) -> torch.memory_format:
-    """How images and convolutions are best laid out in memory for training on ``device``.
+    """The memory format of images and convolutions for training on ``device``.
 
-    channels_last on GPUs, whose matrix units read it. Not on CPUs: PyTorch's BatchNorm loses more to rounding in that
-    layout there, by so much that the whole model fails the check against float64 that fastris's benchmarks begin with.
+    channels_last on GPUs, whose matrix units read it directly. Not on CPUs: there PyTorch's BatchNorm loses so much
+    precision in that layout that the whole model fails the check against float64 with which the benchmarks begin.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def choose_workers(workers: int | None) -> int:
-    """The number of data loading processes: what was asked for, or for None one per CPU core, at most 4.
+    """The number of data loading processes: ``workers``, or for None one per CPU core, at most 4.
 
-    Where several processes of a run share the machine, each has its own, and they share the cores.
+    Several processes of a run on one machine divide the cores among them.
     """
     if workers is not None:
         return workers
@@ -73,9 +73,9 @@ def choose_workers(workers: int | None) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU where there is none; other names are PyTorch's ("cuda:1", "cpu").
+    """The device of a name: PyTorch's ("cuda:1", "cpu"), or "auto" for the first CUDA device, else the CPU.
 
-    In one of several processes of a run, "auto" and "cuda" are the GPU of the process's number on its machine.
+    In a run of several processes, "auto" and "cuda" stand for the GPU with the process's local rank.
 
     Raises:
         ValueError: PyTorch does not know the name, or the machine has no such device, or too few of them.

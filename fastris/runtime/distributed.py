@@ -1,9 +1,8 @@
-"""One run in several processes, one for each GPU, as `torchrun` starts them.
+"""Distributed runs: several processes, one for each GPU, as `torchrun` starts them.
 
-In a process that runs alone every function here does nothing, or what its name says for one process. A run of several
-follows two rules. What is decided by looking at files or the clock is decided by the main process (:func:`from_main`).
-And an error on one side of a wait must reach the other side: a block under :func:`together` is left by all processes,
-or by none.
+In a single process these functions do nothing, or the equivalent for one process. Distributed code here follows two
+rules. Decisions that depend on files or the clock are made by the main process (:func:`from_main`). And no process may
+wait for one that has failed: if one fails in a block under :func:`together`, all of them raise.
 """
 
 from __future__ import annotations
@@ -64,20 +63,20 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out|T
 
 @contextmanager
 def joined(device: torch.device, timeout: float) -> Iterator[None]:
-    """Within this block the processes that `torchrun` started can exchange tensors and objects.
+    """Create the process group for this block, so that the processes can exchange tensors and objects.
 
-    gloo carries what lies on CPUs, NCCL what lies on GPUs. A group that the caller has made is used as it is and left
-    alone; it must be able to carry CPU tensors.
+    gloo transfers CPU tensors, NCCL those on GPUs. A group that the caller has made is used and not destroyed; it must
+    support CPU tensors.
 
     Args:
-        device: what this process computes on.
-        timeout: minutes that a process waits for the others before it gives up.
+        device: the device that this process computes on.
+        timeout: minutes after which a process gives up waiting for the others.
 
     Raises:
         RuntimeError: the processes could not find each other.
     """
     if world_size() == 1 or has_group():
-        with _lost_by_name():
+        with _translate_lost_process():
             yield
         return
     if device.type == "cuda":
@@ -86,7 +85,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         backend, wait = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             dist.init_process_group(
-                backend, store=_meeting_place(wait), rank=rank(), world_size=world_size(), timeout=wait
+                backend, store=_store_of_this_start(wait), rank=rank(), world_size=world_size(), timeout=wait
             )
         else:
             dist.init_process_group(backend, timeout=wait)
@@ -96,19 +95,20 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
             f"process {rank()} of {world_size()} could not reach the others at {where} ({_first_line(error)}); "
             "start all of them by torchrun, with the same --rdzv-endpoint on every machine"
         ) from error
-    with _lost_by_name():
-        yield  # after an error the group stays: leaving it would wait for processes that may be gone
+    with _translate_lost_process():
+        yield  # after an error the group is not destroyed: that would wait for processes that may be gone
         with together():
-            pass  # nobody hangs up while another still listens
+            pass  # no process destroys the group while another still needs it
     dist.destroy_process_group()
 
 
-def _meeting_place(wait: timedelta) -> dist.Store:
-    """A store of its own for these processes and no earlier ones.
+def _store_of_this_start(wait: timedelta) -> dist.Store:
+    """A key-value store that these processes share with no earlier ones.
 
-    `torchrun` keeps one store over its restarts, where processes find the addresses of their dead predecessors and try
-    to reach them (pytorch/pytorch issue 135712). So each writes a word that it has just made up, the main process
-    publishes the list of them, and once all agree to a list with their own word in it, it names their store.
+    `torchrun` keeps one store over its restarts, so processes would find the addresses of their dead predecessors there
+    and try to connect to them (pytorch/pytorch issue 135712). So each process writes a random word, the main process
+    publishes the list of all words, and once every process has found its own word in the list, the list's hash becomes
+    the prefix of their keys.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=wait)
@@ -129,7 +129,7 @@ def _meeting_place(wait: timedelta) -> dist.Store:
 
 
 @contextmanager
-def _lost_by_name() -> Iterator[None]:
+def _translate_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -140,10 +140,10 @@ def _lost_by_name() -> Iterator[None]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Every process leaves this block, or none does: an error in one of them ends all.
+    """Wait at the end of the block for all processes; if one failed in it, all of them raise.
 
-    The process with the lowest rank that failed raises its own error, the others :class:`StoppedElsewhere`. The block
-    must not wait for other processes.
+    The failed process with the lowest rank raises its own error, the others raise :class:`StoppedElsewhere`. The block
+    itself must not wait for other processes.
     """
     failure: Exception | None = None
     try:
@@ -164,7 +164,7 @@ def together() -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """The small Python objects of all processes, by rank; each process gets them all."""
+    """Collect a small Python object from each process; every process gets the list, ordered by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -173,7 +173,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns in the main process, which alone calls it; its error is everyone's."""
+    """Call `function` in the main process only; every process gets its result, or raises if it failed."""
     value: Any = None
     with together():
         if is_main():
@@ -182,17 +182,17 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The elementwise sum of the processes' tensors, in place."""
+    """Replace `values` in place by the elementwise sum over all processes; returns `values`."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model wrapped so that backward averages gradients over the processes; alone, the model itself.
+    """Wrap the model in DDP, which averages gradients over the processes; a single process gets the model itself.
 
-    In several processes its BatchNorms are replaced, in `model` too, by ones that normalise over the whole batch: the
-    gradients are those of one process with all of it. Weights and statistics become those of the main process.
+    In several processes its BatchNorms are replaced, in `model` itself, by ones that normalise over the whole batch, so
+    that gradients equal those of one process with that batch. Weights and statistics become the main process's.
     """
     if world_size() == 1:
         return model
@@ -214,9 +214,9 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def lost_process(error: BaseException, go_on: str) -> LostProcess | None:
-    """The error to raise in place of PyTorch's where that says that another process has gone; else None.
+    """A LostProcess error if PyTorch's `error` means that another process has ended or hangs; else None.
 
-    `go_on`: what is left and what to do, the end of the message.
+    `go_on`: the end of the message, which says how to continue.
     """
     if world_size() == 1 or isinstance(error, StoppedElsewhere | LostProcess) or not isinstance(error, RuntimeError):
         return None
@@ -230,14 +230,14 @@ def lost_process(error: BaseException, go_on: str) -> LostProcess | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor was in an object that travels without its tensors."""
+    """Stands for a tensor in an object that is sent without its tensors."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
 def _share(value: Any) -> Any:
-    """The main process's object in every process. Tensors travel one by one: a checkpoint is never pickled whole."""
+    """Send the main process's object to all. Tensors are sent one by one, so that no whole checkpoint is pickled."""
     if world_size() == 1:
         return value
     tensors: list[Tensor] = []
@@ -263,7 +263,7 @@ def _take_out(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _put_back(value: Any) -> Any:
-    """Receive the tensors in the order in which :func:`_take_out` met them."""
+    """Receive the tensors, in the order in which :func:`_take_out` took them out, and put them in their places."""
     if isinstance(value, _Place):
         tensor = torch.empty(value.shape, dtype=value.dtype)
         if tensor.numel():

@@ -1,9 +1,9 @@
-"""Sums of float16 products in float16: twice the matrix rate of consumer cards, for some of the digits. Off by default.
+"""Let cuBLAS accumulate float16 matrix products in float16: faster on consumer cards, less precise. Off by default.
 
-GeForce cards multiply float16 matrices at half their rate when the products are summed in float32, as PyTorch asks for.
-Since the projector and the text kernel are plain matrix products here, cuBLAS can be told to sum in float16 instead.
-What that reaches: matrix products of float16 tensors through cuBLAS (autocast in float16). What it does not: bfloat16,
-float32, convolutions (cuDNN), and fastris's Triton kernels, which always sum in float32. A float16 sum of n products
+GeForce cards multiply float16 matrices at half their rate when the products are accumulated in float32, PyTorch's
+default. Since the projector and the text kernel are plain matrix products here, cuBLAS can accumulate in float16
+instead. This affects matrix products of float16 tensors through cuBLAS (autocast in float16). It does not affect
+bfloat16, float32, convolutions (cuDNN), and fastris's Triton kernels, which always accumulate in float32. A float16 sum
 rounds to 2^-11 at every step and overflows beyond 65504; ``python -m bench.studies.float16_sums`` shows both.
 """
 
@@ -14,15 +14,15 @@ from types import TracebackType
 import torch
 
 MIN_CAPABILITY = (7, 0)
-"""The first cards with matrix units for float16."""
+"""Compute capability of the first cards with matrix units for float16."""
 
 
 class allow_fp16_accumulation:
     """Let cuBLAS sum float16 products in float16, from now on or for a block of code.
 
-    ``allow_fp16_accumulation(True)`` sets it for the process (all threads, all devices) and
-    ``allow_fp16_accumulation(False)`` takes it back; ``with allow_fp16_accumulation(True): ...`` restores what was set
-    before, after an exception too. ``device`` is the CUDA device that must support it; the current one by default.
+    ``allow_fp16_accumulation(True)`` turns it on for the process (all threads, all devices) and
+    ``allow_fp16_accumulation(False)`` off; ``with allow_fp16_accumulation(True): ...`` restores the earlier setting at
+    the end of the block. ``device`` is the CUDA device that must support it, by default the current one.
 
     Raises RuntimeError, with the reason, where it cannot be switched on; switching off never fails. TypeError for
     anything but True and False.

@@ -1,9 +1,9 @@
-"""Freed memory that stays with the process: what makes a training step on a CPU wait less for the kernel.
+"""Make glibc keep freed memory in the process, which spares a training step on a CPU many page faults.
 
-glibc hands every large block back to the kernel when it is freed, and asks for it anew a moment later. Fresh pages are
-mapped and zeroed one by one when they are first touched, 4 KiB each: for the 44 MB gradient of the projector's widest
-map that takes ten times longer than computing it. PyTorch caches memory on GPUs for the same reason; on a CPU it asks
-the system's allocator each time.
+By default glibc returns every large block to the operating system's kernel when it is freed, and requests it again a
+moment later. New pages are mapped and zeroed one by one, 4 KiB each, when they are first touched: for the 44 MB
+gradient of the projector's widest map that takes ten times longer than computing it. PyTorch caches memory on GPUs for
+the same reason; on a CPU it calls the system's allocator each time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep what is freed for the next request, in this process, from now on.
+    """Set glibc's allocator to keep freed memory for later requests, in this process, from now on.
 
-    Values do not change; the process keeps the memory of its largest moment until it ends. For processes that train or
-    predict on a CPU: the commands of fastris do it, a script of your own calls it once, before the first step.
+    Results do not change; the process keeps its peak memory until it ends. For processes that train or predict on a
+    CPU: the commands of fastris call it, a script of your own should do so once, before the first step.
 
-    Returns whether the allocator could be told; False without glibc, where nothing is changed.
+    Returns whether the setting was made; False without glibc, where nothing is changed.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

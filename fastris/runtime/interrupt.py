@@ -1,4 +1,4 @@
-"""Ctrl-C, and a terminal that is closed, that finish what is being done."""
+"""Handle Ctrl-C, SIGTERM and a closed terminal so that the current step can be finished first."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class StopSignal:
-    """A context in which the first SIGINT or SIGTERM asks to stop, and the second stops at once (KeyboardInterrupt).
+    """A context in which the first SIGINT or SIGTERM requests a stop, and the second raises KeyboardInterrupt.
 
-    SIGHUP, which a terminal sends when it is closed, asks to stop as well, however often it comes (the system, the
-    shell and `torchrun` may all send it); what is still to be printed to that terminal goes nowhere. Under `nohup`,
-    where it is ignored, it stays so.
+    SIGHUP, which a closed terminal sends, requests a stop too, however often it comes (the system, the shell and
+    `torchrun` may all send it); later output to that terminal is dropped. Under `nohup`, which ignores SIGHUP, it stays
+    ignored.
 
-    `requested` says whether to stop after the current step. Inside :meth:`at_once` already the first signal raises, for
+    `requested` says whether to stop after the current step. Inside :meth:`at_once` even the first signal raises, for
     work that need not be finished. Outside Python's main thread, where signals cannot be caught, it does nothing.
-    `message` says what happens after the first signal; nothing is printed for an empty one.
+    `message` is printed after the first signal, unless it is empty.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,11 +68,11 @@ class StopSignal:
             raise KeyboardInterrupt
         first, self.requested = not self.requested, True
         if self._message and first:
-            with suppress(OSError):  # nobody may read it any more
-                os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())  # print() may be under way
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())  # print() is not reentrant
 
     def _leave_closed_terminals(self) -> None:
-        """Point the descriptors of a terminal that is no more to nowhere: writing to it would be an error."""
+        """Redirect the descriptors of a closed terminal to /dev/null: writing to it would raise an error."""
         for descriptor in self._terminals:
             if not os.isatty(descriptor):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -80,14 +80,14 @@ class StopSignal:
                 os.close(nowhere)
 
 
-GRACE = 20  # seconds, fewer than torchrun and Slurm wait before they kill
+GRACE = 20  # seconds; torchrun and Slurm wait longer before they kill
 
 
 def leave_signals_to_parent() -> None:
-    """For worker processes: when to stop is the main process's decision.
+    """For worker processes: ignore the signals that ask the main process to stop.
 
-    Ctrl-C in a terminal, its end, and `torchrun`'s SIGTERM reach them too. The first SIGTERM leaves the main process
-    time to finish its step with their help; the second ends a worker at once.
+    Ctrl-C, a closed terminal and `torchrun`'s SIGTERM reach workers too. After the first SIGTERM a worker lives for
+    `GRACE` seconds more, so that the main process can finish its step; the second ends it at once.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

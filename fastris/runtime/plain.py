@@ -1,4 +1,4 @@
-"""Text and files that others named: what may be printed of a text, and why a path is no file that one can read."""
+"""Print untrusted text safely, and check paths and counts that users give."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _KINDS = {
 
 
 def printable(text: object) -> str:
-    """``text`` in one line that does nothing to a terminal and that every encoding of Unicode can hold.
+    """``text`` on one line, without characters that control a terminal or that UTF-8 cannot encode.
 
-    Control characters (line feeds and the start of terminal codes among them), characters that turn the direction of
-    what follows, and lone surrogates (as Python reads odd bytes of a file's name) come escaped, as in ``\\x1b``.
+    Control characters (such as line feeds and the start of terminal codes), characters that change the direction of
+    text, and lone surrogates (with which Python represents odd bytes of a file's name) are escaped, as in ``\\x1b``.
     """
     plain = str(text)
     return plain if plain.isascii() and plain.isprintable() else "".join(map(_escaped, plain))
@@ -39,15 +39,15 @@ def _escaped(character: str) -> str:
 
 
 def json_text(value: Any) -> str:
-    """``value`` as JSON of one name a line that can be written as UTF-8: lone surrogates come as JSON's own escapes."""
+    """``value`` as indented JSON that can be encoded as UTF-8: lone surrogates become JSON escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def check_file(name: str, path: Path, mend: str) -> None:
-    """Raise the error that says why ``path`` is no file that can be read: ``name``, the reason, and ``mend``.
+    """Raise an error unless ``path`` is a regular file that can be read; the message is ``name``, the reason, ``mend``.
 
-    FileNotFoundError: nothing is there, or a folder, a pipe, a device. PermissionError, or OSError: it cannot be read.
+    FileNotFoundError: there is nothing, or a folder, pipe or device. PermissionError or OSError: it cannot be read.
     Never waits: a pipe is not opened.
     """
     try:
@@ -67,7 +67,7 @@ def check_file(name: str, path: Path, mend: str) -> None:
 
 
 def check_at_least(least: int, **counts: int | None) -> None:
-    """Raise a ValueError that names the first of ``counts`` that is smaller than ``least``; None is none to check."""
+    """Raise ValueError, naming the first of ``counts`` that is smaller than ``least``; None is not checked."""
     for name, count in counts.items():
         if count is not None and count < least:
             raise ValueError(f"{name}={count} must be at least {least}")

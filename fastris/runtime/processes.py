@@ -1,6 +1,6 @@
-"""Which of a run's processes this one is, as `torchrun` says it; and which of them tells an error. Knows no torch.
+"""This process's rank in a distributed run, as `torchrun` sets it, and the reporting of errors. Imports no torch.
 
-What the processes say to each other is :mod:`fastris.runtime.distributed`'s.
+Communication between the processes is in :mod:`fastris.runtime.distributed`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from types import ModuleType
 
 
 class StoppedElsewhere(RuntimeError):
-    """Another process of the run has ended it, and says why."""
+    """Another process has ended the run; that process reports the reason."""
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has gone, or has not answered in time."""
+    """Another process of the run has ended, or has not responded in time."""
 
 
 def has_group() -> bool:
-    """Whether the processes can talk to each other; false as long as nobody has imported PyTorch."""
+    """Whether a process group exists, through which the processes communicate."""
     return _group() is not None
 
 
@@ -51,14 +51,14 @@ def local_world_size() -> int:
 
 
 def restarted() -> bool:
-    """Whether `torchrun` has started this process again (`--max-restarts`) after one on its machine had died."""
+    """Whether `torchrun` has restarted this process (`--max-restarts`) after one on its machine had died."""
     return world_size() > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def report(command: str, text: str, error: BaseException) -> None:
-    """Tell the user, once for all processes, why a command failed; and tell `torchrun`, whose report names the cause.
+    """Print why a command failed, once for all processes, and record it for `torchrun`'s own report.
 
-    Before the processes have met, the main one speaks for all: an option that is wrong is wrong in each.
+    Before the process group exists, only the main process prints: a wrong option fails in every process alike.
     """
     if isinstance(error, StoppedElsewhere):
         return
@@ -77,6 +77,6 @@ def _started_by_launcher() -> bool:
 
 
 def _group() -> ModuleType | None:
-    """`torch.distributed` where a group of processes has been made; that takes the module, so it is not imported."""
+    """`torch.distributed` if a process group exists, else None. It is not imported: without it there is no group."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None

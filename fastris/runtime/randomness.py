@@ -1,4 +1,4 @@
-"""The global random number generators: seeded, kept, brought back, and left alone by the reading of samples."""
+"""Seed, save and restore the global random number generators."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
-    """The state of all global random number generators, in types that `weights_only=True` reads back.
+    """The states of the global random number generators, in types that `weights_only=True` can load.
 
-    Of CUDA's the one of `device`, if that is a CUDA device.
+    They are Python's, NumPy's, PyTorch's on the CPU and, if `device` is a CUDA device, its own.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
@@ -33,9 +33,9 @@ def rng_state(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Undo everything since :func:`rng_state`; a CUDA state goes to `device`, if that is a CUDA device.
+    """Restore the states that :func:`rng_state` returned; a CUDA state goes to `device`, if that is a CUDA device.
 
-    A generator of which the state says nothing, as an old checkpoint may, stays as it is.
+    A generator whose state is missing, as it may be in an old checkpoint, is not changed.
     """
     if "python" in state:
         version, words, gauss = state["python"]
@@ -51,7 +51,7 @@ def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) ->
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Within this block the global generators of the CPU draw from `seed`; afterwards they go on where they were."""
+    """Seed the global generators of the CPU with `seed` for this block; afterwards their earlier states return."""
     python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,8 +1,8 @@
-"""One run in a folder at a time: a lock that ends with the process that holds it, and that names it.
+"""Lock a folder, so that only one run writes into it at a time.
 
-The lock is `flock` on `run.lock` in the folder. The system takes it back when the process ends, however it ends, so a
-`run.lock` that a killed process left behind means nothing. A forked process would keep it (a worker that outlives a
-killed run by seconds), so each closes what it has inherited before it does anything else.
+The lock is `flock` on `run.lock` in the folder, which also names its holder. The system releases it when the process
+ends, however it ends, so a `run.lock` that a killed process left behind has no effect. A forked process (such as a
+worker that outlives a killed run by seconds) would keep the lock, so each one first closes what it has inherited.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def locked(folder: Path, options: Sequence[str], patience: float = 0.0) -> Iterator[bool]:
-    """Within this block no other process, and no other thread, can lock `folder`, which is created if it is missing.
+    """Lock `folder` for this block against other processes and threads; it is created if it is missing.
 
-    Afterwards `run.lock` is gone, and so are the folders that were created, if nothing was written into them.
+    Afterwards `run.lock` is removed, and so are the folders that were created, if nothing was written into them.
 
     Args:
-        folder: what the block writes into.
-        options: those that name it, the first of them for the whole of it, for messages.
-        patience: seconds to wait for whoever has it.
+        folder: the folder that the block writes into.
+        options: the options that set the folder, for messages; the first one begins the message.
+        patience: seconds to wait for another holder.
 
     Yields:
-        whether it is locked; False, with a warning, on a file system that cannot lock.
+        whether it is locked; False, with a warning, on a file system without locks.
 
     Raises:
-        ValueError: another process has it; says which one, and since when.
-        OSError: the lock file cannot be made.
+        ValueError: another process holds the lock; the message says which one, and since when.
+        OSError: the lock file cannot be created.
     """
     folder, pid, made = folder.absolute(), os.getpid(), list[Path]()
     try:
@@ -68,13 +68,13 @@ def locked(folder: Path, options: Sequence[str], patience: float = 0.0) -> Itera
 
 
 def _acquire(folder: Path, options: Sequence[str], patience: float, made: list[Path]) -> int | None:
-    """The descriptor that holds the lock; None where there are no locks. `made`: gets the folders that it creates."""
+    """The descriptor that holds the lock; None where there are no locks. Folders that are created go to `made`."""
     path, end = folder / LOCK, time.monotonic() + patience
     while True:
         descriptor = _open(path, made)
         try:
-            reason = _try(descriptor)
-            if reason is None and _is(descriptor, path):
+            reason = _try_lock(descriptor)
+            if reason is None and _is_still_at(descriptor, path):
                 _held.add(descriptor)
                 _write_holder(descriptor)
                 return descriptor
@@ -108,16 +108,16 @@ def _open(path: Path, made: list[Path], attempts: int = 100) -> int:
                     place.mkdir()
                     made.append(place)
             return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        except FileNotFoundError:  # another run has just ended, and taken its empty folder away
+        except FileNotFoundError:  # another run has just ended, and removed its empty folder
             if attempt == attempts:
                 raise
-        except PermissionError:  # another user's: enough to see whether it is locked
+        except PermissionError:  # another user's file: reading is enough to see whether it is locked
             return os.open(path, os.O_RDONLY | flags)
     raise AssertionError
 
 
-def _try(descriptor: int) -> str | bool | None:
-    """None if the lock is ours now, True if someone else has it, else why there is none to be had."""
+def _try_lock(descriptor: int) -> str | bool | None:
+    """Try to lock: None if that succeeded, True if another process holds it, else why locks do not work here."""
     try:
         import fcntl
 
@@ -129,8 +129,8 @@ def _try(descriptor: int) -> str | bool | None:
     return None
 
 
-def _is(descriptor: int, path: Path) -> bool:
-    """Whether the file is still the one at `path`: who had it before has removed it, and a third may have a new one."""
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still at `path`: its last holder removes it, and another run may make a new one."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
@@ -142,15 +142,15 @@ def _release(path: Path, descriptor: int | None) -> None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         return
-    if _is(descriptor, path):
+    if _is_still_at(descriptor, path):
         with suppress(OSError):
-            path.unlink()  # while it is locked, so that it is no other's
+            path.unlink()  # while it is locked, so that no other run can own it
     _held.discard(descriptor)
     os.close(descriptor)
 
 
 def _write_holder(descriptor: int) -> None:
-    """Say who has the lock, as far as the disk has room for it: the lock itself needs none."""
+    """Write into the lock file who holds it; a full disk is ignored, as the lock itself needs no space."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     line = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     with suppress(OSError):
@@ -159,7 +159,7 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _holder(path: Path) -> str:
-    """Who has the lock, in words; it may have to write that first."""
+    """The lock's holder, in words; waits up to 1 s for a holder that has not written it yet."""
     end = time.monotonic() + 1
     while (told := _read_holder(path)) is None and time.monotonic() < end:
         time.sleep(POLL / 4)

@@ -1,8 +1,8 @@
-"""Safetensors files with checksums: ordinary ones for everybody else, and a flipped bit in them is noticed here.
+"""Read and write safetensors files with checksums, which other programs read like any other.
 
-The format itself holds none. What fastris writes carries, in the metadata, the CRC-32 of every tensor's dtype, shape
-and bytes, the checksum that PyTorch's own files have: it is there for accidents, and takes a fifth of a second for 600
-MB where SHA-256 takes twice that. Files without them, from other programs, are read as they are.
+The format itself has no checksums. fastris stores in the metadata the CRC-32 of every tensor's dtype, shape and bytes,
+as PyTorch's own files do. It detects accidents, not attacks, and takes a fifth of a second for 600 MB, half of what
+SHA-256 takes. Files from other programs, without checksums, are read as they are.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from fastris.runtime.storage import damaged, first_line, replacing
 
 CHECKSUMS = "fastris_crc32"
-"""Name of the metadata entry: a JSON object, from a tensor's name to its CRC-32 in hexadecimal digits."""
+"""Name of the metadata entry: a JSON object, tensor's name -> CRC-32 in hexadecimal digits."""
 
 _MAX_HEADER = 16 << 20  # bytes; CRIS on RN101 takes 0.2 MB, checksums and card included
 _THREADS = min(8, os.cpu_count() or 1)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and metadata, with the checksums verified where the file has some.
+    """Read (tensors on the CPU, metadata) from a file; checksums are verified if it has any.
 
-    Raises ValueError for a file that is damaged, or whose tensors are not those that the checksums were made of.
+    Raises ValueError for a damaged file, and where tensors do not match their checksums.
     """
     from safetensors import safe_open
 
@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file in one step, with checksums in its metadata. Raises OSError; what was there before is untouched."""
+    """Write a file in one step, with checksums in its metadata. After an OSError the old file is still there."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -97,7 +97,7 @@ def _verify(path: Path, tensors: Mapping[str, Tensor], recorded: str) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """The length of the JSON at the beginning, before it is parsed."""
+    """Raise ValueError if the JSON header at the beginning is too large to be parsed."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER and path.stat().st_size > _MAX_HEADER:

@@ -1,4 +1,4 @@
-"""Writing files that are never half there, and reading PyTorch files without running what is in them."""
+"""Write files atomically, and read PyTorch files without executing code from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STALE_AFTER = 3600.0  # seconds
 def save_atomic(obj: Any, path: str | Path, keep: str | Path | None = None) -> None:
     """``torch.save`` that never leaves half a file: the old file stays until the new one is complete and on disk.
 
-    With ``keep`` the old file takes that path then, in place of what was there; at no moment are both missing.
+    With ``keep`` the old file is then moved to that path and replaces what was there; at no time are both missing.
     The folder is created if it does not exist. Raises OSError when the disk is full or not writable, and TypeError when
     ``obj`` holds something that :func:`load_torch` would refuse to read back; both leave the old file untouched.
     """
@@ -46,12 +46,13 @@ def save_atomic(obj: Any, path: str | Path, keep: str | Path | None = None) -> N
 
 @contextmanager
 def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; on success it takes ``path``'s place, after fsync, in one step.
+    """Yield a temporary path beside ``path`` to write to; on success it replaces ``path``, after fsync, in one step.
 
-    What ``path`` held takes the place of ``keep``, a path on the same file system, if that is given.
+    If ``keep`` is given, a path on the same file system, the old file is moved there.
 
-    On any error, Ctrl-C included, the temporary file is removed and ``path`` is as before. What a killed process left
-    behind for the same ``path`` or ``keep`` goes once it is an hour old. Raises OSError naming ``path``.
+    On any error, Ctrl-C included, the temporary file is removed and ``path`` is unchanged. Temporary files that killed
+    processes left for the same ``path`` or ``keep`` are removed once they are an hour old. Raises OSError, naming
+    ``path``.
     """
     path = _real(path)
     if path.is_dir():
@@ -82,12 +83,12 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
 
 
 def load_torch(path: str | Path) -> Any:
-    """Read a file that ``torch.save`` wrote, on the CPU, without running any code that it holds.
+    """Read a file that ``torch.save`` wrote, on the CPU, without executing any code from it.
 
-    Tensors, numbers (NumPy's too: a ``best_iou`` of ``numpy.float64``), strings, and lists and dicts of them are read.
-    Work and memory stay within the file's own size, and checksums are verified, neither of which ``torch.load`` sees
-    to. Raises FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, is compressed, or holds
-    Python objects or tensors that are not plain ones.
+    It may hold tensors, numbers (NumPy's too: a ``best_iou`` of ``numpy.float64``), strings, and lists and dicts of
+    them. Unlike ``torch.load``, this bounds work and memory by the file's size and verifies checksums. Raises
+    FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, is compressed, or holds Python
+    objects or tensors that are not plain.
     """
     path = existing_file(path)
     content = read_torch(path)
@@ -106,31 +107,31 @@ def read_torch(path: Path) -> Any:
     except Refused as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # a damaged file can fail anywhere, with any type
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it names places before its beginning
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it points to before its beginning
             raise
         raise damaged(path, "PyTorch checkpoint", error) from error
 
 
 def existing_file(path: str | Path) -> Path:
-    """``path`` with ``~`` expanded. Raises FileNotFoundError, or PermissionError, where it is no file to be read."""
+    """``path`` with ``~`` expanded. Raises FileNotFoundError or PermissionError unless it is a readable file."""
     path = Path(path).expanduser()
     check_file(str(path), path, "give the path of a checkpoint")
     return path
 
 
 def damaged(path: Path, kind: str, error: Exception) -> ValueError:
-    """The one message for a file that cannot be read."""
+    """The error for a damaged file, or for one that is no ``kind``."""
     reason = first_line(error).split(". This is")[0][:200]
     return ValueError(f"{path} is damaged or no {kind} ({reason}); copy or download it again, or take another file")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough to stand inside another message."""
+    """The first line of an error's message, or its class if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
-    """Let ``weights_only`` build NumPy's numbers, under NumPy 1's and NumPy 2's names, but no arrays or objects."""
+    """A context in which ``weights_only`` allows NumPy's numbers, by NumPy 1's and 2's names, but no arrays."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
@@ -138,7 +139,7 @@ def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
 
 
 def _keep(path: Path, keep: Path) -> None:
-    """Give the file at ``path`` the name ``keep`` as well; where a file cannot have two names, instead."""
+    """Link the file at ``path`` to the name ``keep`` as well; move it there on a file system without hard links."""
     link = keep.with_name(f".{keep.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         os.link(path, link)
@@ -163,9 +164,9 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed processes left behind when they wrote ``path``; only for who knows that nobody writes it now.
+    """Remove temporary files that killed processes left when they wrote ``path``.
 
-    Without that knowledge :func:`replacing` does so for what is an hour old.
+    Call it only where no other process can be writing ``path``. :func:`replacing` removes those that are an hour old.
     """
     _remove_stale(_real(path), 0.0)
     _remove_stale(Path(path).expanduser(), 0.0)  # as ``keep`` is written, beside a link

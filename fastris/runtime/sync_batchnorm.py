@@ -19,14 +19,14 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> None:
 
 
 class CPUSyncBatchNorm(_BatchNorm):
-    """`nn.SyncBatchNorm` for CPU tensors, which PyTorch lacks: ``forward(x)`` takes (B, C, ...) of any size B.
+    """`nn.SyncBatchNorm` for CPU tensors, which PyTorch lacks: ``forward(x)`` maps (B, C, ...) to (B, C, ...).
 
-    Each process contributes its count, mean and variance; the batch's are put together from them as
+    Each process contributes its count, mean and variance; those of the batch are computed from them as
 
         mean = sum_r (n_r / n) mean_r        var = sum_r (n_r / n) (var_r + (mean_r - mean)^2)
 
-    which loses no digits where a mean is large. Made for gloo, and for showing that several processes train as one
-    does; speed is no aim. bfloat16 and float16 are computed in float32.
+    which loses no digits where a mean is large. It is meant for gloo, and for tests that several processes train as one
+    does, not for speed. bfloat16 and float16 are computed in float32.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""PyTorch's files from outside: archives of ``torch.save`` and ``torch.jit.save``, and ``torch.save``'s older format.
+"""Read untrusted PyTorch files: archives of ``torch.save`` and ``torch.jit.save``, and ``torch.save``'s older format.
 
-Nothing in a file is run, nothing compressed is unpacked, and no more is read than the file is long:
-:mod:`.torch_pickle` reads the pickle, and this module hands it the bytes of the tensors, once, with their
-checksums verified on the way.
+No code from the file is executed, nothing compressed is unpacked, and memory stays within the file's size.
+:mod:`.torch_pickle` reads the pickle; this module reads the tensors' bytes for it, each once, and verifies checksums.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _STORE_PLAIN = "torch.save stores tensors as they are: save it again with it, wh
 
 
 def read_pytorch(path: Path, *, values: bool = True) -> Any:
-    """What ``torch.save`` wrote, on the CPU; for a TorchScript archive its outermost :class:`Record`.
+    """Read what ``torch.save`` wrote, on the CPU; for a TorchScript archive its outermost :class:`Record`.
 
-    ``values=False`` leaves the tensors' values out: that is quick, and tells whether the file can be read.
+    ``values=False`` skips the tensors' values, which shows quickly whether the file can be read.
 
-    Raises Refused for what is not read, its message to follow the file's name. A damaged file raises what it happens to
-    run into: Malformed, zipfile.BadZipFile, EOFError, ...
+    Raises Refused for content that is not read; the message continues after the file's name. A damaged file raises one
+    of several errors: Malformed, zipfile.BadZipFile, EOFError, ...
     """
     with path.open("rb") as file:
         return _Archive.open(file, values).read() if file.read(4) == _ZIP else _Legacy(file).read()
@@ -46,8 +45,8 @@ def read_pytorch(path: Path, *, values: bool = True) -> Any:
 def script_weights(module: Record) -> dict[str, Tensor]:
     """The state dict of a TorchScript module: its tensors and those of its submodules, by dotted name.
 
-    A module is known by the ``training`` flag, which all of them have. Raises Refused where a module keeps its state in
-    a way of its own, which only its code could undo.
+    A module is recognised by the ``training`` flag, which all of them have. Raises Refused for a module with a
+    ``__setstate__`` of its own, which would have to be executed.
     """
     weights = dict(_tensors_of(module, ""))
     if not weights:
@@ -56,7 +55,7 @@ def script_weights(module: Record) -> dict[str, Tensor]:
 
 
 def _tensors_of(record: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Depth, cycles and number are bounded: the machine has checked the tree."""
+    """(dotted name, tensor) of a module and its submodules. The machine has already refused cycles and deep nesting."""
     if not isinstance(record.state, dict):
         raise Refused(
             f"holds a TorchScript module ({prefix.rstrip('.') or record.kind}) with a __setstate__ of its own, which "
@@ -73,7 +72,7 @@ def _tensors_of(record: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class _Archive:
-    """A zip file of PyTorch's."""
+    """A zip archive that PyTorch wrote."""
 
     file: IO[bytes]
     length: int
@@ -103,7 +102,7 @@ class _Archive:
         return self
 
     def _check_sizes(self) -> None:
-        """Before anything is read: what will be read is stored as it is, and all of it fits into the file."""
+        """Raise Refused unless all entries that will be read are uncompressed and together fit into the file."""
         read = {name: entry for name, entry in self.entries.items() if not name.startswith(f"{self.root}code/")}
         for name, entry in read.items():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -147,7 +146,7 @@ class _Archive:
         return self._tensor(self.entries[name]).numpy().tobytes()
 
     def _tensor(self, entry: zipfile.ZipInfo) -> Tensor:
-        """The entry's bytes, held against its checksum; 0 is that of an entry saved without one."""
+        """The entry's bytes, checked against its checksum; 0 means that it was saved without one."""
         self.file.seek(entry.header_offset)
         header = self.file.read(30)
         if len(header) != 30 or header[:4] != _ZIP:
@@ -162,7 +161,7 @@ class _Archive:
 
 
 class _Listing:
-    """A file of which zipfile may read a directory of a sensible size."""
+    """A file for zipfile that limits how much of it can be read at once, and so the size of the zip directory."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -178,7 +177,7 @@ class _Listing:
 
 
 def _read_into(file: IO[bytes], buffer: Tensor) -> int:
-    """Fill the buffer (uint8) from the file's position on; the CRC-32 of what was read."""
+    """Fill the buffer (uint8) from the file's position on; returns the CRC-32 of the bytes."""
     view, checksum = memoryview(cast(Any, buffer.numpy())), 0
     while len(view):
         count = file.readinto(view[:_CHUNK])  # type: ignore[attr-defined]
@@ -190,7 +189,7 @@ def _read_into(file: IO[bytes], buffer: Tensor) -> int:
 
 
 class _Legacy:
-    """``torch.save``'s format before PyTorch 1.6: five pickles, then the bytes of every storage behind their number."""
+    """``torch.save``'s format before PyTorch 1.6: five pickles, then for every storage its length and its bytes."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.left = file, os.fstat(file.fileno()).st_size
@@ -214,7 +213,7 @@ class _Legacy:
         return content
 
     def _storage(self, dtype: torch.dtype, key: str, count: int) -> Storage:
-        """The place for bytes that come later in the file; no more than the file is long."""
+        """Memory for a storage's bytes, which come later in the file; in total no more than the file's size."""
         if key not in self.storages:
             size = count * dtype.itemsize
             self.left -= size

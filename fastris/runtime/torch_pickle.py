@@ -1,10 +1,10 @@
-"""The pickle inside a PyTorch file, read by a machine that can run nothing.
+"""Read the pickle inside a PyTorch file with a stack machine that cannot execute code.
 
-``torch.load(weights_only=True)`` runs no code of the file, but is not made for files that mean harm: a few bytes can
-ask it for a set of 10^12 elements, or for gigabytes of copies. This machine knows the names that PyTorch writes for
-tensors and plain values, checks every tensor against the bytes that it has, and keeps work and memory within the size
-of the file. It understands TorchScript's pickles, too: a module becomes a Record of its attributes, and neither its
-code nor its ``__setstate__`` is looked at. :mod:`pickletools` takes the instructions apart.
+``torch.load(weights_only=True)`` executes no code from the file either, but does not withstand hostile files: a few
+bytes can make it build a set of 10^12 elements, or gigabytes of copies. This machine knows the names that PyTorch
+writes for tensors and plain values, checks every tensor against its bytes, and bounds work and memory by the size of
+the file. It also reads TorchScript's pickles: a module becomes a Record of its attributes, and neither its code nor its
+``__setstate__`` is used. :mod:`pickletools` decodes the instructions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LEAVES = frozenset({str, int, float, bool, type(None), bytes, Tensor})
 
 @dataclass
 class Machine:
-    """Runs pickles of one file; ``storage(dtype, key, count)`` gives the bytes behind a tensor."""
+    """The stack machine for the pickles of one file; ``storage(dtype, key, count)`` returns the bytes of a tensor."""
 
     storage: Callable[[torch.dtype, str, int], Storage]
     left: int = MAX_VALUES
@@ -50,9 +50,9 @@ class Machine:
     memo: dict[int, Any] = field(default_factory=dict)
 
     def run(self, file: IO[bytes]) -> Any:
-        """The value that the pickle at the file's position stands for; the position is behind it then.
+        """Read the pickle at the file's position, which moves behind it, and return its value.
 
-        Raises Refused for what is not read, and Malformed (or what a broken pickle makes Python raise).
+        Raises Refused for content that is not read, Malformed or another error for a broken pickle.
         """
         self.stack, self.marks, self.memo = [], [], {}
         steps = cast(Any, pickletools.genops)(_Bounded(file))
@@ -73,7 +73,7 @@ class Machine:
         return value
 
     def spend(self, count: int) -> None:
-        """Refuse a file that makes far more values than a checkpoint holds."""
+        """Count values; raise Refused for a file that builds far more of them than a checkpoint holds."""
         self.left -= count
         if self.left < 0:
             raise Refused(f"holds more than {MAX_VALUES} values beside its tensors, and is not read; {MEND}")
@@ -90,7 +90,7 @@ class Machine:
 
 
 class _Bounded:
-    """A file of which one pickle may read MAX_BYTES."""
+    """A file of which one pickle can read at most MAX_BYTES."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.left = file, MAX_BYTES
@@ -112,7 +112,7 @@ class _Bounded:
 
 
 def _check_tree(value: Any, left: list[int], path: tuple[Any, ...]) -> None:
-    """Refuse what is not read, by its place; cycles; and shared parts that unfold to far more than the file holds."""
+    """Raise Refused for unusable values, naming their place, for cycles, and for shared parts that repeat too often."""
     if isinstance(value, Unusable):
         place = f"entry {'.'.join(map(str, path))!r}" if path else "its content"
         raise Refused(f"holds {value.what} ({place}), which is not read; make it a plain tensor and save again")
@@ -173,7 +173,7 @@ def _build(machine: Machine, _: Any) -> None:
 
 
 def _persistent(machine: Machine, _: Any) -> None:
-    """``("storage", class, key, location, count)``; old files add what a view of a storage was, None for no view."""
+    """Handle ``("storage", class, key, location, count)``; old files append a view of the storage, None for none."""
     identity = machine.stack.pop()
     if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
         raise Malformed("a reference to something else than a storage")

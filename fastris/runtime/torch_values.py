@@ -1,6 +1,6 @@
-"""What a PyTorch file's pickle may name, and the values that are built of it.
+"""The globals that a PyTorch file's pickle may name, and the values that are built from them.
 
-Nothing is looked up by a name from the file: a name is in the table below, or it is refused. Every tensor is held
+Nothing is imported by a name from the file: a name is in the table below, or it is refused. Every tensor is checked
 against the bytes that it has.
 """
 
@@ -32,21 +32,21 @@ _STORAGE_NAMES = {
 
 
 class Refused(ValueError):
-    """What a file asks for is not read; the message goes on from the file's name."""
+    """The file holds something that is not read; the message continues after the file's name."""
 
 
 class Malformed(ValueError):
-    """The bytes are no whole pickle of PyTorch's."""
+    """The bytes are not a complete pickle that PyTorch wrote."""
 
 
 class StorageType(NamedTuple):
-    """The class of a storage, by the dtype of its elements; None for dtypes that are not read."""
+    """Stands for a storage class in a pickle: the dtype of its elements, None for dtypes that are not read."""
 
     dtype: torch.dtype | None
 
 
 class Storage(NamedTuple):
-    """Bytes (uint8, one-dimensional) and the dtype that a file gives them."""
+    """A tensor's bytes (uint8, one-dimensional) and the dtype of its elements."""
 
     buffer: Tensor
     dtype: torch.dtype
@@ -54,7 +54,7 @@ class Storage(NamedTuple):
 
 @dataclass
 class Record:
-    """A TorchScript object: the name of its class, and what it held. Nothing of it has run."""
+    """A TorchScript object: the name of its class and its state. None of its code has been executed."""
 
     kind: str
     state: Any = None
@@ -62,14 +62,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Stands for what can be named but is not read."""
+    """Stands for a value of a known kind that is not read, such as a sparse tensor; ``what`` names it in messages."""
 
     what: str
 
 
 @dataclass
 class NumberType:
-    """NumPy's dtype of one number, as a pickle builds it."""
+    """NumPy's dtype of a single number, as a pickle describes it."""
 
     code: str
     order: str = "="
@@ -77,7 +77,7 @@ class NumberType:
 
 @dataclass(frozen=True)
 class Function:
-    """One of the known names; ``build`` makes a value of the arguments."""
+    """Stands for a known function in a pickle; ``build`` makes the value from its arguments."""
 
     build: Callable[..., Any]
 
@@ -89,7 +89,7 @@ def as_key(value: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> Any:
-    """``torch._utils._rebuild_tensor_v2`` that holds offset, size and stride against the storage's bytes."""
+    """``torch._utils._rebuild_tensor_v2``, which also checks offset, size and stride against the storage's bytes."""
     if isinstance(storage, Unusable):
         return storage
     if len(rest) > 1 and rest[1]:
@@ -193,7 +193,7 @@ def _unusable(what: str) -> Function:
 
 
 def _known_names() -> dict[str, Any]:
-    """By ``module name``, as pickletools spells a global."""
+    """The table of known globals by ``module name``, as pickletools writes them."""
     names: dict[str, Any] = {
         "collections OrderedDict": Function(_ordered),
         "collections Counter": Function(_counter),
@@ -238,7 +238,7 @@ def _known_names() -> dict[str, Any]:
         names[f"torch {kind}Storage"] = StorageType(None)
     for kind, dtype in _STORAGE_NAMES.items():
         names[f"torch {kind}Storage"] = names[f"torch.cuda {kind}Storage"] = StorageType(dtype)
-    # TorchScript's typed lists and dicts are no weights: what they hold is left where it is
+    # TorchScript's typed lists and dicts are no weights: their content is dropped
     for name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"):
         names[f"torch.jit._pickle {name}"] = Function(_nothing)
     return names
