@@ -31,8 +31,8 @@ def load_dataset(
             `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`) or "grefcoco"; "folder" for your own.
         split: the split's name in that data set, for instance "train", "val", "testA", "testB", "test".
         root: the folder that holds the files, in any of the formats of `fastris.data.formats`; not used by "synthetic".
-        on_error: "raise" for an error that names the first reference that is unusable, "skip" to look at every file
-            at once, leave such references out and list them in `.skipped`; see `AnnotatedDataset`.
+        on_error: "raise" for an error that names the first unusable reference; "skip" to check every file now, leave
+            unusable references out and list them in `.skipped`; see `AnnotatedDataset`.
         options: passed on to `SyntheticExpressions`, or to the reader of the format; those share `images=`, the folder
             of the images, and `format=`, one of "jsonl", "refer", "lmdb", "parquet" where `root` holds several.
 

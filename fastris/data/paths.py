@@ -70,8 +70,8 @@ class Look:
     def __call__(self, folder: Path, name: str) -> str:
         """What is wrong with `folder / name`: `GONE`, `OUT`, `IRREGULAR` or the system's reason; "" for a file.
 
-        This is the one place that decides whether a file may be opened. It goes by what the name finally leads to: a
-        link is followed, and must end inside of `folder`.
+        This is the one place that decides whether a file may be opened. Links are followed, and must end inside of
+        `folder`.
         """
         key = str(folder), name
         found = self._known.get(key)

@@ -49,17 +49,17 @@ def near_miss(module: nn.Module) -> str | None:
     for kind in _KINDS:
         named = any(name in type(module).__name__.lower() for name in kind.class_names)
         if sum(hasattr(module, name) for name in kind.telling) + named >= kind.enough:
-            return _said(module, kind.name, kind.attributes)
+            return _lacking_message(module, kind.name, kind.attributes)
     if _holds_layers(module):
-        return _said(module, "TransformerDecoder", ("layers", "norm", "return_intermediate"))
+        return _lacking_message(module, "TransformerDecoder", ("layers", "norm", "return_intermediate"))
     children = list(module.children())
     if any(map(_is_pixel_head, children)) and any(isinstance(c, nn.Linear) for c in _with_inner(children)):
         text = "txt_fc" if hasattr(module, "txt_fc") else "txt"
-        return _said(module, "Projector", ("vis", text, "in_dim", "kernel_size"))
+        return _lacking_message(module, "Projector", ("vis", text, "in_dim", "kernel_size"))
     return None
 
 
-def _said(module: nn.Module, name: str, attributes: Sequence[str]) -> str | None:
+def _lacking_message(module: nn.Module, name: str, attributes: Sequence[str]) -> str | None:
     lacking = [attribute for attribute in attributes if not hasattr(module, attribute)]
     if not lacking:
         return None

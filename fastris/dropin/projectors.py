@@ -17,7 +17,7 @@ from fastris.ops.similarity import KERNEL_SIZES
 
 
 class _Layers(NamedTuple):
-    """A projector's layers: ``vis`` as :func:`.projector.score` takes it, and the text projection."""
+    """A projector's layers ``vis`` and text projection, as :func:`fastris.models.cris.projector.score` takes them."""
 
     vis: Any
     text: Any

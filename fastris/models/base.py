@@ -118,7 +118,7 @@ class ReferringModel(
         return {HEAD: list(self.parameters())}
 
     def check_training(self, expressions: int) -> None:
-        """Raise ValueError if a batch of so many expressions is too small for a training step."""
+        """Raise ValueError if a batch of this number of ``expressions`` is too small for a training step."""
         if expressions == 0:
             raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
 

@@ -115,7 +115,7 @@ def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any
 def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
     """Copy weights into a model: a whole model's, or another model's for the part that starts from it (CLIP's).
 
-    A module that is no :class:`ReferringModel`, such as the published CRIS, is treated as CRIS. Returns what was
+    A module that is no ``ReferringModel``, such as the published CRIS, is treated as CRIS. Returns what was
     loaded. Raises ValueError for weights of neither kind and, if ``strict``, WeightsError for a misfit.
     """
     kind = kind_of(model)

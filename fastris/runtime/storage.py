@@ -95,7 +95,7 @@ def load_torch(path: str | Path) -> Any:
     if isinstance(content, Record):
         raise ValueError(
             f"{path} is a TorchScript archive, a program and no checkpoint; CLIP's archives are read as weights of "
-            "CLIP (clip_pretrain, fastris.load_clip)"
+            "CLIP (clip_pretrain, fastris.weights.load.load_clip)"
         )
     return content
 

@@ -16,7 +16,7 @@ LAST, PREVIOUS, BEST, LOG, OPTIONS = "last.pth", "previous.pth", "best.pth", "lo
 
 
 class SavedState(NamedTuple):
-    """What :meth:`Run.save_last` has written, read back from `path`; `note` says if another file was damaged."""
+    """What `Run.save_last` has written, read back from `path`; `note` says if another file was damaged."""
 
     path: Path
     content: dict[str, Any]

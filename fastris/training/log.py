@@ -26,7 +26,8 @@ class StepRecord:
 
     Attributes:
         step: optimizer steps so far, from 1; epoch, batch: where it is, both from 1.
-        loss: mean over the batch; iou: the published training IoU (:func:`.metrics.batch_iou`), a fraction of 1.
+        loss: mean over the batch; iou: the published training IoU, in [0, 1], of
+            :func:`fastris.evaluation.metrics.batch_iou`.
         lr, lr_backbone: learning rates in this step, of the head and of the group before it (a model without one: the
             head's).
         images_per_s: images of this batch / seconds since the previous step, data loading included.

@@ -40,7 +40,7 @@ def convert(
     images, copies of its files, or the images of an LMDB file.
 
     Args:
-        name, root, format, images: of the data set, as for `formats.open_split`.
+        name, root, format, images: of the data set, as for `fastris.data.formats.table.open_split`.
         out: the new folder; it must not exist, or be empty.
         splits: the splits to write.
         on_error: "raise" or "skip" for unusable references.

@@ -54,7 +54,7 @@ class Scene:
 
     @property
     def signature(self) -> tuple[tuple[str, str, str], ...]:
-        """Which shapes there are, wherever they lie: their attributes, sorted."""
+        """The attributes of all shapes, sorted, without their positions."""
         return tuple(sorted((shape.size, shape.colour, shape.kind) for shape in self.shapes))
 
 
