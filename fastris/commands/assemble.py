@@ -18,7 +18,6 @@ from fastris.data.samples import EpochSampler, digest
 from fastris.models import registry
 from fastris.models.base import HEAD, ReferringModel
 from fastris.models.config import ModelConfig
-from fastris.models.cris.config import PUBLISHED_OTHER_KEYS
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
 from fastris.runtime.float16_sums import allow_fp16_accumulation, fp16_accumulation_obstacle
@@ -292,4 +291,4 @@ def memory_use(options: TrainConfig) -> MemoryUse:
 
 def passed_over(options: TrainConfig) -> list[str]:
     """Keys of a published YAML file that are accepted, but that say nothing to one process on one device."""
-    return sorted(options.extra.keys() & PUBLISHED_OTHER_KEYS)
+    return sorted(options.extra.keys() & registry.published_besides())

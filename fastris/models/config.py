@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fastris.models.inputs import CLIP_INPUTS, Inputs
-from fastris.models.limits import MAX_SIDE, MAX_WORDS, check_whole
+from fastris.models.limits import SIZES, check_fields, check_parameters
 from fastris.options.values import shown
 
 SYSTEM = "system"
@@ -27,8 +27,8 @@ class ModelConfig:
     """Base of the dataclasses that describe a model.
 
     A configuration may come from an untrusted file, so ``__post_init__`` raises ValueError for one that cannot be
-    built. The base class checks types and the two sizes below; a subclass also limits its own widths and depths, so
-    that no file can request a model that fills the memory.
+    built. The base class checks types, ``limits`` and ``parameter_counts()``; a subclass names its widths and depths in
+    both, so that no file can request a model that fills the memory.
 
     A subclass is a dataclass with at least ``input_size`` (side of the letterboxed square, in pixels) and ``word_len``
     (tokens that a sentence is cut to).
@@ -41,6 +41,8 @@ class ModelConfig:
         parts: the first components of its state-dict names, which identify a file without a configuration.
         not_in_shapes: fields that cannot be derived from the weights' shapes.
         published_yaml: an example of a published YAML file, for messages.
+        published_besides: keys of the published YAML files that do not shape the model: training, data and machines.
+        limits: how large its own whole numbers may be; the two sizes have theirs without being named.
     """
 
     system: ClassVar[str]
@@ -51,6 +53,8 @@ class ModelConfig:
     parts: ClassVar[tuple[str, ...]] = ()
     not_in_shapes: ClassVar[tuple[str, ...]] = ()
     published_yaml: ClassVar[str] = ""
+    published_besides: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, int]] = {}
 
     input_size: int
     word_len: int
@@ -63,8 +67,15 @@ class ModelConfig:
                 not isinstance(value, takes) or (type(value) is bool) != (kind is bool)
             ):
                 raise ValueError(f"{field.name} must be of type {kind.__name__}, got {shown(value)}")
-        check_whole("input_size", self.input_size, MAX_SIDE)
-        check_whole("word_len", self.word_len, MAX_WORDS)
+        check_fields(self, {**self.limits, **SIZES})
+        check_parameters(self.parameter_counts())
+
+    def parameter_counts(self) -> dict[str, int]:
+        """About how many parameters the model has, by the fields that decide it; too many are refused by their names.
+
+        The two sizes make none, unless a system says otherwise.
+        """
+        return {}
 
     @classmethod
     def preset(cls: type[C], name: str) -> C:
@@ -93,7 +104,7 @@ class ModelConfig:
         missing = sorted(name for name in needed if needed[name] and name not in given)
         if missing:
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}")
-        warn_of_unknown(set(given) - set(needed), needed, source)
+        warn_of_unknown(set(given) - set(needed) - cls.published_besides, needed, source)
         return cls(**{key: value for key, value in given.items() if key in needed})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Upper limits of a configuration's sizes, so that an untrusted file cannot request a model that fills the memory."""
+"""Upper limits of a configuration's sizes, so that an untrusted file cannot request a model that fills the memory.
+
+Each system says how large its own fields may be, and how many parameters they make:
+:attr:`fastris.models.config.ModelConfig.limits` and :meth:`~fastris.models.config.ModelConfig.parameter_counts`.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,8 @@ from fastris.options.values import shown
 MAX_PARAMETERS = 2_000_000_000
 """The most that are built. For scale: CRIS on RN50x64, the largest of OpenAI's ResNets, has about 0.7 billion."""
 
-CLIP_LIMITS = {
-    "embed_dim": 16384,
-    "image_resolution": 4096,
-    "vision_width": 1024,
-    "context_length": 4096,
-    "vocab_size": 1_000_000,
-    "transformer_width": 16384,
-    "transformer_heads": 1024,
-    "transformer_layers": 128,
-}
-MAX_SIDE, MAX_WORDS = 16384, 4096  # pixels of the letterboxed square; tokens of a sentence
-MAX_BLOCKS = 128  # of one stage of the ResNet; RN50x64 has 36
-CRIS_LIMITS = {
-    "word_len": MAX_WORDS,
-    "word_dim": 16384,
-    "vis_dim": 16384,
-    "num_layers": 128,
-    "num_head": 1024,
-    "dim_ffn": 131072,
-    "input_size": MAX_SIDE,
-}
-MAX_WIDTH = 16384
+SIZES = {"input_size": 16384, "word_len": 4096}
+"""Of the fields that every configuration has: pixels of the letterboxed square's side, tokens of a sentence."""
 
 
 def check_whole(name: str, value: Any, largest: int) -> None:
@@ -55,23 +39,12 @@ def check_fields(config: Any, limits: Mapping[str, int], prefix: str = "") -> No
         check_whole(prefix + name, getattr(config, name), largest)
 
 
-def check_parameters(config: Any) -> None:
-    """Raise ValueError, naming the largest part, if a CRIS configuration has more than ``MAX_PARAMETERS``."""
-    clip, width = config.clip, config.clip.transformer_width
-    pooled = 32 * clip.vision_width
-    parts = {
-        "clip.transformer_width, clip.transformer_layers, clip.vocab_size": width
-        * (12 * clip.transformer_layers * width + clip.vocab_size + clip.context_length + clip.embed_dim),
-        "clip.vision_width, clip.vision_layers": sum(
-            17 * blocks * (clip.vision_width * 2**stage) ** 2 for stage, blocks in enumerate(clip.vision_layers)
-        )
-        + pooled * (3 * pooled + 2 * clip.embed_dim + (clip.image_resolution // 32) ** 2),
-        "num_layers, vis_dim, dim_ffn": config.num_layers * 2 * config.vis_dim * (4 * config.vis_dim + config.dim_ffn),
-        "fpn_out": sum(9 * a * b for a in config.fpn_out for b in config.fpn_out),
-    }
-    if sum(parts.values()) > MAX_PARAMETERS:
+def check_parameters(parts: Mapping[str, int]) -> None:
+    """ValueError where these are more than MAX_PARAMETERS. ``parts``: fields -> about how many parameters they make."""
+    total = sum(parts.values())
+    if total > MAX_PARAMETERS:
         largest = max(parts, key=lambda name: parts[name])
         raise ValueError(
-            f"these sizes make a model of about {sum(parts.values()) / 1e9:.1f} billion parameters, and at most "
+            f"these sizes make a model of about {total / 1e9:.1f} billion parameters, and at most "
             f"{MAX_PARAMETERS / 1e9:g} are built; make {largest} smaller"
         )

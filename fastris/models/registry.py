@@ -116,6 +116,11 @@ def model_keys() -> list[str]:
     return list(dict.fromkeys(f.name for name in SYSTEMS for f in dataclasses.fields(_resolve(SYSTEMS[name].config))))
 
 
+def published_besides() -> frozenset[str]:
+    """The keys of all systems' published YAML files that do not shape a model."""
+    return frozenset().union(*(config_class(name).published_besides for name in SYSTEMS))
+
+
 def _resolve(where: str) -> Any:
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -44,9 +44,14 @@ class ToyConfig(ModelConfig):
     presets: ClassVar[dict[str, Any]] = {"toy_small": {}, "toy_large": {"width": 12}}
     parts: ClassVar[tuple[str, ...]] = ("pixels", "letters")
     inputs: ClassVar[Inputs] = Inputs((0.5, 0.4, 0.3), (0.2, 0.2, 0.25), tokenizer="letters")
+    published_besides: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
+    limits: ClassVar[dict[str, int]] = {"width": 10**8}
     width: int = 6
     input_size: int = 32
     word_len: int = 12
+
+    def parameter_counts(self) -> dict[str, int]:
+        return {"width": self.width * (3 * 4 * 4 + 64)}
 
 
 class Maps(NamedTuple):
@@ -216,6 +221,8 @@ def test_file_without_a_configuration_takes_one_and_says_so(tmp_path):
         ({"width": [6]}, r"width must be of type int"),
         ({"input_size": 10**9}, r"input_size must be a whole number from 1 to 16384"),
         ({"word_len": 0}, r"word_len must be a whole number from 1 to 4096"),
+        ({"width": 10**9}, r"width must be a whole number from 1 to 100000000, got 1000000000"),
+        ({"width": 10**8}, r"these sizes make a model of about 11.2 billion parameters, .*; make width smaller"),
     ],
 )
 def test_configuration_of_a_stranger_is_checked_before_anything_is_built(field, message, tmp_path):
@@ -223,6 +230,14 @@ def test_configuration_of_a_stranger_is_checked_before_anything_is_built(field, 
     (tmp_path / "config.json").write_text(json.dumps(ToyConfig().to_dict() | field))
     with pytest.raises(ValueError, match=rf"the configuration of .* does not describe a Toy model: {message}"):
         load_model(tmp_path)
+
+
+def test_keys_that_a_published_file_has_besides_are_known_to_its_system_alone(tmp_path, recwarn):
+    (tmp_path / "toy.yaml").write_text("width: 6\nlearning_rate: 0.1\n")
+    assert ToyConfig.from_yaml(tmp_path / "toy.yaml") == ToyConfig() and not recwarn
+    assert {"learning_rate", "train_lmdb"} <= registry.published_besides()
+    with pytest.warns(UserWarning, match="keys that mean nothing here: train_lmdb"):
+        ToyConfig.from_dict({"train_lmdb": "x"})
 
 
 def test_wrong_class_system_or_weights_are_one_error_that_says_the_mend(tmp_path, monkeypatch):

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastris.models.config import ModelConfig, warn_of_unknown
-from fastris.models.limits import (
-    CLIP_LIMITS,
-    CRIS_LIMITS,
-    MAX_BLOCKS,
-    MAX_WIDTH,
-    check_fields,
-    check_parameters,
-    whole_numbers,
-)
+from fastris.models.limits import SIZES, check_fields, check_parameters, whole_numbers
 from fastris.options.values import shown
 
 CLIP_PRESETS: dict[str, dict[str, Any]] = {
@@ -67,16 +59,18 @@ CRIS_PRESETS: dict[str, dict[str, Any]] = {
 }
 """``cris_r50`` and ``cris_r101`` as published; ``tiny`` trains on a laptop's CPU in minutes."""
 
-# Keys of the published YAML files that say nothing about the model's shape: training, data and machines.
-# fmt: off
-PUBLISHED_OTHER_KEYS = frozenset({
-    "dataset", "train_lmdb", "train_split", "val_lmdb", "val_split", "mask_root", "test_split", "test_lmdb",
-    "visualize", "sync_bn", "workers", "workers_val", "epochs", "milestones", "start_epoch", "batch_size",
-    "batch_size_val", "base_lr", "lr_decay", "lr_multi", "weight_decay", "max_norm", "manual_seed", "print_freq",
-    "exp_name", "output_folder", "save_freq", "weight", "resume", "evaluate", "dist_url", "dist_backend",
-    "multiprocessing_distributed", "world_size", "rank",
-})
-# fmt: on
+_CLIP_LIMITS = {
+    "embed_dim": 16384,
+    "image_resolution": 4096,
+    "vision_width": 1024,
+    "context_length": 4096,
+    "vocab_size": 1_000_000,
+    "transformer_width": 16384,
+    "transformer_heads": 1024,
+    "transformer_layers": 128,
+}
+_MAX_BLOCKS = 128  # of one stage of the ResNet; RN50x64 has 36
+_MAX_WIDTH = 16384  # of the neck's maps
 
 
 @dataclass
@@ -94,8 +88,8 @@ class CLIPConfig:
     transformer_layers: int = 12
 
     def __post_init__(self) -> None:
-        self.vision_layers = whole_numbers("clip.vision_layers", self.vision_layers, 4, MAX_BLOCKS)
-        check_fields(self, CLIP_LIMITS, "clip.")
+        self.vision_layers = whole_numbers("clip.vision_layers", self.vision_layers, 4, _MAX_BLOCKS)
+        check_fields(self, _CLIP_LIMITS, "clip.")
         if self.transformer_width % self.transformer_heads:
             raise ValueError(
                 f"clip.transformer_width ({self.transformer_width}) must be divisible by "
@@ -137,6 +131,23 @@ class CRISConfig(ModelConfig):
     parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
     not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
     published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
+    # fmt: off
+    published_besides: ClassVar[frozenset[str]] = frozenset({
+        "dataset", "train_lmdb", "train_split", "val_lmdb", "val_split", "mask_root", "test_split", "test_lmdb",
+        "visualize", "sync_bn", "workers", "workers_val", "epochs", "milestones", "start_epoch", "batch_size",
+        "batch_size_val", "base_lr", "lr_decay", "lr_multi", "weight_decay", "max_norm", "manual_seed", "print_freq",
+        "exp_name", "output_folder", "save_freq", "weight", "resume", "evaluate", "dist_url", "dist_backend",
+        "multiprocessing_distributed", "world_size", "rank",
+    })
+    # fmt: on
+    limits: ClassVar[Mapping[str, int]] = {
+        "word_len": SIZES["word_len"],
+        "word_dim": 16384,
+        "vis_dim": 16384,
+        "num_layers": 128,
+        "num_head": 1024,
+        "dim_ffn": 131072,
+    }
 
     clip: CLIPConfig
     word_len: int = 17
@@ -156,11 +167,11 @@ class CRISConfig(ModelConfig):
             self.clip = CLIPConfig.from_dict(self.clip)
         if not isinstance(self.clip, CLIPConfig):
             raise ValueError(f"clip must be a CLIPConfig or a mapping of its fields, got {shown(self.clip)}")
-        self.fpn_in = whole_numbers("fpn_in", self.fpn_in, 3, 32 * MAX_WIDTH)
-        self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, MAX_WIDTH)
-        check_fields(self, CRIS_LIMITS)
+        self.fpn_in = whole_numbers("fpn_in", self.fpn_in, 3, 32 * _MAX_WIDTH)
+        self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, _MAX_WIDTH)
+        check_fields(self, {**self.limits, **SIZES})
         self._validate()
-        check_parameters(self)
+        check_parameters(self.parameter_counts())
 
     def _validate(self) -> None:
         clip = self.clip
@@ -185,6 +196,20 @@ class CRISConfig(ModelConfig):
         if not isinstance(self.intermediate, bool):
             raise ValueError(f"intermediate must be true or false, got {shown(self.intermediate)}")
 
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the text encoder, the image encoder, the decoder and the neck."""
+        clip, width = self.clip, self.clip.transformer_width
+        pooled = 32 * clip.vision_width
+        text = 12 * clip.transformer_layers * width + clip.vocab_size + clip.context_length + clip.embed_dim
+        stages = (17 * blocks * (clip.vision_width * 2**stage) ** 2 for stage, blocks in enumerate(clip.vision_layers))
+        pool = pooled * (3 * pooled + 2 * clip.embed_dim + (clip.image_resolution // 32) ** 2)
+        return {
+            "clip.transformer_width, clip.transformer_layers, clip.vocab_size": width * text,
+            "clip.vision_width, clip.vision_layers": sum(stages) + pool,
+            "num_layers, vis_dim, dim_ffn": self.num_layers * 2 * self.vis_dim * (4 * self.vis_dim + self.dim_ffn),
+            "fpn_out": sum(9 * a * b for a in self.fpn_out for b in self.fpn_out),
+        }
+
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "configuration") -> CRISConfig:
         """Build from a flat mapping or one with the published sections ``DATA``, ``TRAIN``, ``TEST``.
@@ -202,7 +227,7 @@ class CRISConfig(ModelConfig):
         if missing:
             hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
-        warn_of_unknown(set(flat) - names - PUBLISHED_OTHER_KEYS, names, source)
+        warn_of_unknown(set(flat) - names - cls.published_besides, names, source)
         return cls(**{key: value for key, value in flat.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
