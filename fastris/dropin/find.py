@@ -1,40 +1,44 @@
-"""Find the parts of CRIS that a module may be, by its attributes or by its submodules; proof.py then decides."""
+"""Find the parts that a module may be, by its attributes or by its submodules; proof.py then decides.
+
+A system offers its parts by the ``drop_in`` of its row in :mod:`fastris.models.registry`, which says where its
+:class:`~fastris.dropin.parts.DropIn` is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 from torch import nn
 
-from fastris.dropin.decoders import LAYER, decoders, layers, renamed_layers
-from fastris.dropin.necks import NECK, gates, necks
-from fastris.dropin.parts import Part
-from fastris.dropin.projectors import projectors, renamed_projectors
-
-# Recognised by attributes. Necks come before projectors: some necks also have a projector's attributes, but no
-# projector has a neck's.
-_BY_NAME: tuple[tuple[tuple[str, ...], Callable[[Any], list[Part]]], ...] = (
-    (LAYER, layers),
-    (("layers", "norm"), decoders),
-    (NECK, necks),
-    (("vis", "txt"), projectors),
-    (("vis", "txt_fc"), projectors),
-)
-
-# Recognised by submodules, for modules without these names; each function returns [] for a module that does not fit.
-_BY_MAKE: tuple[Callable[[nn.Module], list[Part]], ...] = (gates, renamed_layers, renamed_projectors)
+from fastris.dropin.parts import DropIn, Part
+from fastris.models import registry
 
 
-def parts_like(module: nn.Module) -> list[Part]:
-    """The parts of CRIS that ``module`` may be, likeliest first; empty when it resembles none."""
-    for attributes, make in _BY_NAME:
+def drop_ins() -> dict[str, DropIn]:
+    """What the registered systems offer, by the systems' titles, in the order of the registry."""
+    offering = [system for system in registry.SYSTEMS.values() if system.drop_in]
+    return {registry.config_class(system.name).title: registry.resolve(system.drop_in) for system in offering}
+
+
+def parts_like(module: nn.Module, offers: dict[str, DropIn]) -> list[Part]:
+    """The parts that ``module`` may be, likeliest first; empty when it resembles none."""
+    return [dataclasses.replace(part, of=title) for title, offer in offers.items() for part in _found(module, offer)]
+
+
+def _found(module: nn.Module, offer: DropIn) -> Sequence[Part]:
+    for attributes, find in offer.by_name:
         if all(hasattr(module, name) for name in attributes):
-            parts = make(module)
+            parts = find(module)
             if parts:
                 return parts
-    for find in _BY_MAKE:
+    for find in offer.by_make:
         parts = find(module)
         if parts:
             return parts
-    return []
+    return ()
+
+
+def near_miss(module: nn.Module, offers: dict[str, DropIn]) -> str | None:
+    """What to say of a module that resembles a part without having all that it is recognised by; None of the others."""
+    return next(filter(None, (offer.near(module) for offer in offers.values())), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ FLOAT32_TABLES = 1e-6
 
 @dataclass(frozen=True)
 class Part:
-    """A part of CRIS that a module may be: the forward that would replace its own, and what the proof needs.
+    """A part of a system that a module may be: the forward that would replace its own, and what the proof needs.
 
     Attributes:
         name: of the part, for the report.
@@ -27,6 +27,7 @@ class Part:
         obstacle: why the module cannot be replaced, if that is known without a proof.
         optional: the positions of inputs that may be None.
         tolerance: the rounding that the proof allows, as a fraction of the scale.
+        of: the system's title, which find.py fills in.
     """
 
     name: str
@@ -36,6 +37,26 @@ class Part:
     obstacle: str | None = None
     optional: tuple[int, ...] = ()
     tolerance: float = ROUNDING
+    of: str = ""
+
+
+def _nothing(module: nn.Module) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class DropIn:
+    """What a system offers to strangers' models.
+
+    ``by_name`` holds (attributes, find): ``find`` is asked of a module that has all of the attributes; the first one
+    that gives parts, likeliest first, counts. Modules without such names are shown to each of ``by_make``, which gives
+    nothing for all that is unlike. ``near`` says of a module, in words, what it lacks to be looked at; None of all
+    that is no relation.
+    """
+
+    by_name: tuple[tuple[tuple[str, ...], Callable[[Any], Sequence[Part]]], ...] = ()
+    by_make: tuple[Callable[[nn.Module], Sequence[Part]], ...] = ()
+    near: Callable[[nn.Module], str | None] = _nothing
 
 
 BLOCK = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)

@@ -1,12 +1,12 @@
-"""The drop-in: swap the forwards of CRIS's parts inside somebody else's model, in place and reversibly.
+"""The drop-in: swap the forwards of the systems' parts inside somebody else's model, in place and reversibly.
 
-``fastris.patch(model)`` looks for CRIS-style decoders, projectors and necks by their structure, whatever their classes
-are called. Structure alone proves nothing, so each candidate is tested first (the "proof"): on a deep copy with random
-parameters, in float64, its own forward and the published formula must give the same outputs, the same gradients of
-inputs and parameters and the same BatchNorm statistics, in eval mode and in training, on small and on large inputs, and
-with each of its dropouts in turn dropping everything; and its own forward must not draw other random numbers or store
-anything. Only then is the forward of that one instance replaced. A module that cannot be proved equal is left alone,
-and the report says why.
+``fastris.patch(model)`` looks for what the registered systems offer, such as CRIS-style decoders, projectors and necks,
+by their structure, whatever their classes are called. Structure alone proves nothing, so each candidate is tested first
+(the "proof"): on a deep copy with random parameters, in float64, its own forward and the published formula must give
+the same outputs, the same gradients of inputs and parameters and the same BatchNorm statistics, in eval mode and in
+training, on small and on large inputs, and with each of its dropouts in turn dropping everything; and its own forward
+must not draw other random numbers or store anything. Only then is the forward of that one instance replaced. A module
+that cannot be proved equal is left alone, and the report says why.
 
 Each call of a replaced forward checks whether the proof covers it, and otherwise runs the module's own forward. It does
 so for arguments of another kind, after a change of the module's settings, and where hooks, adapters or wrappers were
@@ -26,31 +26,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastris.dropin.find import parts_like
-from fastris.dropin.near import near_miss
+from fastris.dropin.find import drop_ins, near_miss, parts_like
 from fastris.dropin.parts import Part
 from fastris.dropin.proof import Proof, Unproved, prove
 from fastris.dropin.sizes import MARK, put_back
 
-NOTHING_LEFT = "no other CRIS-style part was found; encoders, loss and the rest run as before"
+NOTHING_LEFT = "no other {of} part was found; encoders, loss and the rest run as before"
 
 
 @dataclass
 class PatchReport:
-    """What :func:`patch` did: ``replaced`` holds (module path, part), ``left_alone`` (module path, reason)."""
+    """What :func:`patch` did: ``replaced`` holds (module path, part), ``left_alone`` (module path, reason).
+
+    ``systems``: the titles of the systems whose parts were looked for.
+    """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     left_alone: list[tuple[str, str]] = field(default_factory=list)
+    systems: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         count = len(self.replaced)
         replaced = _grouped(self.replaced, "{paths} ({what})", ", ")
         left_alone = _grouped(self.left_alone, "{paths}: {what}", "; ")
+        nothing_left = NOTHING_LEFT.format(of=" or ".join(f"{system}-style" for system in self.systems))
         return "\n".join(
             (
                 f"fastris replaced the forward of {count} module{'' if count == 1 else 's'}",
                 f"  replaced: {replaced or 'nothing'}",
-                f"  left alone: {left_alone or NOTHING_LEFT}",
+                f"  left alone: {left_alone or nothing_left}",
             )
         )
 
@@ -67,6 +71,8 @@ def _grouped(rows: list[tuple[str, str]], form: str, separator: str) -> str:
 
 def patch(model: nn.Module) -> PatchReport:
     """Replace the forwards of the CRIS-style parts of ``model`` by fastris's, on these instances only.
+
+    Other registered systems' parts are found as well, where they offer any: see :mod:`fastris.dropin.find`.
 
     Parameters, their names, buffers, hooks, the state dict, optimizer references and a surrounding DDP stay as they
     are; other instances of the same classes are not touched. A call that the proof does not cover runs the original
@@ -90,7 +96,8 @@ def patch(model: nn.Module) -> PatchReport:
     Returns a :class:`PatchReport`; print it. Raises TypeError when ``model`` is no module.
     """
     _check_module(model)
-    report = PatchReport()
+    offers = drop_ins()
+    report = PatchReport(systems=tuple(offers))
     known: dict[Any, Proof | Unproved] = {}
     ours: list[str] = []
     for path, module in model.named_modules():
@@ -102,9 +109,9 @@ def patch(model: nn.Module) -> PatchReport:
             if not any(path.startswith(f"{outer}." if outer else "") for outer in ours):
                 report.left_alone.append((path, "already fastris"))
             ours.append(path)
-        elif parts := parts_like(module):
-            _try_parts(report, path, module, parts, known)
-        elif (why := near_miss(module)) is not None:
+        elif parts := parts_like(module, offers):
+            _try_parts(report, path, module, parts, known, near_miss(module, offers))
+        elif (why := near_miss(module, offers)) is not None:
             report.left_alone.append((path, why))
     return report
 
@@ -116,9 +123,17 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _try_parts(
-    report: PatchReport, path: str, module: nn.Module, parts: list[Part], known: dict[Any, Proof | Unproved]
+    report: PatchReport,
+    path: str,
+    module: nn.Module,
+    parts: list[Part],
+    known: dict[Any, Proof | Unproved],
+    lacking: str | None,
 ) -> None:
-    """Replace the forward by the first of ``parts`` that can be proved equal, or report why the first cannot."""
+    """Replace the forward by the first of ``parts`` that can be proved equal, or report why the first cannot.
+
+    ``lacking``: which attributes the module lacks.
+    """
     reasons = []
     for part in parts:
         try:
@@ -129,7 +144,6 @@ def _try_parts(
         else:
             report.replaced.append((path, part.name))
             return
-    lacking = near_miss(module)
     report.left_alone.append((path, f"{lacking} (tried without: {reasons[0]})" if lacking else reasons[0]))
 
 

@@ -1,4 +1,4 @@
-"""Prove by tests that a module computes what a part of CRIS computes, and check that it stays so. See patch.py."""
+"""Prove by tests that a module computes what a system's part computes, and check that it stays so. See patch.py."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _check_signature(module: nn.Module, part: Part) -> None:
     signature = _attempt("its forward cannot be inspected", inspect.signature, type(module).forward)
     theirs, ours = (list(s.parameters.values())[1:] for s in (signature, inspect.signature(part.forward)))
     if len(theirs) < len(ours) or any(p.kind in _VARIABLE for p in theirs[: len(ours)]):
-        raise Unproved(f"its forward takes {_named(theirs)} where CRIS's takes {_named(ours)}")
+        raise Unproved(f"its forward takes {_named(theirs)} where {part.of}'s takes {_named(ours)}")
     needed = [p for p in theirs[len(ours) :] if p.default is p.empty and p.kind not in _VARIABLE]
     if needed:
         raise Unproved(f"its forward needs {_named(needed)} as well")
@@ -203,7 +203,7 @@ def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> s
     Returns the names of the submodules that the module's own forward calls more often than ours.
     """
     theirs = _attempt(
-        "its forward does not run on CRIS's inputs", _run, original, type(original).forward, inputs, probe
+        f"its forward does not run on {part.of}'s inputs", _run, original, type(original).forward, inputs, probe
     )
     if theirs.random:
         raise Unproved(f"{probe} it draws random numbers of its own")
@@ -212,19 +212,19 @@ def _compare(original: nn.Module, part: Part, inputs: tuple, probe: _Probe) -> s
     with use_impl("reference"):
         ours = _attempt("fastris does not run on it", _run, original, part.forward, inputs, probe)
     if theirs.structure != ours.structure:
-        raise Unproved(f"it returns {_spelled(theirs.structure)} where CRIS's returns {_spelled(ours.structure)}")
+        raise Unproved(f"it returns {_spelled(theirs.structure)} where {part.of}'s returns {_spelled(ours.structure)}")
     if len(theirs.tensors) != len(ours.tensors):
         raise Unproved(f"{probe} it adds or drops buffers")
     for mine, yours in zip(theirs.tensors, ours.tensors, strict=True):
         if mine.shape != yours.shape:
-            raise Unproved(f"it returns the shape {tuple(mine.shape)} where CRIS's returns {tuple(yours.shape)}")
+            raise Unproved(f"it returns the shape {tuple(mine.shape)} where {part.of}'s returns {tuple(yours.shape)}")
         if mine.dtype != yours.dtype:
             raise Unproved(f"it changes the dtype from {_dtype(yours)} to {_dtype(mine)}")
         if torch.equal(mine, yours):
             continue
         scale = yours.double().abs().max().clamp_min(1.0) if yours.numel() else torch.tensor(1.0)
         if not torch.isfinite(mine).all() or (mine.double() - yours.double()).abs().max() > part.tolerance * scale:
-            raise Unproved(f"{probe} its values or gradients differ from CRIS's")
+            raise Unproved(f"{probe} its values or gradients differ from {part.of}'s")
     return {name for name, count in theirs.calls.items() if count > ours.calls[name]}
 
 

@@ -99,10 +99,10 @@ class Sizes:
             if len(self._unanswered) < LIMIT:
                 self._unanswered.add((kind, sizes))
             if not isinstance(error, _Unanswered):
-                self.warn(path, "there is not enough memory to see whether it is still CRIS's at new sizes")
+                self.warn(path, f"there is not enough memory to see whether it is still {part.of}'s at new sizes")
             return False
         except Exception as error:  # a module that was changed so that it cannot be copied, say
-            difference = f"it cannot be seen whether it is still CRIS's ({_named(error)})"
+            difference = f"it cannot be seen whether it is still {part.of}'s ({_named(error)})"
         if difference:
             self.refusal = f"{_spelled(kind, sizes)} {difference}"
             self.warn(path, self.refusal)
@@ -188,7 +188,7 @@ class _Unanswered(Exception):
 
 
 def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, sizes: tuple) -> str:
-    """How the module's own forward differs from CRIS's formula at these sizes, in words; empty if it does not."""
+    """How the module's own forward differs from the published formula at these sizes, in words; empty if it does not."""
     device = _device(module)
     with unnoticed(device), torch.no_grad():
         for padded in _paddings(forms, sizes):
@@ -197,7 +197,7 @@ def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, 
                 bare = without_dropout(random_copy(module, noise))
                 for child in bare.modules():
                     put_back(child)
-                difference = _compared(bare, part.forward, original, _inputs(forms, sizes, noise, padded), bound)
+                difference = _compared(bare, part, original, _inputs(forms, sizes, noise, padded), bound)
                 if not difference:
                     break
             else:
@@ -205,7 +205,7 @@ def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, 
     return ""
 
 
-def _compared(bare: nn.Module, ours: Callable, original: Callable, inputs: tuple, bound: float) -> str:
+def _compared(bare: nn.Module, part: Any, original: Callable, inputs: tuple, bound: float) -> str:
     theirs, mine = fresh_copy(bare), fresh_copy(bare)
     try:
         expected = original(theirs, *_cloned(inputs))
@@ -215,24 +215,24 @@ def _compared(bare: nn.Module, ours: Callable, original: Callable, inputs: tuple
         raise _Unanswered from error
     try:
         with use_impl("reference"):
-            answer = ours(mine, *inputs)
+            answer = part.forward(mine, *inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return f"fastris does not run on it ({_named(error)})"
     if structure_of(expected) != structure_of(answer):
-        return "it returns another structure than CRIS's"
+        return f"it returns another structure than {part.of}'s"
     pairs = zip([*tensors_in(expected), *theirs.buffers()], [*tensors_in(answer), *mine.buffers()], strict=False)
-    return next(filter(None, (_apart(*pair, bound) for pair in pairs)), "")
+    return next(filter(None, (_apart(*pair, bound, part.of) for pair in pairs)), "")
 
 
-def _apart(theirs: Tensor, ours: Tensor, bound: float) -> str:
+def _apart(theirs: Tensor, ours: Tensor, bound: float, of: str) -> str:
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-        return f"it returns {_kind(theirs)} where CRIS's returns {_kind(ours)}"
+        return f"it returns {_kind(theirs)} where {of}'s returns {_kind(ours)}"
     if torch.equal(theirs, ours):
         return ""
     distance = (theirs.double() - ours.double()).abs().max() / ours.double().abs().max().clamp_min(1.0)
-    return "" if distance <= bound else f"its values differ from CRIS's by {float(distance):.1g} of their scale"
+    return "" if distance <= bound else f"its values differ from {of}'s by {float(distance):.1g} of their scale"
 
 
 def _kind(tensor: Tensor) -> str:

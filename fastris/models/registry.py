@@ -16,12 +16,17 @@ from fastris.models.config import SYSTEM, ModelConfig
 
 
 class System(NamedTuple):
-    """One system; ``model`` and ``config`` are import paths, "module:Class", imported on first use."""
+    """One system; ``model`` and ``config`` are import paths, "module:Class", imported on first use.
+
+    ``drop_in`` is the "module:NAME" of the ``fastris.dropin.parts.DropIn`` that :func:`fastris.patch` looks for in
+    other people's models; empty for a system that offers nothing there.
+    """
 
     name: str
     model: str
     config: str
     presets: tuple[str, ...]
+    drop_in: str = ""
 
 
 SYSTEMS: dict[str, System] = {
@@ -30,6 +35,7 @@ SYSTEMS: dict[str, System] = {
         "fastris.models.cris.model:CRIS",
         "fastris.models.cris.config:CRISConfig",
         ("cris_r50", "cris_r101", "tiny"),
+        "fastris.dropin.cris.table:PARTS",
     ),
 }
 DEFAULT = "cris"
@@ -103,17 +109,17 @@ def system_of_names(names: Iterable[str]) -> str:
 
 def model_class(system: str) -> type[Any]:
     """The model class of a system, derived from :class:`fastris.models.base.ReferringModel`."""
-    return _resolve(SYSTEMS[system].model)
+    return resolve(SYSTEMS[system].model)
 
 
 def config_class(system: str) -> type[ModelConfig]:
     """The configuration class of a system."""
-    return _resolve(SYSTEMS[system].config)
+    return resolve(SYSTEMS[system].config)
 
 
 def model_keys() -> list[str]:
     """The configuration fields of all systems, which ``fastris train`` accepts as options."""
-    return list(dict.fromkeys(f.name for name in SYSTEMS for f in dataclasses.fields(_resolve(SYSTEMS[name].config))))
+    return list(dict.fromkeys(f.name for name in SYSTEMS for f in dataclasses.fields(resolve(SYSTEMS[name].config))))
 
 
 def published_besides() -> frozenset[str]:
@@ -121,6 +127,7 @@ def published_besides() -> frozenset[str]:
     return frozenset().union(*(config_class(name).published_besides for name in SYSTEMS))
 
 
-def _resolve(where: str) -> Any:
+def resolve(where: str) -> Any:
+    """What "module:NAME" names."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastris.dropin.alignment import gate_forward
+from fastris.dropin.cris.alignment import gate_forward
 from fastris.dropin.parts import BLOCK, FLOAT32_TABLES, Part, arguments, is_chain, normal, owns_parameters
 from fastris.models.cris.neck import neck_forward
 
