@@ -1,7 +1,7 @@
 """Files that a data set names: kept inside the folder that they belong to, and read only if they are regular files.
 
 A folder that the user names may be a link and lie anywhere. The names in it, and those in the data set's own files, are
-untrusted: none may lead out of its folder, by its spelling or by a link, and FIFOs and devices, which never end, are
+untrusted: none may lead out of its folder, by its spelling or by a link, and pipes and devices, which never end, are
 not opened.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from fastris.data.base import DataError, shown
+from fastris.runtime.plain import why_no_file
 
 GONE = "no file"
 OUT = "a link that leads out of the folder"
@@ -25,13 +26,6 @@ MAX_PART = 255  # bytes of one folder's or file's name, on every usual file syst
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _PLAIN = re.compile(r"(?:[\w ()+,@=-][\w ()+,@=.-]*/)*[\w ()+,@=-][\w ()+,@=.-]*", re.ASCII)
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
 
 
 def stays(name: str) -> bool:
@@ -157,15 +151,15 @@ def regular(path: Path) -> int:
     """The size in bytes of a regular file; links are followed.
 
     Raises:
-        DataError: it is a FIFO, a device or a folder, or cannot be accessed; the message says why.
+        DataError: it is a pipe, a device or a folder, or cannot be accessed; the message says why.
     """
     try:
         state = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    if not stat.S_ISREG(state.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(state.st_mode), IRREGULAR)
-        raise DataError(f"{path} is {kind}, which is not read; put a regular file there")
+    why = why_no_file(state.st_mode)
+    if why:
+        raise DataError(f"{path} {why}; put a regular file there")
     return state.st_size
 
 

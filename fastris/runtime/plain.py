@@ -12,11 +12,12 @@ from typing import Any
 _HARMLESS = "\u200c\u200d"  # join letters or keep them apart, in Persian or in emoji
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {
-    stat.S_ISDIR: "is a folder",
-    stat.S_ISFIFO: "is a pipe and no file",
-    stat.S_ISSOCK: "is a socket and no file",
-    stat.S_ISCHR: "is a device and no file",
-    stat.S_ISBLK: "is a device and no file",
+    stat.S_IFREG: "",
+    stat.S_IFDIR: "is a folder",
+    stat.S_IFIFO: "is a pipe and no file",
+    stat.S_IFSOCK: "is a socket and no file",
+    stat.S_IFCHR: "is a device and no file",
+    stat.S_IFBLK: "is a device and no file",
 }
 
 
@@ -44,6 +45,11 @@ def json_text(value: Any) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def why_no_file(mode: int) -> str:
+    """Why what has this ``st_mode`` is no file to read, as in "is a folder"; empty for a regular file."""
+    return _KINDS.get(stat.S_IFMT(mode), "is no file")
+
+
 def check_file(name: str, path: Path, mend: str) -> None:
     """Raise an error unless ``path`` is a regular file that can be read; the message is ``name``, the reason, ``mend``.
 
@@ -51,11 +57,10 @@ def check_file(name: str, path: Path, mend: str) -> None:
     Never waits: a pipe is not opened.
     """
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
+        why = why_no_file(path.stat().st_mode)
+        if not why:
             path.open("rb").close()
             return
-        why = next((text for is_kind, text in _KINDS.items() if is_kind(mode)), "is no file")
     except (FileNotFoundError, NotADirectoryError):
         why = "does not exist"
     except ValueError:  # a null byte

@@ -23,7 +23,8 @@ from fastris.data import DataError, load_dataset, paths
 from fastris.data.base import printable, shown
 from fastris.data.formats.annotated import UnusableReference
 from fastris.data.formats.jsonl import FolderDataset
-from fastris.data.paths import GONE, IRREGULAR, OUT, Look, stays
+from fastris.data.paths import GONE, IRREGULAR, OUT, Look, regular, stays
+from fastris.runtime.plain import check_file
 
 
 def folder(root: Path, **changes: Any) -> Path:
@@ -201,8 +202,18 @@ except DataError as error:
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert (ran.returncode, ran.stderr) == (0, "")
-    said = ("is a FIFO" if by == "fifo" else "is a device", IRREGULAR, OUT, "leads out of")
+    said = ("is a pipe and no file" if by == "fifo" else "is a device", IRREGULAR, OUT, "leads out of")
     assert any(words in ran.stdout for words in said), ran.stdout
+
+
+def test_what_is_no_file_is_called_the_same_in_a_data_set_as_on_the_command_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(FileNotFoundError) as asked:
+            check_file(str(path), path, "put a regular file there")
+        with pytest.raises(DataError) as read:
+            regular(path)
+        assert str(read.value) == str(asked.value)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "refcoco", "grefcoco", "parquet"])
