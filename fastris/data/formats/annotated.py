@@ -25,8 +25,11 @@ from fastris.data.formats.usable import (
 )
 from fastris.data.paths import Look
 
-__all__ = ["BAD_ANNOTATION", "DUPLICATE_ID", "MENDS", "Annotated", "AnnotatedDataset", "OnError", "Record",
-           "UnusableReference", "collect"]  # fmt: skip
+__all__ = ["BAD_ANNOTATION", "DUPLICATE_ID", "MENDS", "SPLIT_ALIASES", "Annotated", "AnnotatedDataset", "OnError",
+           "Record", "UnusableReference", "collect"]  # fmt: skip
+
+SPLIT_ALIASES = {"val-test": "val"}
+"""The published configurations' name for scoring all sentences of val."""
 
 OnError = Literal["raise", "skip", "defer"]
 Row = TypeVar("Row")

@@ -16,6 +16,7 @@ from typing import Any
 from fastris.data.base import DataError, Reference, shown
 from fastris.data.formats.annotated import (
     BAD_ANNOTATION,
+    SPLIT_ALIASES,
     Annotated,
     AnnotatedDataset,
     OnError,
@@ -27,7 +28,6 @@ from fastris.data.formats.budget import ERROR, Budget, TooMuch
 from fastris.data.formats.records import ID, field, parse_json, read_json, stripped
 from fastris.data.paths import GONE, Look, is_dir, is_file, opened, place, regular
 
-SPLIT_ALIASES = {"val-test": "val"}
 LAYOUT = "the layout of a folder of your own data"
 MANIFEST = "dataset.json"
 MANIFEST_FORMAT = "fastris-data"

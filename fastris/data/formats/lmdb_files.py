@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fastris.data.base import DataError, Reference, shown
-from fastris.data.formats.annotated import BAD_ANNOTATION, Annotated, AnnotatedDataset, OnError, UnusableReference
+from fastris.data.formats.annotated import (
+    BAD_ANNOTATION,
+    SPLIT_ALIASES,
+    Annotated,
+    AnnotatedDataset,
+    OnError,
+    UnusableReference,
+)
 from fastris.data.formats.annotation import MaskPicture
 from fastris.data.formats.budget import Budget, of_texts
 from fastris.data.formats.extras import need
@@ -24,7 +31,6 @@ from fastris.data.formats.unpickle import loads_plain
 from fastris.data.formats.usable import Seen
 from fastris.data.paths import GONE, Look, is_dir, place, regular, safe_name, unreadable
 
-SPLIT_ALIASES = {"val-test": "val"}
 LAYOUT = "the LMDB layout of CRIS"
 MAX_RECORD = 256 << 20  # bytes; an encoded image and its mask
 _ARROW = b"\xff\xff\xff\xff"  # marks what pyarrow.serialize wrote, after 16 bytes of counts

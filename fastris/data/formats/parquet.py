@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from fastris.data.base import DataError, Reference
-from fastris.data.formats.annotated import Annotated, AnnotatedDataset, OnError, Record, UnusableReference, collect
+from fastris.data.formats.annotated import (
+    SPLIT_ALIASES,
+    Annotated,
+    AnnotatedDataset,
+    OnError,
+    Record,
+    UnusableReference,
+    collect,
+)
 from fastris.data.formats.annotation import Several
 from fastris.data.formats.budget import NUMBER, QUOTE, Budget
 from fastris.data.formats.extras import need
@@ -20,7 +28,6 @@ from fastris.data.formats.records import ID, field, parse_json, sentences_of
 from fastris.data.formats.refer_files import IMAGE_FOLDERS, image_folder
 from fastris.data.paths import regular, safe_name, unreadable
 
-SPLIT_ALIASES = {"val-test": "val", "validation": "val"}
 FOLDERS = {"refcoco+": "refcocoplus", "refcocog_u": "refcocog", "refcocog_g": "refcocog"}  # as the hub spells them
 PLACES = ("coco/train2014", *IMAGE_FOLDERS)
 COLUMNS = ("ref_id", "image_id", "ann_id", "split", "sentences", "raw_anns", "raw_image_info")
@@ -71,7 +78,7 @@ class ParquetDataset(AnnotatedDataset):
         on_error: OnError = "raise",
     ):
         root = Path(root).expanduser()
-        split = SPLIT_ALIASES.get(split, split)
+        split = {**SPLIT_ALIASES, "validation": "val"}.get(split, split)
         files = find_files(name, root)
         if not files:
             raise DataError(f"there is no Parquet file in {root} or {root / 'data'}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastris.data.base import DataError
-from fastris.data.formats.annotated import AnnotatedDataset, OnError
+from fastris.data.formats.annotated import SPLIT_ALIASES, AnnotatedDataset, OnError
 from fastris.data.formats.refer_files import LAYOUT, holds, locate, read_split, splits_of
-
-SPLIT_ALIASES = {"val-test": "val"}  # the published configurations' name for scoring all sentences of val
 
 
 class ReferDataset(AnnotatedDataset):

@@ -236,14 +236,12 @@ def _global(machine: _Machine) -> None:
 
 def _reduce(machine: _Machine) -> None:
     """Handler of the two calls by which protocol 2 writes bytes; any other call is refused."""
-    arguments, function = machine.stack.pop(), machine.stack.pop()
-    if function is _BYTES and arguments == ():
+    given, function = machine.stack.pop(), machine.stack.pop()
+    if function is _BYTES and given == ():
         machine.stack.append(b"")
-    elif function is _ENCODE and type(arguments) is tuple and arguments[1:] == ("latin1",):
-        if type(arguments[0]) is not str:
-            machine.refuse(pickle.REDUCE[0])
-        machine.budget.spend(len(arguments[0]))
-        machine.stack.append(arguments[0].encode("latin-1"))
+    elif function is _ENCODE and type(given) is tuple and given[1:] == ("latin1",) and type(given[0]) is str:
+        machine.budget.spend(len(given[0]))
+        machine.stack.append(given[0].encode("latin-1"))
     else:
         machine.refuse(pickle.REDUCE[0])
 
