@@ -188,7 +188,7 @@ class _Unanswered(Exception):
 
 
 def _difference(module: nn.Module, part: Any, original: Callable, forms: tuple, sizes: tuple) -> str:
-    """How the module's own forward differs from the published formula at these sizes, in words; empty if it does not."""
+    """How the module's own forward differs from the published formula at these sizes; empty if it does not."""
     device = _device(module)
     with unnoticed(device), torch.no_grad():
         for padded in _paddings(forms, sizes):
