@@ -7,33 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from model_helpers import small_config
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from fastris import CRIS, CRISConfig
+from fastris import CRIS
 
-CLIP_SIZES = {
-    "embed_dim": 48,
-    "image_resolution": 64,
-    "vision_layers": (1, 2, 1, 1),
-    "vision_width": 8,
-    "context_length": 12,
-    "vocab_size": 96,
-    "transformer_width": 32,
-    "transformer_heads": 1,
-    "transformer_layers": 2,
-}
-CONFIG = CRISConfig(
-    clip=CLIP_SIZES,
-    word_len=9,
-    word_dim=48,
-    vis_dim=32,
+CONFIG = small_config(
+    clip={"vision_layers": (1, 2, 1, 1), "vision_width": 8, "transformer_layers": 2, "context_length": 12},
     fpn_in=(64, 128, 48),
-    fpn_out=(16, 32, 48),
     num_layers=2,
-    num_head=4,
-    dim_ffn=64,
     dropout=0.0,
-    input_size=64,
+    word_len=9,
 )
 TEXT_SIZES = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 1, "layers": 2}
 

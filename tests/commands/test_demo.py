@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,26 +20,33 @@ from fastris.data.scenes.other_phrases import OtherPhrases
 SHORT = {"steps": 3, "images": 2, "scenes": 4, "held_out": 2, "threads": 1, "progress": False}
 
 
-def test_demo_leaves_model_metrics_gallery_and_scenes(tmp_path, capsys):
-    assert run(DemoConfig(out=str(tmp_path), **SHORT)) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """What a demo leaves, and ``printed``, what it told."""
+    folder = tmp_path_factory.mktemp("demo")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert run(DemoConfig(out=str(folder), **SHORT)) == 0
+    (folder / "printed").write_text(told.getvalue())
+    return folder
+
+
+def test_demo_leaves_model_metrics_gallery_and_scenes(demo):
+    metrics = json.loads((demo / "metrics.json").read_text())
     for part in ("right_phrase", "other_objects_phrase"):
         assert {"mIoU", "oIoU", "Pr@50", "Pr@90", "rule"} <= metrics[part].keys()
     assert metrics["steps"] == 3
-    assert Image.open(tmp_path / "gallery.png").width > 800
-    card = (tmp_path / "model" / "README.md").read_text()
+    assert Image.open(demo / "gallery.png").width > 800
+    card = (demo / "model" / "README.md").read_text()
     assert "library_name: fastris" in card and "| cris | synthetic | val | all sentences |" in card
-    segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
-    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
-    assert "another object's phrase" in capsys.readouterr().out
+    segmenter = Segmenter.from_pretrained(demo / "model", device="cpu")
+    assert segmenter.predict(demo / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
+    assert "another object's phrase" in (demo / "printed").read_text()
 
 
-def test_demo_repeats_itself_under_a_seed(tmp_path):
-    losses = []
-    for name in "ab":
-        run(DemoConfig(out=str(tmp_path / name), **SHORT))
-        losses.append(json.loads((tmp_path / name / "metrics.json").read_text())["last_loss"])
-    assert losses[0] == losses[1]
+def test_demo_repeats_itself_under_a_seed(demo, tmp_path):
+    run(DemoConfig(out=str(tmp_path), **SHORT))
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (demo, tmp_path))
+    assert first["last_loss"] == second["last_loss"]
 
 
 def test_other_phrases_keep_the_mask_and_name_another_object_of_the_scene():

@@ -50,9 +50,14 @@ def step(model: nn.Module, inputs: tuple | None = None) -> dict[str, torch.Tenso
     return trace(model, inputs or make_inputs())
 
 
+def in_float64(value):
+    if isinstance(value, list):
+        return [in_float64(one) for one in value]
+    return value.double() if value.is_floating_point() else value
+
+
 def trace(model: nn.Module, inputs: tuple) -> dict[str, torch.Tensor]:
-    imgs, words, state, padding = inputs
-    output = model([x.double() for x in imgs], words.double(), state.double(), padding)
+    output = model(*map(in_float64, inputs))
     outputs = output if isinstance(output, tuple) else (output,)
     generator = torch.Generator().manual_seed(3)
     sum((o.view(-1) * torch.randn(o.numel(), generator=generator)).sum() for o in outputs).backward()
@@ -81,11 +86,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_every_part_of_a_renamed_model_is_replaced_and_computes_the_same(head):
+def test_every_part_of_a_renamed_model_is_replaced_and_computes_the_same():
     torch.manual_seed(0)
     model = Stranger()
-    model.head = HEADS[head]
     expected = step(model)
     report = patch(model)
     assert sorted(path for path, _ in report.replaced) == [
@@ -93,6 +96,16 @@ def test_every_part_of_a_renamed_model_is_replaced_and_computes_the_same(head):
     ]  # fmt: skip
     assert not report.left_alone
     assert_same_step(expected, step(model))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_kind_of_head_is_replaced_and_computes_the_same(name):
+    head = copy.deepcopy(HEADS[name])
+    inputs = torch.randn(3, 32, 4, 6), torch.randn(3, 48)
+    expected = step(head, inputs)
+    report = patch(head)
+    assert [path for path, _ in report.replaced] == [""] and not report.left_alone
+    assert_same_step(expected, step(head, inputs))
 
 
 @pytest.mark.parametrize(("height", "width", "words"), [(4, 4, 77), (1, 1, 1), (2, 5, 17)])

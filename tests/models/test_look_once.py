@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from fastris.bench.timing.harness import Setting, measure_case
 CPU = torch.device("cpu")
 
 
+@functools.cache
 def checker(kind):
+    """With its truth, which is computed once."""
     return Checker(look_once.make_case(kind, 2, "tiny").check_problem(quick=True), composed=True)
 
 

@@ -21,14 +21,6 @@ def run_to_the_end(folder, **changes):
     return train(train_config(folder, **changes), train_set(), val_set())
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    result = run_to_the_end(folder)
-    assert (result.epoch, result.step, result.interrupted) == (2, 8, False)
-    return folder
-
-
 def test_checkpoints_are_there_from_the_start_and_load_as_models(uninterrupted, tmp_path, monkeypatch):
     best = load_torch(uninterrupted / "best.pth")
     validations = [float(row["mIoU"]) for row in rows(uninterrupted / "val.csv")]

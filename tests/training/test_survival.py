@@ -31,24 +31,6 @@ def run(folder: Path, data: SyntheticExpressions | None = None, **changes):
     return train(train_config(folder, evaluate=False, **changes), data or train_set())
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(folder).step == 8
-    return folder
-
-
-@pytest.fixture
-def stopped(tmp_path):
-    """A run that stopped after 6 of its 8 steps, with `last.pth` from there and `previous.pth` from step 4."""
-    run(tmp_path, max_steps=4)
-    earlier = (tmp_path / "last.pth").read_bytes()
-    run(tmp_path, max_steps=6, resume=True)
-    (tmp_path / "previous.pth").write_bytes(earlier)
-    assert [load_torch(tmp_path / name)["step"] for name in ("last.pth", "previous.pth")] == [6, 4]
-    return tmp_path
-
-
 def assert_same_run(folder: Path, expected: Path) -> None:
     assert rows(folder / "log.csv") == rows(expected / "log.csv")
     ours, theirs = load_torch(folder / "last.pth"), load_torch(expected / "last.pth")
@@ -70,9 +52,8 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(stopped, uninterrupted, damage):
-    damage(stopped / "last.pth")
+def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(stopped, uninterrupted):
+    flip(stopped / "last.pth")
     with pytest.warns(UserWarning, match=r"last\.pth is damaged .* Going on from the checkpoint before it, .*previous"):
         run(stopped, resume=True)
     assert_same_run(stopped, uninterrupted)
@@ -204,7 +185,7 @@ class Vanishing(SyntheticExpressions):
 ORDER = [index for batch in EpochSampler(12, 0, 3) for index in batch]
 
 
-@pytest.mark.parametrize(("workers", "place", "step"), [(0, 0, 0), (0, 7, 2), (2, 11, 3)])
+@pytest.mark.parametrize(("workers", "place", "step"), [(0, 0, 0), (2, 11, 3)])
 def test_vanished_image_ends_the_run_saved_and_it_goes_on_when_it_is_back(
     tmp_path, uninterrupted, workers, place, step
 ):
@@ -218,23 +199,16 @@ def test_vanished_image_ends_the_run_saved_and_it_goes_on_when_it_is_back(
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_killed_worker_is_one_message_and_the_run_goes_on(tmp_path, uninterrupted):
+def test_killed_worker_is_one_message_and_the_run_goes_on_after_its_last_step(tmp_path, uninterrupted):
     with pytest.raises(RuntimeError) as told:
-        run(tmp_path, Vanishing(ORDER[10], killing=True), workers=2, save_every_steps=1)
+        run(tmp_path, Vanishing(ORDER[10], killing=True), workers=2)
     message = str(told.value)
     assert "which reads training images, " in message and "memory was full" in message and "workers=" in message
-    assert "last.pth is from step" in message and "--resume" in message and "\n" not in message
-    run(tmp_path, workers=2, resume=True)
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_killed_worker_ends_the_run_saved_as_of_its_last_step(tmp_path, uninterrupted):
-    with pytest.raises(RuntimeError) as told:
-        run(tmp_path, Vanishing(ORDER[10], killing=True), workers=1)
     steps = len(rows(tmp_path / "log.csv"))
-    assert steps >= 1 and load_torch(tmp_path / "last.pth")["step"] == steps
-    assert f"last.pth is from step {steps}; go on with fastris train" in str(told.value)
-    run(tmp_path, resume=True)
+    assert f"last.pth is from step {steps}; go on with fastris train" in message
+    assert "--resume" in message and "\n" not in message
+    assert load_torch(tmp_path / "last.pth")["step"] == steps
+    run(tmp_path, workers=2, resume=True)
     assert_same_run(tmp_path, uninterrupted)
 
 
