@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import strangers_decoders as decoders
 import strangers_more as more
 import torch
 from torch import nn
@@ -67,16 +68,16 @@ FOUND = {
     "5x5 kernel, padding 1": (more.PaddedHead(size=5, padding=1), head_inputs(), 1),
     "projector under other names": (more.OtherNamesHead(), head_inputs(), 1),
     "projector under other names, nested": (more.OtherNamesInALine(), head_inputs(), 1),
-    "layer under other names": (more.OtherNamesLayer(32, 4, 64), layer_inputs(), 1),
-    "layer without a mask": (more.OpenLayer(32, 4, 64), layer_inputs(mask=False), 1),
-    "layer with weights, no mask": (more.OpenWeightsLayer(32, 4, 64), layer_inputs(mask=False), 1),
-    "decoder, no switch": (more.OtherDecoder(), decoder_inputs(), 3),
-    "decoder and an empty list": (more.NothingBesidesDecoder(), decoder_inputs(), 3),
-    "decoder and every layer's": (more.AllBesidesDecoder(), decoder_inputs(), 3),
-    "decoder and the weights": (more.WeightsBesidesDecoder(), decoder_inputs(), 3),
-    "decoder without a mask": (more.OpenDecoder(), decoder_inputs(mask=False), 3),
-    "decoder that ignores the mask": (more.DeafDecoder(), decoder_inputs(), 3),
-    "decoder of layers under other names": (more.OtherNamesDecoder(), decoder_inputs(), 3),
+    "layer under other names": (decoders.OtherNamesLayer(32, 4, 64), layer_inputs(), 1),
+    "layer without a mask": (decoders.OpenLayer(32, 4, 64), layer_inputs(mask=False), 1),
+    "layer with weights, no mask": (decoders.OpenWeightsLayer(32, 4, 64), layer_inputs(mask=False), 1),
+    "decoder, no switch": (decoders.OtherDecoder(), decoder_inputs(), 3),
+    "decoder and an empty list": (decoders.NothingBesidesDecoder(), decoder_inputs(), 3),
+    "decoder and every layer's": (decoders.AllBesidesDecoder(), decoder_inputs(), 3),
+    "decoder and the weights": (decoders.WeightsBesidesDecoder(), decoder_inputs(), 3),
+    "decoder without a mask": (decoders.OpenDecoder(), decoder_inputs(mask=False), 3),
+    "decoder that ignores the mask": (decoders.DeafDecoder(), decoder_inputs(), 3),
+    "decoder of layers under other names": (decoders.OtherNamesDecoder(), decoder_inputs(), 3),
 }
 
 
@@ -159,12 +160,12 @@ LEFT_ALONE = {
     "ones around": (more.OnesAroundHead(), DIFFER),
     "strided text kernel": (more.PaddedHead(size=3, stride=2), "does not give kernels and a bias"),
     "too much padding": (more.PaddedHead(size=3, padding=2), "does not give kernels and a bias"),
-    "layer without a mask for half the words": (more.FirstWordLayer(32, 4, 64), DIFFER),
-    "decoder that scales what it gives besides": (more.RawBesidesDecoder(), "returns a tuple of 2"),
-    "decoder of sums": (more.SummedDecoder(), DIFFER),
-    "decoder with a norm too many": (more.TwiceNormedDecoder(), DIFFER),
-    "layer under other names without word positions": (more.PlacelessWordsLayer(32, 4, 64), DIFFER),
-    "layer under other names, GELU": (more.SmoothOtherNamesLayer(32, 4, 64), DIFFER),
+    "layer without a mask for half the words": (decoders.FirstWordLayer(32, 4, 64), DIFFER),
+    "decoder that scales what it gives besides": (decoders.RawBesidesDecoder(), "returns a tuple of 2"),
+    "decoder of sums": (decoders.SummedDecoder(), DIFFER),
+    "decoder with a norm too many": (decoders.TwiceNormedDecoder(), DIFFER),
+    "layer under other names without word positions": (decoders.PlacelessWordsLayer(32, 4, 64), DIFFER),
+    "layer under other names, GELU": (decoders.SmoothOtherNamesLayer(32, 4, 64), DIFFER),
     "projector under other names, nearest": (more.NearestHead(), DIFFER),
 }
 
@@ -227,7 +228,7 @@ def test_unused_weights_of_a_gate_keep_their_zero_gradient():
 
 RENAMED = {
     "projector": (more.OtherNamesHead(), head_inputs(), lambda m: m.final),
-    "layer": (more.OtherNamesLayer(32, 4, 64, dropout=0.0), layer_inputs(), lambda m: m.before["words"]),
+    "layer": (decoders.OtherNamesLayer(32, 4, 64, dropout=0.0), layer_inputs(), lambda m: m.before["words"]),
     "gate": (more.SentenceGate(16, 4), gate_inputs(), lambda m: m.look),
 }
 

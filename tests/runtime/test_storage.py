@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 import resource
 import signal
 import subprocess
@@ -94,6 +95,20 @@ def test_killed_process_never_leaves_half_a_checkpoint(tmp_path):
         process.wait()
     read = load_torch(path)
     assert torch.equal(read["weights"], torch.full((300_000,), float(read["step"])))
+
+
+def test_content_is_on_disk_before_it_takes_the_name_and_the_name_before_the_write_ends(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+
+    def sync(descriptor: int) -> None:
+        posix.fsync(descriptor)  # the real one, which other tests go without
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), done.append(str(paths[1]))))
+    save_atomic({"step": 1}, tmp_path / "last.pth")
+    content, name, folder = done
+    assert content.endswith(".tmp") and (name, folder) == (str(tmp_path / "last.pth"), str(tmp_path))
 
 
 def test_leftovers_of_killed_processes_go_after_an_hour(tmp_path):
