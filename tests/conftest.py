@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+
+from fastris.runtime.float32_precision import ieee_float32
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,3 +28,10 @@ def _fixed_seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ieee_float32():
+    """On CUDA, convolutions are TF32 by default, which meets no bound of these tests."""
+    with ieee_float32() if torch.cuda.is_available() else nullcontext():
+        yield
