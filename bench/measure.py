@@ -9,66 +9,46 @@ from typing import Any
 
 import torch
 
-from fastris import CRISConfig
 from fastris.runtime.device import choose_device
 
+from . import memory
 from .cases.arms import ARMS, Arm, choose_arms
 from .cases.table import Case, choose_cases
-from .memory import whole as memory
 from .options import BASELINE, PASSES, BenchConfig
 from .report import compare, results, tables
-from .timing import machine
-from .timing.harness import Cell, Progress, Setting, case_entry, measure_case
+from .timing.harness import Cell, Setting, case_entry, measure_case
 from .timing.roofline import Ceilings, add_shares, count_work, measure_ceilings
 
 
 def chosen_cases(config: BenchConfig) -> tuple[list[Case], bool]:
-    """The cases at the batches and passes asked for, and whether memory is to be counted."""
+    """The cases at the batches and passes asked for, and whether memory is to be counted. What cannot be is warned of.
+
+    Raises ValueError where nothing of an operator's name is left.
+    """
     rows, with_memory = choose_cases(config.op)
     passes = [name for name in PASSES if name in config.passes]
-    found = [row.of_pass(name) for row in rows for name in passes]
-    cases = [case for case in found if case is not None]
+    reasons = {}
+    cases = []
+    for row, name in ((row, name) for row in rows for name in passes):
+        for batch in config.batch or (row.sizes["batch"],):
+            try:
+                cases.append(row.of_pass(name).at_batch(batch))
+            except ValueError as error:
+                reasons[str(error)] = row.name
     if rows and not cases:
-        raise ValueError(f"{rows[0].name} has no {' or '.join(passes)} pass; choose passes=forward or passes=both")
-    for row in rows:
-        if row.name not in [case.name for case in cases]:
-            warnings.warn(f"left out: {row.name} has no {' or '.join(passes)} pass", stacklevel=2)
-    if not config.batch:
-        return cases, with_memory
-    chosen, reasons = [], []
-    for case, batch in ((case, batch) for case in cases for batch in config.batch):
-        try:
-            chosen.append(case.at_batch(batch))
-        except ValueError as error:
-            reasons.append(str(error))
-    if cases and not chosen:
-        raise ValueError(reasons[0])
-    for reason in dict.fromkeys(reasons):
+        raise ValueError(next(iter(reasons)))
+    for reason in reasons:
         warnings.warn(f"left out: {reason}", stacklevel=2)
-    return chosen, with_memory
+    return cases, with_memory
 
 
-class Result:
-    """What was found so far, kept on disk as it grows."""
+class Result(results.ResultFile):
+    """What was found so far, held to the best ceilings that were measured."""
 
     def __init__(self, config: BenchConfig, setting: Setting):
-        self.path = config.json
+        settings = {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())}
+        super().__init__(config.json, config.command(), setting.device, config.threads, settings, ceilings=None)
         self.ceilings: Ceilings | None = None
-        self.content: dict[str, Any] = {
-            "format": results.FORMAT,
-            "command": config.command(),
-            "complete": False,
-            "machine": machine.prepare(setting.device, config.threads),
-            "settings": {"dtype": config.dtype, "quick": config.quick, **dataclasses.asdict(config.effort())},
-            "ceilings": None,
-            "cases": [],
-            "memory": None,
-        }
-
-    def save(self) -> None:
-        """Write the file as a whole, so that whoever reads it sees the old or the new one."""
-        if self.path is not None:
-            results.save(self.path, self.content)
 
     def hold_to(self, ceilings: Ceilings) -> None:
         """Hold every timing to ``ceilings``, or to the best ones found before."""
@@ -76,11 +56,20 @@ class Result:
         self.content["ceilings"] = dataclasses.asdict(self.ceilings)
         add_shares(self.content["cases"], self.ceilings)
 
-    def troubles(self) -> bool:
-        """Whether an arm was refused, failed or ran out of memory."""
-        tables = [*self.content["cases"], *filter(None, [self.content["memory"]])]
-        cells = [cell for table in tables for cell in table["arms"].values()]
-        return any(cell["message"] and cell["status"] != results.LEFT_OUT for cell in cells)
+    def add(self, case: Case, cells: dict[str, Cell], setting: Setting, work: dict[str, Any]) -> None:
+        """Add a case's cells, with its goals, its work and what follows from both."""
+        precision = str(setting.dtype).removeprefix("torch.")
+        entry = case_entry(case, BASELINE, {name: cells[name] for name in ARMS if name in cells})
+        entry |= {
+            "goal": case.goals.get(f"{setting.device.type}/{precision}"),
+            "goal_arms": [name for name in entry["arms"] if name != BASELINE and not name.startswith(results.OTHERS)],
+            "targets": dict(case.targets) if (setting.device.type, precision) == ("cuda", "bfloat16") else {},
+            "roofline": work,
+        }
+        self.content["cases"].append(entry | {"headline": results.headline(entry)})
+        if self.ceilings is not None:
+            add_shares(self.content["cases"], self.ceilings)
+        self.save()
 
 
 def run(config: BenchConfig) -> int:
@@ -95,89 +84,44 @@ def run(config: BenchConfig) -> int:
         config.profile.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, dtype, config.effort(), config.quick, config.profile, progress.show)
     result = Result(config, setting)
-    result.save()  # a file that cannot be written is better known now
-    code = 0
-    try:
+    with result.growing():
         for case in cases:
             progress.begin(f"{case.name}, B={case.sizes['batch']}" if config.batch else case.name)
             result.hold_to(measure_ceilings(device, dtype, setting.synchronize))  # best of all: it may be busy now
             _measure(case, arms, config, setting, result)
         if with_memory:
             progress.begin("memory")
-            _count(arms, device, progress.show, result)
-        result.content["complete"] = True
-    except KeyboardInterrupt:
-        code = 130
+            for found in memory.count_own(arms, device, progress.show):
+                result.content["memory"] = found
+                result.save()
     progress.end()
-    result.save()
     print(tables.markdown(result.content))
     if cases:
         print("\n" + tables.details(result.content))
-    slower = _compare(older, result.content) if older is not None else 0
-    return code or int(result.troubles()) or slower
+    slower = 0
+    if older is not None:
+        moved = compare.compare(older, result.content)
+        print("\n" + moved.text())
+        slower = int(moved.slower())
+    return 130 if not result.content["complete"] else int(result.troubles()) or slower
 
 
 def _measure(case: Case, arms: list[Arm], config: BenchConfig, setting: Setting, result: Result) -> None:
+    """Time one case. Quick runs on a CPU leave out arms that compile long, unless these are asked for by name."""
+    late = config.quick and case.compiles_long and setting.device.type == "cpu"
+    left_out = [arm for arm in arms if late and arm.compile is not None and arm.name not in config.arms]
+    try:
+        work = count_work(case, setting.dtype)
+    except Exception as error:  # a case that cannot be counted is timed all the same, and its entry says why
+        work = {"error": f"{type(error).__name__}: {error}"[:500]}
     cells: dict[str, Cell] = {}
-    soon = [arm for arm in arms if not (config.quick and _is_late(case, arm, setting) and arm.name not in config.arms)]
-    roofline = _work(case, setting)
     try:
-        measure_case(case, soon, setting, cells)
+        measure_case(case, [arm for arm in arms if arm not in left_out], setting, cells)
     finally:
-        for arm in arms:
-            if arm not in soon:
-                why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
-                cells[arm.name] = Cell(arm.name, results.LEFT_OUT, why)
-        result.content["cases"].append(_entry(case, cells, setting, roofline))
-        if result.ceilings is not None:
-            add_shares(result.content["cases"], result.ceilings)
-        result.save()
-
-
-def _is_late(case: Case, arm: Arm, setting: Setting) -> bool:
-    return arm.compile is not None and case.compiles_long and setting.device.type == "cpu"
-
-
-def _work(case: Case, setting: Setting) -> dict[str, Any]:
-    """What a step has to do. A case that cannot be counted is timed all the same, and its entry says why."""
-    try:
-        return count_work(case, setting.dtype)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-
-
-def _entry(case: Case, cells: dict[str, Cell], setting: Setting, roofline: dict[str, Any]) -> dict[str, Any]:
-    precision = str(setting.dtype).removeprefix("torch.")
-    entry = case_entry(case, BASELINE, {name: cells[name] for name in ARMS if name in cells})
-    entry |= {
-        "goal": case.goals.get(f"{setting.device.type}/{precision}"),
-        "goal_arms": [name for name in entry["arms"] if name != BASELINE and not name.startswith(results.OTHERS)],
-        "targets": dict(case.targets) if (setting.device.type, precision) == ("cuda", "bfloat16") else {},
-        "roofline": roofline,
-    }
-    return entry | {"headline": results.headline(entry)}
-
-
-def _compare(older: dict[str, Any], newer: dict[str, Any]) -> int:
-    found = compare.compare(older, newer)
-    print("\n" + found.text())
-    return int(found.slower())
-
-
-def _count(arms: list[Arm], device: torch.device, progress: Progress, result: Result) -> None:
-    cells: dict[str, memory.MemoryCell] = {}
-    eager = [arm for arm in arms if arm.compile is None and not arm.repaired]
-    try:
-        memory.count_memory(eager, device, progress, cells, CRISConfig.preset("cris_r50"))
-    finally:
-        result.content["memory"] = {
-            "title": memory.TITLE,
-            "batch": memory.BATCH,
-            "baseline": BASELINE,
-            "goal": memory.GOAL,
-            "arms": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
-        }
-        result.save()
+        for arm in left_out:
+            why = f"compiling it takes long, and this is a quick run; --arms {arm.name} asks for it"
+            cells[arm.name] = Cell(arm.name, results.LEFT_OUT, why)
+        result.add(case, cells, setting, work)
 
 
 class ProgressLine:

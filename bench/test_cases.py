@@ -3,8 +3,8 @@
     python -m pytest bench --benchmark-only --benchmark-autosave
     python -m pytest bench --benchmark-only --benchmark-compare -k decoder
 
-Arms are checked before they are timed, on the small copies, and the device is idle before and after every step.
-Sizes are the small copies on a CPU and the real ones elsewhere, unless ``--bench-sizes`` says otherwise.
+Arms are checked before they are timed, on the small copies, and the device is idle before and after every step. On a
+CPU: the small copies, in float32, without compiled arms. On a GPU: the real sizes, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -23,41 +23,35 @@ from .timing.check import Checker
 from .timing.harness import Step, forget_compiled, release, synchronize
 
 pytest.importorskip("pytest_benchmark")
+DEVICE = choose_device("auto")
+ON_CPU = DEVICE.type == "cpu"
 
 
-def parameters(config: pytest.Config) -> list[Any]:
-    """One parameter set for every case and arm."""
-    device, dtype = choose_device(config.getoption("--bench-device")), getattr(torch, config.getoption("--bench-dtype"))
-    names = tuple(name for name in config.getoption("--bench-arms").split(",") if name)
-    arms = choose_arms(names, device, dtype)
-    if not names and device.type == "cpu":
-        arms = [arm for arm in arms if arm.compile is None]
-    sizes = config.getoption("--bench-sizes")
-    small = sizes == "small" or (sizes == "auto" and device.type == "cpu")
-    place = device, dtype, small
-    return [pytest.param(case, arm, place, id=f"{case.name}-{arm.name}") for case in CASES for arm in arms]
+def parameters() -> list[Any]:
+    """One parameter set for every case, precision and arm."""
+    return [
+        pytest.param(case, arm, dtype, id=f"{case.name}-{arm.name}" + ("" if ON_CPU else f"-{str(dtype)[6:]}"))
+        for dtype in ((torch.float32,) if ON_CPU else (torch.float32, torch.bfloat16))
+        for case in CASES
+        for arm in choose_arms((), DEVICE, dtype)
+        if not (ON_CPU and arm.compile is not None)
+    ]
 
 
-def test_case(benchmark: Any, case: Case, arm: Arm, place: tuple[torch.device, torch.dtype, bool]) -> None:
+@pytest.mark.parametrize(("case", "arm", "dtype"), parameters())
+def test_case(benchmark: Any, case: Case, arm: Arm, dtype: torch.dtype) -> None:
     with compiled_or_failed() if arm.compile is not None else nullcontext():
-        _check_and_time(benchmark, case, arm, place)
+        Checker(case.check_problem(quick=True).to(DEVICE, dtype), case.composed).check(arm)
+        forget_compiled(arm)
+        step = Step(case.problem(**(case.small if ON_CPU else {})).to(DEVICE, dtype, arm.tuned), arm)
 
+        def run() -> None:
+            step()
+            synchronize(DEVICE)
 
-def _check_and_time(benchmark: Any, case: Case, arm: Arm, place: tuple[torch.device, torch.dtype, bool]) -> None:
-    device, dtype, small = place
-    Checker(case.check_problem(quick=True).to(device, dtype), case.composed).check(arm)
+        run()
+        benchmark.group = case.name
+        benchmark.extra_info.update(device=str(DEVICE), dtype=str(dtype), small=ON_CPU, arm=arm.name)
+        benchmark(run)
     forget_compiled(arm)
-    problem = case.problem(**(case.small if small else {})).to(device, dtype, arm.tuned)
-    step = Step(problem, arm)
-
-    def run() -> None:
-        step()
-        synchronize(device)
-
-    run()
-    synchronize(device)
-    benchmark.group = case.name
-    benchmark.extra_info.update(device=str(device), dtype=str(dtype), small=small, arm=arm.name)
-    benchmark(run)
-    forget_compiled(arm)
-    release(device)
+    release(DEVICE)

@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris import CRIS, for_inference, reference
+from fastris import for_inference, reference
 from fastris.dispatch import triton_obstacle, use_impl
+from fastris.models.base import ReferringModel
 from fastris.models.cris import TransformerDecoder, TransformerDecoderLayer
 
 from ..options import BASELINE
@@ -66,9 +67,11 @@ class Arm:
 
     def prepare(self, problem: Problem) -> tuple[Problem, Callable[..., Any]]:
         """``problem`` as this arm computes it, on the same parameters, and what is called in its module's place."""
+        if self.name == BASELINE and problem.published is not None:
+            problem = problem.with_module(problem.published(problem.module))
         if self.repaired:
             problem = problem.with_module(repair(problem.module))
-        if self.impl != "reference" and not problem.training and isinstance(problem.module, CRIS):
+        if self.impl != "reference" and not problem.training and isinstance(problem.module, ReferringModel):
             problem = problem.with_module(for_inference(problem.module))
         if self.compile is None:
             return problem, problem.module

@@ -1,7 +1,7 @@
 """How each case is built: modules with lively random weights, and inputs such as CRIS sees.
 
-Sizes of whole stages follow one image of ``side`` pixels through the configuration that ``preset`` names, or a small
-one for None.
+Sizes of stages follow one image of ``side`` pixels through the model that ``preset`` names in the registry, and whole
+models are of any system there.
 
 A builder returns a :class:`~bench.cases.problem.Problem` in float32 on the CPU, drawn from PyTorch's global generator.
 A module that is trained returns its loss first. Operators are imported when a case runs: a broken one spoils no other.
@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastris import CRIS, CLIPConfig, CRISConfig, reference
+from fastris import CRISConfig, reference
+from fastris.data.tokens import find_tokenizer
+from fastris.models import registry
+from fastris.models.base import ReferringModel
+from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
 from fastris.nn.clip import CLIPBackbone, DenseResNet
 from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.reference import AttentionWeights, FeedForwardWeights
 
 from .problem import Problem
+
+Preset = str | ModelConfig
+"""A model: its name in the registry, or its configuration."""
 
 
 def similarity_loss(batch: int, channels: int, side: int) -> Problem:
@@ -112,20 +119,19 @@ class CrossAttention(AttentionBlock):
         )
 
 
-def image_encoder(preset: str | None, side: int, batch: int) -> Problem:
+def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
-    clip = _config(preset).clip
+    clip = _cris(preset).clip
     heads = clip.vision_width * 32 // 64
     encoder = DenseResNet(clip.vision_layers, clip.embed_dim, heads, clip.image_resolution, clip.vision_width)
     return Problem(enliven(encoder), {}, {"x": torch.randn(batch, 3, side, side)})
 
 
-def text_encoder(preset: str | None, words: int, lengths: Sequence[int], batch: int) -> Problem:
+def text_encoder(preset: Preset, words: int, lengths: Sequence[int], batch: int) -> Problem:
     """CLIP's text transformer: tokens (B, words) to every word and the sentence."""
-    clip = dataclasses.asdict(_config(preset).clip)
+    clip = dataclasses.asdict(_cris(preset).clip)
     backbone = CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
-    tokens = make_tokens(batch, words, lengths, clip["vocab_size"])
-    return Problem(enliven(TextEncoder(backbone)), {}, {"text": tokens})
+    return Problem(enliven(TextEncoder(backbone)), {}, {"text": make_tokens(batch, words, lengths, clip["vocab_size"])})
 
 
 class TextEncoder(nn.Module):
@@ -140,13 +146,12 @@ class TextEncoder(nn.Module):
         return self.backbone.encode_text(text)
 
 
-def neck(preset: str | None, side: int, batch: int) -> Problem:
+def neck(preset: Preset, side: int, batch: int) -> Problem:
     """The cross-modal neck: three maps and the sentence to one map."""
-    config = _config(preset)
+    config = _cris(preset)
     levels = zip("345", config.fpn_in, (8, 16, 32), strict=True)
     maps = {f"c{name}": torch.randn(batch, width, side // step, side // step) for name, width, step in levels}
-    inputs = {**maps, "state": torch.randn(batch, config.word_dim)}
-    return Problem(enliven(Neck(config)), inputs, {})
+    return Problem(enliven(Neck(config)), {**maps, "state": torch.randn(batch, config.word_dim)}, {})
 
 
 class Neck(nn.Module):
@@ -158,6 +163,17 @@ class Neck(nn.Module):
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
         return self.neck((c3, c4, c5), state)
+
+
+def config_of(preset: Preset) -> Any:
+    """The configuration of a model of whatever system."""
+    return registry.preset(preset) if isinstance(preset, str) else preset
+
+
+def _cris(preset: Preset) -> CRISConfig:
+    config = config_of(preset)
+    assert isinstance(config, CRISConfig), f"{preset} has no such part"
+    return config
 
 
 def self_attention(batch: int, height: int, width: int, dim: int, heads: int) -> Problem:
@@ -197,10 +213,11 @@ class FeedForward(nn.Module):
         return feed_forward(x, FeedForwardWeights(*weights), training=True)
 
 
-def projector(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
-    """The whole projector, from the decoder's map to logits."""
+def projector(batch: int, side: int, word_dim: int, in_dim: int, with_loss: bool = False) -> Problem:
+    """The whole projector, from the decoder's map to logits, or to the loss against masks of their size."""
     inputs = {"x": torch.randn(batch, 2 * in_dim, side, side), "word": torch.randn(batch, word_dim)}
-    return Problem(enliven(Projector(word_dim, in_dim)), inputs, {})
+    module = enliven(Projector(word_dim, in_dim))
+    return Problem(module, inputs, {"mask": torch.rand(batch, 1, 4 * side, 4 * side)} if with_loss else {})
 
 
 def loss(batch: int, side: int, mask_side: int) -> Problem:
@@ -208,13 +225,6 @@ def loss(batch: int, side: int, mask_side: int) -> Problem:
     inputs = {"logits": torch.randn(batch, 1, side, side)}
     mask = torch.rand(batch, 1, mask_side, mask_side)
     return Problem(TextToPixelContrastiveLoss(), inputs, {"mask": mask})
-
-
-def projector_loss(batch: int, side: int, word_dim: int, in_dim: int) -> Problem:
-    """The whole projector and the loss against masks of the logits' size."""
-    inputs = {"x": torch.randn(batch, 2 * in_dim, side, side), "word": torch.randn(batch, word_dim)}
-    projector = enliven(Projector(word_dim, in_dim))
-    return Problem(projector, inputs, {"mask": torch.rand(batch, 1, 4 * side, 4 * side)})
 
 
 def decoder(
@@ -235,18 +245,20 @@ def decoder(
     return Problem(module, inputs, {"pad_mask": make_tokens(batch, words, lengths) == 0})
 
 
-def training_step(
-    preset: str | None, side: int, words: int, lengths: Sequence[int], batch: int, dropout: float
-) -> Problem:
-    """Forward, backward and Adam of the whole model. No gradient reaches the images."""
-    model, data = _model(preset, side, words, lengths, batch, dropout)
+def training_step(preset: Preset, side: int, batch: int, words: int, lengths: Sequence[int], **changes: Any) -> Problem:
+    """Forward, backward and Adam of a whole model of any system, ``changes`` made to its configuration.
+
+    No gradient reaches the images.
+    """
+    config = dataclasses.replace(config_of(preset), **changes)
+    model, data = model_and_data(config, side, batch, words, lengths)
     return Problem(TrainingLoss(model), {}, {**data, "mask": torch.rand(batch, 1, side, side)}, optimizer=True)
 
 
 class TrainingLoss(nn.Module):
-    """The model in training mode, its loss first."""
+    """A model in training mode, its loss first."""
 
-    def __init__(self, model: CRIS):
+    def __init__(self, model: ReferringModel):
         super().__init__()
         self.model = model
 
@@ -255,47 +267,23 @@ class TrainingLoss(nn.Module):
         return loss, prediction
 
 
-def inference(preset: str | None, side: int, words: int, lengths: Sequence[int], batch: int) -> Problem:
-    """The whole model in eval mode."""
-    model, data = _model(preset, side, words, lengths, batch, 0.0)
+def inference(preset: Preset, side: int, batch: int, words: int, lengths: Sequence[int]) -> Problem:
+    """A whole model of any system in eval mode."""
+    model, data = model_and_data(config_of(preset), side, batch, words, lengths)
     return Problem(model, {}, data, training=False)
 
 
-def _model(
-    preset: str | None, side: int, words: int, lengths: Sequence[int], batch: int, dropout: float
-) -> tuple[CRIS, dict[str, Tensor]]:
-    config = dataclasses.replace(_config(preset), dropout=dropout)
-    tokens = make_tokens(batch, words, lengths, config.clip.vocab_size)
-    return enliven(CRIS(config)), {"img": torch.randn(batch, 3, side, side), "word": tokens}
-
-
-def _config(preset: str | None) -> CRISConfig:
-    return CRISConfig.preset(preset) if preset else small_config()
-
-
-def small_config() -> CRISConfig:
-    """A CRIS with the published proportions at a quarter of the width or less, for float64."""
-    clip = CLIPConfig(
-        embed_dim=96,
-        vision_layers=(1, 1, 1, 1),
-        image_resolution=64,
-        vision_width=8,
-        vocab_size=256,
-        transformer_width=128,
-        transformer_heads=2,
-        transformer_layers=2,
-    )
-    return CRISConfig(
-        clip,
-        word_dim=96,
-        vis_dim=128,
-        fpn_in=(64, 128, 96),
-        fpn_out=(64, 128, 96),
-        num_layers=2,
-        num_head=4,
-        dim_ffn=160,
-        input_size=96,
-    )
+def model_and_data(
+    config: ModelConfig, side: int, batch: int, words: int, lengths: Sequence[int]
+) -> tuple[ReferringModel, dict[str, Tensor]]:
+    """A model of any system, and images (B, 3, side, side) and sentences (B, words) for it."""
+    if isinstance(config, CRISConfig):
+        tokens = make_tokens(batch, words, lengths, config.clip.vocab_size)
+    else:
+        longest = lengths or (words,)
+        sentences = [" ".join(["red"] * longest[row % len(longest)]) for row in range(batch)]
+        tokens = find_tokenizer(config.inputs.tokenizer)(sentences, words).tokens
+    return enliven(registry.create(config)), {"img": torch.randn(batch, 3, side, side), "word": tokens}
 
 
 def make_tokens(batch: int, words: int, lengths: Sequence[int] = (), vocab_size: int = 49408) -> Tensor:
@@ -303,11 +291,12 @@ def make_tokens(batch: int, words: int, lengths: Sequence[int] = (), vocab_size:
 
     Start is the largest id but one, end the largest, padding 0.
     """
-    tokens = torch.randint(1, vocab_size - 2, (batch, words))
-    tokens[:, 0] = vocab_size - 2
+    end = vocab_size - 1
+    tokens = torch.randint(1, end - 1, (batch, words))
+    tokens[:, 0] = end - 1
     for row in range(batch):
         length = min(lengths[row % len(lengths)], words) if lengths else words
-        tokens[row, length - 1] = vocab_size - 1
+        tokens[row, length - 1] = end
         tokens[row, length:] = 0
     return tokens
 

@@ -30,6 +30,7 @@ class Problem:
         optimizer: whether an Adam step on the parameters belongs to it, too.
         dtype: what it computes in.
         tuned: whether Adam is fused and, on CUDA, images and weights are channels_last.
+        published: what the reference arm runs in the module's place, where that has code of its own.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Problem:
     optimizer: bool = False
     dtype: torch.dtype = torch.float32
     tuned: bool = False
+    published: Callable[[nn.Module], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         self._adam: list[torch.optim.Adam] = []  # made when first needed, and shared by with_module

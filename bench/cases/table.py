@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastris import CLIPConfig, CRISConfig
 
 from . import builders
 from .problem import Problem
@@ -23,6 +27,8 @@ class Case:
         title: as in the tables, with whatever a reader has to know to compare.
         build: makes the :class:`Problem`, in float32 on the CPU, from ``sizes``.
         sizes: keyword arguments of ``build`` that are timed.
+        published: makes the module that the reference arm runs from the case's, on the same parameters; where it is
+            none, that arm runs the same module on the published formulas.
         small: what replaces some of them where a small copy will do: in quick checks.
         check: what replaces some of them when arms are checked, such as dropout, which no two arms draw alike.
         composed: whether it has ReLUs between its operators, which changes how arms are checked: see timing/check.py.
@@ -43,6 +49,7 @@ class Case:
     sizes: Mapping[str, Any]
     small: Mapping[str, Any]
     check: Mapping[str, Any] = field(default_factory=dict)
+    published: Callable[[nn.Module], nn.Module] | None = None
     composed: bool = False
     check_small: bool = False
     passes: str = "forward + backward"
@@ -66,12 +73,15 @@ class Case:
         title = self.title.replace(f"B={own}", f"B={batch}")
         return replace(self, sizes={**self.sizes, "batch": batch}, check_batch=min(batch, own), title=title, goals={})
 
-    def of_pass(self, name: str) -> Case | None:
-        """The case for one of :data:`PASSES` alone, without its goals unless it is whole; None where there is none."""
-        if name == "both":
+    def of_pass(self, name: str) -> Case:
+        """The case for one of :data:`PASSES` alone, without its goals unless it is whole. ValueError where it has none.
+
+        What only runs forward is whole with its forward pass.
+        """
+        if name == "both" or (self.passes, name) == ("forward", "forward"):
             return self
         if self.passes == "forward":
-            return self if name == "forward" else None
+            raise ValueError(f"{self.name} has no {name} pass; choose passes=forward or passes=both")
         return replace(self, passes=f"{name} alone", timed=name, goals={}, targets={})
 
     @contextmanager
@@ -84,7 +94,7 @@ class Case:
         """The case at its sizes; the same numbers on every device and for every arm."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.build(**{**self.sizes, **changes})
+            return replace(self.build(**{**self.sizes, **changes}), published=self.published)
 
     def check_problem(self, quick: bool) -> Problem:
         """What arms are checked on."""
@@ -96,10 +106,32 @@ class Case:
 # Tokens per sentence, start and end included, as RefCOCO's: 3.6 words on average.
 REAL_LENGTHS = (4, 5, 6, 8)
 
+SMALL_CRIS = CRISConfig(
+    CLIPConfig(
+        embed_dim=96,
+        vision_layers=(1, 1, 1, 1),
+        image_resolution=64,
+        vision_width=8,
+        vocab_size=256,
+        transformer_width=128,
+        transformer_heads=2,
+        transformer_layers=2,
+    ),
+    word_dim=96,
+    vis_dim=128,
+    fpn_in=(64, 128, 96),
+    fpn_out=(64, 128, 96),
+    num_layers=2,
+    num_head=4,
+    dim_ffn=160,
+    input_size=96,
+)
+"""The published proportions at a quarter of the width or less, for float64."""
+
 _PIXELS = {"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8, "words": 17}
 _FEW_PIXELS = {"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4, "words": 11}
 _CRIS_R50 = {"preset": "cris_r50", "side": 416, "words": 17, "lengths": REAL_LENGTHS}
-_SMALL_MODEL = {"preset": None, "side": 96, "batch": 6}
+_SMALL_MODEL = {"preset": SMALL_CRIS, "side": 96, "batch": 6}
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -158,7 +190,7 @@ CASES: tuple[Case, ...] = (
         name="projector_loss",
         op="projector",
         title="projector + loss: 512 channels from 26x26, B=4",
-        build=builders.projector_loss,
+        build=partial(builders.projector, with_loss=True),
         composed=True,
         sizes={"batch": 4, "side": 26, "word_dim": 1024, "in_dim": 256},
         small={"batch": 3, "side": 7, "word_dim": 24, "in_dim": 16},
@@ -196,7 +228,7 @@ CASES: tuple[Case, ...] = (
         build=builders.image_encoder,
         composed=True,
         sizes={"preset": "cris_r50", "side": 416, "batch": 2},
-        small={"preset": None, "side": 96, "batch": 6},
+        small={"preset": SMALL_CRIS, "side": 96, "batch": 6},
         check_small=True,
         compiles_long=True,
     ),
@@ -207,7 +239,7 @@ CASES: tuple[Case, ...] = (
         build=builders.text_encoder,
         composed=True,
         sizes={"preset": "cris_r50", "words": 17, "lengths": REAL_LENGTHS, "batch": 4},
-        small={"preset": None, "batch": 3},
+        small={"preset": SMALL_CRIS, "batch": 3},
         check_small=True,
         compiles_long=True,
     ),
@@ -218,7 +250,7 @@ CASES: tuple[Case, ...] = (
         build=builders.neck,
         composed=True,
         sizes={"preset": "cris_r50", "side": 416, "batch": 4},
-        small={"preset": None, "side": 96, "batch": 6},
+        small={"preset": SMALL_CRIS, "side": 96, "batch": 6},
         check_small=True,
         compiles_long=True,
         least_batch=2,

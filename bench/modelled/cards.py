@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..commandline import with_arguments
+from ..options import with_arguments
 from ..report.pages import CARDS_FORMAT, cards_page
 from ..report.results import save
 from ..timing import machine

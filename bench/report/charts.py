@@ -18,7 +18,8 @@ from xml.etree import ElementTree
 
 from fastris.runtime.storage import replacing
 
-from .results import MIB, OTHERS, Spread, best_arms, gains, is_measured, kept_bytes, main_cases, number, reads_slower
+from .pages import card_names, step_ms
+from .results import OTHERS, Spread, best_arms, gains, is_measured, main_cases, number, reads_slower
 
 INK, FAINT, GRID, SLOWER, GOAL = "#1f2328", "#59636e", "#d1d9e0", "#c4432b", "#9a6700"
 OTHER_COLOURS = ("#8c959f", "#b6bfc8", "#6e7781", "#d0d7de")
@@ -95,19 +96,6 @@ def speed_chart(result: Mapping[str, Any]) -> Chart:
     return Chart("Times faster than the published formulas", subtitle, tuple(groups), ratios=True)
 
 
-def memory_chart(memory: Mapping[str, Any]) -> Chart:
-    """Bytes kept for backward per image, stage by stage and together, of every arm."""
-    arms = {arm: cell for arm, cell in memory["arms"].items() if is_measured(cell)}
-    stages = list(dict.fromkeys(name for cell in arms.values() for name in cell["stages"]))
-
-    def bars(*names: str) -> tuple[Bar, ...]:
-        sizes = {arm: kept_bytes(cell, *names) / memory["batch"] / MIB for arm, cell in arms.items()}
-        return tuple(Bar(arm, size, f"{size:.0f} MiB") for arm, size in sizes.items())
-
-    groups = (*(Group(name, "", bars(name)) for name in stages), Group("together", "", bars(*stages)))
-    return Chart("Kept for backward, MiB per image", _sentence(memory["title"]), groups)
-
-
 def look_once_chart(result: Mapping[str, Any]) -> Chart:
     """Expressions per second over the number of expressions per image, of every way to ask."""
     groups = []
@@ -126,6 +114,16 @@ def look_once_chart(result: Mapping[str, Any]) -> Chart:
     model = result["cases"][0]["title"].partition("image, ")[2] if result["cases"] else ""
     subtitle = f"{machine['device']['name']}, {machine['threads']} threads, {model}"
     return Chart("Expressions per second", subtitle, tuple(groups))
+
+
+def cards_chart(content: Mapping[str, Any]) -> Chart:
+    """Modelled milliseconds of a step on every card by every path."""
+    groups = []
+    for card in card_names(content):
+        bars = tuple(Bar(path, ms, f"{number(ms)} ms") for path, ms in step_ms(content, card).items())
+        groups.append(Group(card, "modelled", bars))
+    text = content["modelled"]
+    return Chart("Modelled, not measured: ms per training step", text[:1].upper() + text[1:], tuple(groups))
 
 
 def texts_of(svg: str) -> list[str]:
@@ -247,7 +245,3 @@ def _colours(groups: Sequence[Group]) -> dict[str, str]:
         found[name] = palette[counts[own] % len(palette)]
         counts[own] += 1
     return found
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

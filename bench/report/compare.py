@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ..commandline import with_arguments
+from ..options import with_arguments
 from .results import load_json
 
 SIGNIFICANCE = 0.01
@@ -180,9 +180,12 @@ def _differences(older: Mapping[str, Any], newer: Mapping[str, Any]) -> list[str
         "device": ("machine", "device", "name"),
         "threads": ("machine", "threads"),
         "dtype": ("settings", "dtype"),
+        "float32 precision": ("machine", "float32"),
     }
     if _look(newer, ("machine", "device", "type")) != "cpu":
         del facts["threads"]
+    if _look(older, ("machine", "float32")) is None:  # older files do not tell
+        del facts["float32 precision"]
     return [
         f"{name} was {before} and is {now}"
         for name, path in facts.items()

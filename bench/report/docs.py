@@ -12,15 +12,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import charts, memory, pages, results, tables
+from . import charts, pages, results, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench") / "results"
 IMAGES = Path("docs") / "images"
 COMMAND = "python -m bench.report.docs"
 MARK = re.compile(r"<!-- (?P<end>/)?bench(?:: (?P<name>\S+))? -->")
+FACE = "face"
 CHART_ONLY = "-chart"
 """At the end of a block's name: its chart and where it comes from, without the table."""
 
@@ -38,34 +39,14 @@ class Kind:
     picture: str = ""
 
 
-def _demo_page(metrics: dict[str, Any], source: str) -> str:
-    """The demo's test of language: how well masks follow the right phrase, and another object's."""
-    columns = ("mIoU", "oIoU", "Pr@50")
-    names = {"right_phrase": "the right phrase", "other_objects_phrase": "another object's phrase"}
-    rows = [(text, *(_percent(metrics[name][column]) for column in columns)) for name, text in names.items()]
-    kinds = ", ".join(f"{kind}s {_percent(value)}" for kind, value in metrics["right_phrase_by_kind"].items())
-    right = metrics["right_phrase"]
-    notes = [
-        f"mIoU by kind of phrase: {kinds}.",
-        f"{right['expressions']} expressions, rule {right['rule']}, {right['sentences']} sentences;",
-        f"seed {metrics['seed']}, {metrics['steps']} steps, {metrics['seconds']:.0f} s",
-        f"on {metrics['threads']} CPU cores, PyTorch {metrics['torch']}. Raw data: `{source}`.",
-    ]
-    return f"{tables.table(('', *columns), rows, aligned=False)}\n\n<sub>{' '.join(notes)}</sub>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 TIMED = Kind(results.load, tables.page, charts.speed_chart, "times faster than the published formulas")
 ASKED = "expressions per second, over expressions per image"
 MODELLED = "modelled time of a training step on cards that were not measured"
 SPECIAL = {
     "look-once": ("look_once.json", Kind(results.load, pages.look_once_page, charts.look_once_chart, ASKED)),
-    "cards": ("modelled_cards.json", Kind(pages.load_model, pages.cards_page, pages.cards_chart, MODELLED)),
-    "memory": ("whole_memory.json", Kind(memory.load_counts, memory.memory_page)),
-    "demo": ("demo_metrics.json", Kind(results.load_json, _demo_page)),
+    "cards": ("modelled_cards.json", Kind(pages.load_model, pages.cards_page, charts.cards_chart, MODELLED)),
+    "memory": ("whole_memory.json", Kind(pages.load_counts, pages.memory_page)),
+    "demo": ("demo_metrics.json", Kind(results.load_json, pages.demo_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""
 
@@ -74,54 +55,26 @@ class BlockError(ValueError):
     """A page's marks do not fit each other or the result files; the message says which and how to mend it."""
 
 
-def pages_of(root: Path) -> list[Path]:
-    """The pages that may hold blocks: README.md, then docs/ by name."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+class Piece(NamedTuple):
+    """A stretch of a page as it is, and as it has to be; ``block`` is the name of a block's, None of what stays."""
+
+    block: str | None
+    text: str
+    wanted: str
 
 
-def generate(root: Path) -> dict[Path, str]:
-    """What the pages of the checkout ``root`` have to be. Raises BlockError, OSError, ValueError."""
-    return {page: "".join(text for _, text in _pieces(root, page)) for page in pages_of(root)}
-
-
-def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
-    """The charts of the checkout that are missing, or do not show what the result files say."""
-    found = {root / IMAGES / name: chart for name, chart in _charts(root).items()}
-    return {
-        path: chart
-        for path, chart in found.items()
-        if not path.is_file() or not charts.is_drawn(chart, path.read_text(encoding="utf-8"))
-    }
-
-
-def differences(root: Path) -> list[str]:
-    """What in the checkout is not as the result files say: blocks by name, charts by path. Empty if all agrees."""
-    found = []
-    for page in pages_of(root):
-        text, at = page.read_text(encoding="utf-8"), 0
-        for name, wanted in _pieces(root, page):
-            if name is None:
-                at = text.index(wanted, at) + len(wanted)
-                continue
-            end = text.index("<!-- /bench -->", at)
-            if text[at:end] != wanted:
-                found.append(f"{page.relative_to(root)}, block {name}: not what {_sources(root, name)} says")
-            at = end
-    return found + [f"{path.relative_to(root)}: not what the result files say" for path in outdated_charts(root)]
-
-
-def _pieces(root: Path, page: Path) -> list[tuple[str | None, str]]:
-    """A page cut at its marks: (None, text that stays, marks included) and (name, generated text) in turn."""
-    pieces: list[tuple[str | None, str]] = []
+def pieces(root: Path, page: Path) -> list[Piece]:
+    """A page of the checkout ``root`` cut at its marks, which stay. Raises BlockError, OSError, ValueError."""
+    found: list[Piece] = []
     at, name = 0, None
     text, where = page.read_text(encoding="utf-8"), page.relative_to(root)
-    images = "../" * (len(where.parts) - 1) + str(IMAGES) if len(where.parts) == 1 else "images"
+    images = str(IMAGES) if len(where.parts) == 1 else "images"
     for mark in MARK.finditer(text):
         if name is None and mark["end"] is None and mark["name"]:
-            pieces.append((None, text[at : mark.end()]))
+            found.append(Piece(None, text[at : mark.end()], text[at : mark.end()]))
             name, at = mark["name"], mark.end()
-            pieces.append((name, f"\n\n{block(root, name, images, str(where))}\n\n"))
         elif name is not None and mark["end"]:
+            found.append(Piece(name, text[at : mark.start()], f"\n\n{block(root, name, images, str(where))}\n\n"))
             name, at = None, mark.start()
         else:
             line = text.count("\n", 0, mark.start()) + 1
@@ -131,7 +84,23 @@ def _pieces(root: Path, page: Path) -> list[tuple[str | None, str]]:
             )
     if name is not None:
         raise BlockError(f"{where}: block {name} has no end; put <!-- /bench --> behind it")
-    return [*pieces, (None, text[at:])]
+    return [*found, Piece(None, text[at:], text[at:])]
+
+
+def differences(root: Path) -> list[str]:
+    """What in the checkout is not as the result files say: blocks by name, charts by path. Empty if all agrees."""
+    found = []
+    for page in pages_of(root):
+        for name, text, wanted in pieces(root, page):
+            if text != wanted:
+                source = RESULTS if name == FACE else _source(root, str(name), "").relative_to(root)
+                found.append(f"{page.relative_to(root)}, block {name}: not what {source} says")
+    return found + [f"{path.relative_to(root)}: not what the result files say" for path in outdated_charts(root)]
+
+
+def pages_of(root: Path) -> list[Path]:
+    """The pages that may hold blocks: README.md, then docs/ by name."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def block(root: Path, name: str, images: str = str(IMAGES), where: str = "README.md") -> str:
@@ -139,17 +108,15 @@ def block(root: Path, name: str, images: str = str(IMAGES), where: str = "README
 
     Raises BlockError for a name that no result file goes by.
     """
-    if name == "face":
+    if name == FACE:
         return _face(root)
-    plain = name.removesuffix(CHART_ONLY)
-    source, kind = _source(root, plain, where), SPECIAL[plain][1] if plain in SPECIAL else TIMED
-    content = kind.load(source)
-    if kind.chart is None or not content.get("cases", True):
-        return kind.page(content, str(source.relative_to(root)))
+    source, kind = _source(root, name, where), SPECIAL.get(name.removesuffix(CHART_ONLY), ("", TIMED))[1]
+    content, file = kind.load(source), str(source.relative_to(root))
     picture = f"![{kind.picture}]({images}/{source.stem}.svg)"
-    if name != plain:
-        return f"{picture}\n\n<sub>{tables.caption(content)} Raw data: `{source.relative_to(root)}`.</sub>"
-    return f"{picture}\n\n{kind.page(content, str(source.relative_to(root)))}"
+    if name.endswith(CHART_ONLY):
+        return f"{picture}\n\n<sub>{tables.caption(content)} Raw data: `{file}`.</sub>"
+    shown = kind.chart is not None and content.get("cases", True)
+    return (f"{picture}\n\n" if shown else "") + kind.page(content, file)
 
 
 def _face(root: Path) -> str:
@@ -161,10 +128,10 @@ def _face(root: Path) -> str:
     faster = results.speedup(step["arms"][step["baseline"]]["ms"], step["arms"][own]["ms"])
     ahead = results.lead(step)
     assert faster is not None and ahead is not None, "the training step was not timed"
-    kept = memory.kept_per_image(memory.load_counts(memory_file))
+    kept = pages.kept_per_image(pages.load_counts(memory_file))
     asked = [case for case in results.load(looked)["cases"] if not case["sizes"]["training"]]
     many = max(asked, key=lambda case: case["sizes"]["expressions"])
-    _, gain = max(results.gains(many).items(), key=lambda item: item[1].median)
+    gain = max(found.median for found in results.gains(many).values())
     return "\n".join(
         [
             f"- **The same numbers in less time**: a training step of CRIS-RN50 {results.number(faster.median)}x as "
@@ -173,23 +140,16 @@ def _face(root: Path) -> str:
             f"- **Less memory**: {kept['reference none']:.0f} MiB kept for backward per image as published, "
             f"{kept['torch none']:.0f} with fastris, {kept['torch stages']:.0f} with `recompute=stages`.",
             f"- **Look once, ask many**: {many['sizes']['expressions']} phrases about one image are answered "
-            f"{results.number(gain.median)}x as fast as by the published code, one by one.",
+            f"{results.number(gain)}x as fast as by the published code, one by one.",
         ]
     )
 
 
-def _sources(root: Path, name: str) -> str:
-    if name == "face":
-        return f"{RESULTS}"
-    return str(_source(root, name.removesuffix(CHART_ONLY), "").relative_to(root))
-
-
 def _source(root: Path, name: str, where: str) -> Path:
-    folder = root / RESULTS
-    if name in SPECIAL:
-        found = [folder / SPECIAL[name][0]]
-    else:
-        found = [folder / f"{name}.json"] if (folder / f"{name}.json").is_file() else _timed_files(root, f"{name}_*")
+    """The result file of a block."""
+    name = name.removesuffix(CHART_ONLY)
+    exact = root / RESULTS / (SPECIAL[name][0] if name in SPECIAL else f"{name}.json")
+    found = [exact] if name in SPECIAL or exact.is_file() else _timed_files(root, f"{name}_*")
     if len(found) != 1 or not found[0].is_file():
         known = [*SPECIAL, *(path.stem for path in _timed_files(root))]
         raise BlockError(f"{where}: block {name} is not of one result file; blocks can be {', '.join(known)}")
@@ -203,20 +163,36 @@ def _timed_files(root: Path, stem: str = "*") -> list[Path]:
     return [path for path in paths if "cases" in results.load_json(path)]
 
 
-def _charts(root: Path) -> dict[str, charts.Chart]:
-    """File name -> every chart that the result files give."""
-    found = {}
-    for path in _timed_files(root):
-        result = results.load(path)
-        if result["cases"]:
-            found[f"{path.stem}.svg"] = charts.speed_chart(result)
-        if result.get("memory"):
-            found[f"{path.stem}_memory.svg"] = charts.memory_chart(result["memory"])
-    for file, kind in SPECIAL.values():
-        path = root / RESULTS / file
-        if kind.chart is not None and path.is_file():
-            found[f"{path.stem}.svg"] = kind.chart(kind.load(path))
-    return found
+def outdated_charts(root: Path) -> dict[Path, charts.Chart]:
+    """The charts that the result files give and that are missing, or do not show what these say."""
+    sources = [(path, TIMED) for path in _timed_files(root)]
+    sources += [(root / RESULTS / file, kind) for file, kind in SPECIAL.values()]
+    outdated = {}
+    for source, kind in sources:
+        content = kind.load(source) if kind.chart is not None and source.is_file() else {"cases": []}
+        if kind.chart is not None and content.get("cases", True):
+            path, chart = root / IMAGES / f"{source.stem}.svg", kind.chart(content)
+            if not path.is_file() or not charts.is_drawn(chart, path.read_text(encoding="utf-8")):
+                outdated[path] = chart
+    return outdated
+
+
+def check(root: Path) -> int:
+    found = differences(root)
+    print("\n".join([*found, f"mend it with: {COMMAND}"] if found else ["README.md, docs and charts agree"]))
+    return int(bool(found))
+
+
+def write(root: Path) -> int:
+    wanted = {page: "".join(piece.wanted for piece in pieces(root, page)) for page in pages_of(root)}
+    for page, text in wanted.items():
+        if page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page.relative_to(root)}")
+    for path, chart in outdated_charts(root).items():
+        charts.draw(chart, path)
+        print(f"drew {path.relative_to(root)}")
+    return 0
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
@@ -224,21 +200,10 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         print(f"usage: {COMMAND} [--check]", file=sys.stderr)
         return 2
     try:
-        if arguments:
-            found = differences(root)
-            print("\n".join([*found, f"mend it with: {COMMAND}"] if found else ["README.md, docs and charts agree"]))
-            return int(bool(found))
-        for path, text in generate(root).items():
-            if path.read_text(encoding="utf-8") != text:
-                path.write_text(text, encoding="utf-8")
-                print(f"wrote {path.relative_to(root)}")
-        for path, chart in outdated_charts(root).items():
-            charts.draw(chart, path)
-            print(f"drew {path.relative_to(root)}")
+        return (check if arguments else write)(root)
     except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
         print(f"bench.report.docs: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

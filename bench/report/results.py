@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fastris.runtime.storage import replacing
+
+from ..timing import machine
 
 FORMAT = 1
 """Version of the result files that this module reads and ``fastris bench`` writes."""
@@ -171,6 +175,56 @@ def reads_slower(factor: float) -> bool:
 def number(value: float) -> str:
     """With three digits or so."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+class ResultFile:
+    """What was measured so far, kept on disk as it grows where there is a ``path``. Makes the process ready to measure.
+
+    ``command`` and ``settings`` are what was asked for, ``facts`` what else the file holds.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        command: Sequence[str],
+        device: torch.device,
+        threads: int | None,
+        settings: Mapping[str, Any],
+        **facts: Any,
+    ):
+        self.path = path
+        self.content: dict[str, Any] = {
+            "format": FORMAT,
+            "command": list(command),
+            "complete": False,
+            "machine": machine.prepare(device, threads),
+            "settings": settings,
+            **facts,
+            "cases": [],
+            "memory": None,
+        }
+
+    def save(self) -> None:
+        """Write the file."""
+        if self.path is not None:
+            save(self.path, self.content)
+
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """A block that measures. Ctrl-C ends it, keeps what is there, and leaves the file incomplete."""
+        self.save()  # a file that cannot be written is better known now
+        try:
+            yield
+            self.content["complete"] = True
+        except KeyboardInterrupt:
+            pass
+        self.save()
+
+    def troubles(self) -> bool:
+        """Whether an arm was refused, failed or ran out of memory."""
+        entries = [*self.content["cases"], *filter(None, [self.content["memory"]])]
+        cells = [cell for entry in entries for cell in entry["arms"].values()]
+        return any(cell["message"] and cell["status"] != LEFT_OUT for cell in cells)
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..commandline import with_arguments
+from fastris.runtime.markdown import markdown_table
+
+from ..options import with_arguments
 from .results import (
     LEFT_OUT,
     MIB,
@@ -29,7 +31,6 @@ from .results import (
     load,
     main_cases,
     number,
-    reached,
     reads_slower,
     verdict,
 )
@@ -40,12 +41,9 @@ TALL = ("case", "arm", "ms [p20-p80]", "times faster", "goal", "met")
 def markdown(result: Mapping[str, Any]) -> str:
     """All of one result, under a line that says where it comes from. What a run prints."""
     parts = [caption(result)]
-    if result["cases"]:
-        parts += [
-            table(TALL, [row for case in result["cases"] for row in _tall_rows(case)]),
-            _legend(result["cases"]),
-            findings(result["cases"]),
-        ]
+    if cases := result["cases"]:
+        rows = [row for case in cases for row in _tall_rows(case)]
+        parts += [markdown_table(TALL, rows, aligned=True), _legend(cases), findings(cases)]
     if result.get("memory"):
         parts.append(memory_table(result["memory"]))
     return "\n\n".join(parts)
@@ -67,11 +65,11 @@ def _tall_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _legend(cases: Sequence[Mapping[str, Any]]) -> str:
     """What the names mean, and what went wrong."""
-    lines = dict.fromkeys(f"- {case_name(case)}: {case['title']}, {case['passes']}" for case in cases)
+    lines = [f"- {case_name(case)}: {case['title']}, {case['passes']}" for case in cases]
     for case in cases:
         told = ((arm, cell) for arm, cell in case["arms"].items() if cell["message"])
-        lines |= dict.fromkeys(f"- {case_name(case)}, {arm}: {_trouble(cell)}: {cell['message']}" for arm, cell in told)
-    return "\n".join(lines)
+        lines += [f"- {case_name(case)}, {arm}: {_trouble(cell)}: {cell['message']}" for arm, cell in told]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, Any]], str] = case_name) -> str:
@@ -90,6 +88,50 @@ def findings(cases: Sequence[Mapping[str, Any]], named: Callable[[Mapping[str, A
     )
 
 
+DETAILS = ("case", "arm", "GFLOP", "GFLOP/s", "share of roofline", "kept, MiB", "peak, MiB")
+
+
+def details(result: Mapping[str, Any]) -> str:
+    """The second table of a run: work and memory, the ceilings above it, headlines and goals below."""
+    rows = [row for case in result["cases"] for row in _detail_rows(case)]
+    parts = [markdown_table(DETAILS, rows, aligned=True)]
+    if found := result["ceilings"]:
+        text = (
+            f"Ceilings measured in this run: copy {found['copy_bytes_per_s'] / 1e9:.1f} GB/s, {found['dtype']} matrix "
+            f"product {found['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s. Share of roofline: the least time that "
+            "compulsory bytes and the fewest operations known need under them, over the median."
+        )
+        parts.insert(0, text)
+    heads = [(case_name(case), case["headline"]) for case in result["cases"] if case.get("headline")]
+    lines = [
+        f"  {name}: {spread(Spread(h['ratio'], h['low'], h['high']), 'x')} ({h['ours']} over {h['theirs']})"
+        for name, h in heads
+    ]
+    if lines:
+        parts.append("\n".join(["Best of fastris over best of repaired eager and compiled:", *lines]))
+    lines = [f"  {case_name(case)}: {g.text}: {g.met} ({g.reached})" for case in result["cases"] for g in goals(case)]
+    if lines:
+        parts.append("\n".join(["Goals, for the best of fastris:", *lines]))
+    return "\n\n".join(parts)
+
+
+def _detail_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    def mib(count: int | None) -> str:
+        return "-" if count is None else f"{count / MIB:.1f}"
+
+    name = case_name(case)
+    for arm, cell in case["arms"].items():
+        if cell["ms"]:
+            work = None if cell["flops"] is None else cell["flops"] / 1e9
+            rate = None if work is None else 1000 * work / Spread.of(cell["ms"]).median
+            numbers = shown(work, ".3g"), shown(rate, ".3g"), shown(cell["share"], ".0%")
+            yield name, arm, *numbers, mib(cell["kept_bytes"]), mib(cell["peak_bytes"])
+            name = ""
+
+
 PAGE_NOTE = (
     "Median time of one step. Factors are over the first column, with the range of the middle 60 % of the rounds; the "
     "goal is for the best arm of fastris."
@@ -102,9 +144,11 @@ def page(result: Mapping[str, Any], source: str) -> str:
     if cases := result["cases"]:
         main = main_cases(cases)
         parts += [PAGE_NOTE, _narrow_table(main), findings(cases, _long_name).replace("\n", "\n\n")]
-        arms = {arm for case in cases for arm in case["arms"]}
+        arms = list(dict.fromkeys(arm for case in cases for arm in case["arms"]))
         if len(arms) > 2 or len(main) < len(cases):
-            parts.append(f"<details><summary>Every case and arm</summary>\n\n{_wide_table(cases)}\n\n</details>")
+            rows = [(_label(case), *(_wide_cell(case, arm) for arm in arms)) for case in cases]
+            everything = markdown_table(("", *arms), rows)
+            parts.append(f"<details><summary>Every case and arm</summary>\n\n{everything}\n\n</details>")
     if result.get("memory"):
         parts.append(memory_table(result["memory"]))
     return "\n\n".join([*parts, f"<sub>{caption(result)} Raw data: `{source}`.</sub>"])
@@ -120,16 +164,9 @@ def _narrow_table(cases: Sequence[Mapping[str, Any]]) -> str:
         best = [_wide_cell(case, other, named=True)] if others else []
         ahead = lead(case) if others else None
         factor = "" if ahead is None else f"<br>{number(ahead.median)}x the best other{_slower(ahead)}"
-        cells = [_wide_cell(case, first), *best, _wide_cell(case, own, named=True) + factor, _wide_goal(case)]
-        rows.append((_label(case), *cells))
-    return table(("", first, *(["best other"] if others else []), "fastris", "goal"), rows, aligned=False)
-
-
-def _wide_table(cases: Sequence[Mapping[str, Any]]) -> str:
-    """One column for every arm."""
-    arms = list(dict.fromkeys(arm for case in cases for arm in case["arms"]))
-    rows = [(_label(case), *(_wide_cell(case, arm) for arm in arms)) for case in cases]
-    return table(("", *arms), rows, aligned=False)
+        goal = "<br>".join(f"{g.text}: {g.met if g.met.startswith('yes') else f'**{g.met}**'}" for g in goals(case))
+        rows.append((_label(case), _wide_cell(case, first), *best, _wide_cell(case, own, named=True) + factor, goal))
+    return markdown_table(("", first, *(["best other"] if others else []), "fastris", "goal"), rows)
 
 
 def _wide_cell(case: Mapping[str, Any], arm: str | None, named: bool = False) -> str:
@@ -139,33 +176,24 @@ def _wide_cell(case: Mapping[str, Any], arm: str | None, named: bool = False) ->
     if not is_measured(cell):
         return "-" if cell["status"] == LEFT_OUT else f"**{_trouble(cell)}**"
     gain = gains(case).get(arm or "")
-    lines = [f"{number(Spread.of(cell['ms']).median)} ms"]
+    lines = [f"<sub>{arm}</sub>"] if named else []
+    lines.append(f"{number(Spread.of(cell['ms']).median)} ms")
     if gain is not None:
         lines.append(f"**{number(gain.median)}x{_slower(gain)}**")
         lines.append(f"<sub>{number(gain.low)} to {number(gain.high)}</sub>")
     if cell.get("share") is not None:
         lines.append(f"<sub>{100 * cell['share']:.0f} % of roofline</sub>")
-    return "<br>".join([*([f"<sub>{arm}</sub>"] if named else []), *lines])
-
-
-def _wide_goal(case: Mapping[str, Any]) -> str:
-    return "<br>".join(f"{g.text}: " + (g.met if g.met.startswith("yes") else f"**{g.met}**") for g in goals(case))
+    return "<br>".join(lines)
 
 
 def _label(case: Mapping[str, Any]) -> str:
-    return f"{_head(case)}<br><sub>{_details(case)}</sub>"
+    head, _, details = case["title"].partition(":")
+    return f"{head}<br><sub>{', '.join(filter(None, (details.strip(), case['passes'])))}</sub>"
 
 
 def _long_name(case: Mapping[str, Any]) -> str:
-    return f"{_head(case)}, {_details(case).partition(',')[0]}"
-
-
-def _head(case: Mapping[str, Any]) -> str:
-    return case["title"].partition(":")[0]
-
-
-def _details(case: Mapping[str, Any]) -> str:
-    return ", ".join(filter(None, (case["title"].partition(":")[2].strip(), case["passes"])))
+    head, _, details = case["title"].partition(":")
+    return f"{head}, {(details.strip() or case['passes']).partition(',')[0]}"
 
 
 def memory_table(memory: Mapping[str, Any]) -> str:
@@ -180,7 +208,7 @@ def memory_table(memory: Mapping[str, Any]) -> str:
     text = memory["title"]
     notes = [f"{arm}: {_trouble(cell)}: {cell['message']}" for arm, cell in arms.items() if cell["message"]]
     lines = [f"{text[0].upper()}{text[1:]}. Parameters are not counted, low-precision copies of them are.", *notes]
-    return "\n".join(lines) + "\n\n" + table(("MiB per image", *arms), rows)
+    return "\n".join(lines) + "\n\n" + markdown_table(("MiB per image", *arms), rows, aligned=True)
 
 
 def _mib(cell: Mapping[str, Any], batch: int, *stages: str) -> str:
@@ -206,19 +234,26 @@ def caption(result: Mapping[str, Any]) -> str:
         f"{machine['threads']} threads",
         *(["freed memory kept for all arms"] if machine.get("keeps_freed_memory") else []),
         settings["dtype"],
+        *([_float32(machine["float32"])] if "float32" in machine else []),
         f"PyTorch {machine['versions']['torch']}",
         f"fastris {machine['versions']['fastris']}, {source}{' with changes' if machine['git']['dirty'] else ''}",
         machine["date"][:10],
     ]
-    notes = [
-        result.get("note")
-        or "Every arm's outputs and gradients were held against float64 before it was timed; arms took turns."
-    ]
+    checked = "Every arm's outputs and gradients were held against float64 before it was timed; arms took turns."
+    notes = [result.get("note") or checked]
     if settings["quick"]:
         notes.append("Quick: few rounds, checked on small copies.")
     if not result["complete"]:
         notes.append("Incomplete: stopped by Ctrl-C.")
     return ", ".join(facts) + ". " + " ".join(notes)
+
+
+def _float32(found: Mapping[str, str]) -> str:
+    """What products of float32 tensors were timed in."""
+    matmul, convolution = (name.upper() for name in (found["matmul"], found["convolution"]))
+    if matmul == convolution:
+        return f"float32 products in {matmul}"
+    return f"float32 matrix products in {matmul} and convolutions in {convolution}"
 
 
 def _slower(gain: Spread) -> str:
@@ -232,92 +267,6 @@ def _trouble(cell: Mapping[str, Any]) -> str:
 
 def spread(value: Spread, unit: str = "") -> str:
     return f"{number(value.median)}{unit} [{number(value.low)}-{number(value.high)}]"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = True) -> str:
-    """A Markdown table; ``aligned`` pads its source, so that it reads well on a terminal, too."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) if aligned else 1 for i in range(len(columns))]
-    head, *body = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
-
-
-DETAILS = ("case", "arm", "GFLOP", "GFLOP/s", "share of roofline", "kept, MiB", "peak, MiB")
-
-
-def details(result: Mapping[str, Any]) -> str:
-    """The second table of a result, its ceilings above and its headlines below it."""
-    rows = [row for case in result["cases"] for row in _detail_rows(case)]
-    parts = [_ceilings(result["ceilings"]), table(DETAILS, rows)]
-    heads = [_headline(case) for case in result["cases"] if case.get("headline")]
-    if heads:
-        parts.append("Best of fastris over best of repaired eager and compiled:\n" + "\n".join(heads))
-    goals = [line for case in result["cases"] for line in target_lines(case)]
-    if goals:
-        parts.append(
-            "Targets, the best of fastris over another arm, or its share of the roofline:\n" + "\n".join(goals)
-        )
-    return "\n\n".join(part for part in parts if part)
-
-
-def target_lines(case: Mapping[str, Any]) -> list[str]:
-    """One line for each of the case's targets: what was found, and whether that reaches it."""
-    own, _ = best_arms(case)
-    lines = []
-    for arm, target in case.get("targets", {}).items():
-        found, what = reached(case, arm), "of the roofline" if arm == "share" else f"times faster than {arm}"
-        if found is None:
-            lines.append(f"  {case['name']}: {arm} {target:g}: not measured")
-        else:
-            met = "reached" if found.median >= target else "not reached"
-            lines.append(f"  {case['name']}: {found.median:.2f} {what} ({own}), target {target:g}: {met}")
-    return lines
-
-
-def _ceilings(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    return (
-        f"Ceilings measured in this run: copy {found['copy_bytes_per_s'] / 1e9:.1f} GB/s, {found['dtype']} matrix "
-        f"product {found['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s. Share of roofline: the least time that compulsory "
-        "bytes and the fewest operations known need under them, over the median."
-    )
-
-
-def _detail_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for name, cell in case["arms"].items():
-        if not cell["ms"]:
-            continue
-        flops, share = cell["flops"], cell["share"]
-        rate = None if flops is None else flops / Spread.of(cell["ms"]).median * 1000
-        rows.append(
-            (
-                "" if rows else f"{case['name']}, B={case['sizes'].get('batch', '?')}, {case['passes']}",
-                name,
-                "-" if flops is None else f"{flops / 1e9:.3g}",
-                "-" if rate is None else f"{rate / 1e9:.3g}",
-                "-" if share is None else f"{100 * share:.0f} %",
-                _plain_mib(cell["kept_bytes"]),
-                _plain_mib(cell["peak_bytes"]),
-            )
-        )
-    return rows
-
-
-def _headline(case: Mapping[str, Any]) -> str:
-    found = case["headline"]
-    spread = Spread(found["ratio"], found["low"], found["high"])
-    return (
-        f"  {case['name']}, B={case['sizes'].get('batch', '?')}, {case['passes']}: {spread.median:.2f}x "
-        f"[{spread.low:.2f}-{spread.high:.2f}] ({found['ours']} over {found['theirs']})"
-    )
-
-
-def _plain_mib(count: int | None) -> str:
-    return "-" if count is None else f"{count / MIB:.1f}"
 
 
 def main(arguments: Sequence[str]) -> int:

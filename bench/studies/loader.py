@@ -23,7 +23,7 @@ from fastris.data import ReferringDataset, load_dataset
 from fastris.data.samples import TrainSamples, worker_init
 from fastris.options.declare import option
 
-from ..commandline import with_options
+from ..options import with_options
 
 HEIGHT, WIDTH = 480, 640
 WORDS = ("left", "right", "red", "small", "the", "person", "with", "shirt", "dog", "near")

@@ -16,28 +16,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastris import CRIS, CRISConfig
+from fastris.models import registry
+from fastris.models.base import ReferringModel
 from fastris.options.declare import option
 from fastris.runtime.device import choose_device
 
 from ..cases.arms import Arm
-from ..cases.builders import enliven, make_tokens, small_config
+from ..cases.builders import Preset, config_of, model_and_data
 from ..cases.problem import Problem
-from ..cases.table import REAL_LENGTHS, Case
-from ..commandline import with_options
-from ..options import Effort
+from ..cases.table import REAL_LENGTHS, SMALL_CRIS, Case
+from ..options import Effort, with_options
 from ..report import results
 from ..report.pages import look_once_page
-from ..timing import machine
 from ..timing.harness import Cell, Setting, case_entry, measure_case
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "look_once.json"
@@ -54,7 +52,7 @@ class LookOnceConfig:
 
     expressions: tuple[int, ...] = option((1, 2, 4, 8), "expressions per image in inference, e.g. --expressions 1,8")
     training: tuple[int, ...] = option((2, 4), "expressions per image in training, at least 2; 8 takes 3 minutes more")
-    model: str = option("cris_r50", "cris_r50, cris_r101 or tiny")
+    model: str = option("cris_r50", ", ".join(registry.presets()))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int | None = option(None, "CPU threads; PyTorch's choice if none")
     rounds: int = option(5, "rounds per case at most")
@@ -70,7 +68,7 @@ class Asking(nn.Module):
 
     looks_once = False
 
-    def __init__(self, model: CRIS):
+    def __init__(self, model: ReferringModel):
         super().__init__()
         self.model = model
 
@@ -115,16 +113,15 @@ WAYS = {
 }
 
 
-def asking(preset: str | None, expressions: int, dropout: float, momentum: float | None, training: bool) -> Problem:
-    """One image and ``expressions`` sentences about it; ``preset`` None is a small model, ``momentum`` BatchNorm's."""
-    config = dataclasses.replace(CRISConfig.preset(preset) if preset else small_config(), dropout=dropout)
-    model = enliven(CRIS(config))
+def asking(preset: Preset, expressions: int, dropout: float, momentum: float | None, training: bool) -> Problem:
+    """One image and ``expressions`` sentences about it; ``momentum`` is BatchNorm's where it is not the usual one."""
+    config = dataclasses.replace(config_of(preset), dropout=dropout)
+    side = config.input_size
+    model, data = model_and_data(config, side, expressions, config.word_len, REAL_LENGTHS)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) and momentum is not None:
             part.momentum = momentum
-    side = config.input_size
-    tokens = make_tokens(expressions, config.word_len, REAL_LENGTHS, config.clip.vocab_size)
-    data = {"img": torch.randn(1, 3, side, side), "word": tokens}
+    data["img"] = data["img"][:1]
     if training:
         data["mask"] = torch.rand(expressions, 1, side, side)
     return Problem(Asking(model), {}, data, training=training)
@@ -133,7 +130,7 @@ def asking(preset: str | None, expressions: int, dropout: float, momentum: float
 def make_case(kind: str, expressions: int, preset: str) -> Case:
     """Inference or training with so many expressions about one image."""
     training = kind == "training"
-    size = CRISConfig.preset(preset).input_size
+    size = registry.preset(preset).input_size
     return Case(
         name=f"look_once_{kind}_{expressions}",
         op="look_once",
@@ -146,7 +143,7 @@ def make_case(kind: str, expressions: int, preset: str) -> Case:
             "momentum": None,
             "training": training,
         },
-        small={"preset": None},
+        small={"preset": SMALL_CRIS},
         check={"expressions": CHECKED_EXPRESSIONS, "dropout": 0.0, "momentum": 0.0},
         composed=True,
         check_small=True,
@@ -154,53 +151,34 @@ def make_case(kind: str, expressions: int, preset: str) -> Case:
     )
 
 
-def run(config: LookOnceConfig, arguments: list[str], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure, write the file after each case, and return its content. Ctrl-C keeps what was measured."""
+def run(config: LookOnceConfig, arguments: list[str]) -> int:
+    """Measure, write the file after each case, and print the table. Ctrl-C keeps what was measured."""
     for name, counts, least in (("expressions", config.expressions, 1), ("training", config.training, 2)):
         if any(count < least for count in counts):
             raise ValueError(f"{name} must be at least {least} each, got {', '.join(map(str, counts))}")
     device = choose_device(config.device)
-    content: dict[str, Any] = {
-        "format": results.FORMAT,
-        "command": ["python", "-m", "bench.studies.look_once", *arguments],
-        "complete": False,
-        "machine": machine.prepare(device, config.threads),
-        "settings": {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds},
-        "note": NOTE,
-        "cases": [],
-        "memory": None,
-    }
-    effort = Effort(config.rounds, min(config.rounds, 2), config.seconds)
-    setting = Setting(device, torch.float32, effort, progress=progress)
     wanted = [("inference", count) for count in config.expressions] + [("training", n) for n in config.training]
-    try:
-        for kind, count in wanted:
-            _measure(make_case(kind, count, config.model), WAYS[kind], setting, content)
-            results.save(config.json, content)
-        content["complete"] = True
-    except KeyboardInterrupt:
-        pass
-    results.save(config.json, content)
-    return content
-
-
-def _measure(case: Case, arms: Sequence[Arm], setting: Setting, content: dict[str, Any]) -> None:
-    setting.progress(case.name)
-    cells: dict[str, Cell] = {}
-    try:
-        measure_case(case, list(arms), setting, cells)
-    finally:
-        content["cases"].append(case_entry(case, PUBLISHED.name, cells))
+    cases = [(make_case(kind, count, config.model), WAYS[kind]) for kind, count in wanted]
+    settings = {"dtype": "float32", "quick": False, "rounds": config.rounds, "seconds": config.seconds}
+    command = ["python", "-m", "bench.studies.look_once", *arguments]
+    result = results.ResultFile(config.json, command, device, config.threads, settings, note=NOTE)
+    effort = Effort(config.rounds, min(config.rounds, 2), config.seconds)
+    setting = Setting(device, torch.float32, effort, progress=lambda text: print(text, file=sys.stderr))
+    with result.growing():
+        for case, ways in cases:
+            setting.progress(case.name)
+            cells: dict[str, Cell] = {}
+            try:
+                measure_case(case, ways, setting, cells)
+            finally:
+                result.content["cases"].append(case_entry(case, PUBLISHED.name, cells))
+            result.save()
+    print(look_once_page(result.content, os.path.relpath(config.json)))
+    return int(result.troubles()) if result.content["complete"] else 130
 
 
 def main(arguments: list[str]) -> int:
-    def work(config: LookOnceConfig) -> int:
-        result = run(config, arguments, lambda text: print(text, file=sys.stderr))
-        print(look_once_page(result, os.path.relpath(config.json)))
-        trouble = any(cell["message"] for case in result["cases"] for cell in case["arms"].values())
-        return int(trouble) if result["complete"] else 130
-
-    return with_options("bench.studies.look_once", LookOnceConfig, work, arguments)
+    return with_options("bench.studies.look_once", LookOnceConfig, lambda config: run(config, arguments), arguments)
 
 
 if __name__ == "__main__":

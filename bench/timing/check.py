@@ -7,6 +7,8 @@ gradients, the published formula's own too, are off by 1e-3 of their scale. A co
 - in float64, every tensor to 1e-10 of its scale (compiled: 1e-6), where the arm can compute in float64;
 - in the dtype that is timed, by the relative error of outputs, statistics and gradients as wholes, and in float32 by
   that of each tensor too, less strictly.
+
+Checks run in IEEE float32; steps are timed in what is set, which the result file tells.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastris import testing as bounds
+from fastris.runtime.float32_precision import ieee_float32
 
 from ..cases.arms import ARMS, Arm
 from ..cases.problem import LOW_PRECISION, Problem
@@ -96,7 +99,7 @@ class Checker:
 
     def _results(self, arm: Arm, dtype: torch.dtype) -> dict[str, Tensor]:
         problem, runnable = arm.prepare(self.problem.to(self.problem.device, dtype, arm.tuned))
-        with arm.active():
+        with ieee_float32(), arm.active():
             return problem.results(self._draws, runnable)
 
     def _require_all(self, results: dict[str, Tensor]) -> None:

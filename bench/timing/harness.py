@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,7 +82,7 @@ class Setting:
         synchronize(self.device)
 
 
-def measure_case(case: Case, arms: list[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
+def measure_case(case: Case, arms: Sequence[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
     """Check every arm of ``case``, then time those that passed. Fills ``cells``, which Ctrl-C leaves as they are."""
     cells.update({arm.name: Cell(arm.name) for arm in arms})
     with compiled_or_failed() if any(arm.compile is not None for arm in arms) else nullcontext():
@@ -90,7 +90,7 @@ def measure_case(case: Case, arms: list[Arm], setting: Setting, cells: dict[str,
     release(setting.device)
 
 
-def _check_and_time(case: Case, arms: list[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
+def _check_and_time(case: Case, arms: Sequence[Arm], setting: Setting, cells: dict[str, Cell]) -> None:
     checker = None
     for arm in arms:
         setting.progress(f"checking {arm.name}")

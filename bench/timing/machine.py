@@ -1,4 +1,4 @@
-"""What the numbers were measured on: versions, device, threads, and the exact source."""
+"""What the numbers were measured on: versions, device, threads, float32 precision, and the exact source."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
+from fastris.runtime.float32_precision import float32_precision
 from fastris.runtime.host_memory import keep_freed_memory
 from fastris.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
 
 
 def prepare(device: torch.device, threads: int | None = None) -> dict[str, Any]:
     """Make this process ready to measure: its threads, and on a CPU freed memory that is kept for all arms alike.
 
-    Returns everything that a reader needs to measure the same again, as it goes into a result file.
+    Returns everything that a reader needs to measure the same again, as it goes into a result file. ``float32`` is what
+    products of float32 tensors are computed in while steps are timed.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -28,6 +31,7 @@ def prepare(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "threads": torch.get_num_threads(),
+        "float32": float32_precision(device),
         "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
         "clocks": clocks(device),
         "system": platform.platform(),
@@ -61,13 +65,9 @@ def _processor(field: str) -> list[str]:
 def clocks(device: torch.device) -> dict[str, str] | None:
     """Clock rates now and at most, and the power limit, as nvidia-smi or Linux gives them; None where neither does."""
     if device.type == "cuda":
-        names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        identity = str(getattr(torch.cuda.get_device_properties(index), "uuid", "")) or str(index)
-        place = identity if identity.isdigit() else f"GPU-{identity}"
-        asked = [f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={place}"]
-        answer = _output("nvidia-smi", *asked)
-        return None if answer is None else dict(zip(names, answer.split(", "), strict=False))
+        place = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        answer = _output("nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", place)
+        return None if answer is None else dict(zip(CLOCKS, answer.split(", "), strict=False))
     rates = [float(rate) for rate in _processor("cpu MHz")]
     return {"cpu": f"{min(rates):.0f} to {max(rates):.0f} MHz"} if rates else None
 
@@ -79,13 +79,9 @@ def git_state() -> dict[str, Any]:
     """
     if not (ROOT / "kernels").is_dir() or not (ROOT / "pyproject.toml").is_file():
         return {"revision": None, "dirty": None}
-    revision = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(*arguments: str) -> str | None:
-    return _output("git", "-C", str(ROOT), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastris.evaluation.metrics import Scores
 from fastris.evaluation.rules import find_rule
 from fastris.models.config import ModelConfig
-from fastris.weights.card import markdown_table, model_card
+from fastris.runtime.markdown import markdown_table
+from fastris.weights.card import model_card
 
 if TYPE_CHECKING:
     from fastris.training.run import Run

@@ -73,8 +73,3 @@ def _metadata(config: ModelConfig, results: Sequence[Any], datasets: Sequence[st
         eval_results=list(results) or None,
     )
     return head.to_yaml()
-
-
-def markdown_table(head: tuple[str, ...], rows: Any) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

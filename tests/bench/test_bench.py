@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from torch import nn
 
 from fastris.bench import measure as command
 from fastris.bench.cases.arms import ARMS, choose_arms
-from fastris.bench.cases.builders import small_config
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
 from fastris.bench.counter import SavedStorages
-from fastris.bench.memory.whole import kept_by_own_parts
+from fastris.bench.memory import count_own
 from fastris.bench.options import ARM_NAMES, Effort
 from fastris.bench.report import results
 from fastris.bench.report import tables as report
@@ -26,6 +26,8 @@ from fastris.bench.timing.check import Checker, WrongNumbersError
 from fastris.bench.timing.harness import Cell, Setting, measure_case, order_of_round, take_turns
 from fastris.commands import cli
 from fastris.dispatch import requested_impl
+from fastris.models import registry
+from fastris.runtime.float32_precision import float32_precision
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -120,6 +122,24 @@ def test_an_arm_that_fails_is_marked_and_spoils_no_other(fault, status, message)
     assert cells["reference"].status == "measured"
     cells = measure(make_case(faults={"reference": fault}))
     assert {cell.status for cell in cells.values()} == {status}  # nothing is left to compare with
+
+
+def test_arms_are_checked_in_ieee_float32_and_timed_in_what_is_set():
+    convolutions = []
+
+    def watched(output):
+        convolutions.append(float32_precision(torch.device("cuda"))["convolution"])
+        return output
+
+    backends: Any = torch.backends
+    before, backends.cudnn.conv.fp32_precision = backends.cudnn.conv.fp32_precision, "tf32"
+    try:
+        cells = measure(make_case(faults={"torch": watched}))
+    finally:
+        backends.cudnn.conv.fp32_precision = before
+    assert cells["torch"].status == "measured"
+    assert convolutions[0] == "ieee" and convolutions[-1] == "tf32"
+    assert convolutions == sorted(convolutions), "a check ran in TF32, or a timed step did not"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -240,13 +260,13 @@ def test_low_precision_copies_of_weights_are_counted_apart():
     assert kept.total == 8 * 6 * 2 + 4 * 8 * 2
 
 
-def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path():
-    kept = {}
-    for arm in ("reference", "torch"):
-        with ARMS[arm].active():
-            stages = kept_by_own_parts(small_config(), CPU)
-        assert list(stages) == ["neck", "decoder", "projector + loss"]
-        kept[arm] = sum(stage.total for stage in stages.values())
+def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path(monkeypatch):
+    monkeypatch.setattr("fastris.bench.memory.registry.preset", lambda name, preset=registry.preset: preset("tiny"))
+    arms = [ARMS[name] for name in ("reference", "repaired", "torch")]  # repaired is not counted
+    *_, found = count_own(arms, CPU, lambda text: None)
+    assert list(found["arms"]) == ["reference", "torch"]
+    assert all(list(cell["stages"]) == ["neck", "decoder", "projector + loss"] for cell in found["arms"].values())
+    kept = {name: results.kept_bytes(cell) for name, cell in found["arms"].items()}
     assert 0 < kept["torch"] < kept["reference"]
 
 
@@ -278,6 +298,7 @@ def test_result_file_holds_every_timing_and_what_it_was_measured_on(tmp_path, on
     }  # fmt: skip
     machine = result["machine"]
     assert machine["versions"]["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
+    assert machine["float32"] == {"matmul": "ieee", "convolution": "ieee"}
     assert machine["device"]["type"] == "cpu" and machine["device"]["name"] and machine["date"][:2] == "20"
     assert set(machine["git"]) == {"revision", "dirty"} and "clocks" in machine
     assert result["command"] == ["fastris", "bench", "device=cpu", "quick=True", "rounds=4", f"json={path}"]

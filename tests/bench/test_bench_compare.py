@@ -85,6 +85,16 @@ def test_only_what_agrees_is_compared_and_the_rest_says_why(change, reason):
     assert found.rows == [] and not found.slower() and f"not compared: {reason}" in found.text()
 
 
+def test_times_in_another_float32_precision_are_not_compared_unless_the_older_file_does_not_tell():
+    ieee, tf32 = ({"matmul": "ieee", "convolution": kind} for kind in ("ieee", "tf32"))
+
+    def told(precision):
+        return {**OLD, "machine": {**OLD["machine"], "float32": precision}}
+
+    assert compare.compare(told(ieee), told(tf32)).rows == []
+    assert len(compare.compare(told(tf32), told(tf32)).rows) == len(compare.compare(OLD, told(tf32)).rows) == 2
+
+
 def test_another_format_and_an_arm_without_times_are_told():
     new = result({"reference": STEADY, "torch": scaled(0.5), "triton": scaled(0.1)})
     new["cases"][0]["arms"]["torch"].update(status="refused", ms=[])

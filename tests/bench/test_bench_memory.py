@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training_helpers import model_config
 
-sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no installed package: it is run from a checkout
-
-from bench.cases.arms import ARMS
-from bench.cases.builders import small_config
-from bench.counter import LiveStorages, SavedStorages
-from bench.memory import __main__ as recompute
-from bench.memory.whole import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
-from bench.report import memory as report
-from bench.report.memory import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
-from bench.report.results import MIB
 from fastris import CRISConfig
+from fastris.bench import memory
+from fastris.bench.cases.arms import ARMS
+from fastris.bench.counter import LiveStorages, SavedStorages
+from fastris.bench.memory import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
+from fastris.bench.report import pages as report
+from fastris.bench.report.pages import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
+from fastris.bench.report.results import MIB
 
 CPU = torch.device("cpu")
 
@@ -67,12 +61,12 @@ def test_what_a_checkpoint_holds_is_counted_where_hooks_see_nothing():
 
 @pytest.mark.parametrize("arm", ["reference", "torch"])
 def test_live_count_agrees_with_what_autograd_saves(arm):
-    model, data = model_and_batch(small_config(), "none", CPU, 2)
+    model, data = model_and_batch(CRISConfig.preset("tiny"), "none", CPU, 2)
     saved = SavedStorages([*model.parameters(), *model.buffers(), *data])
     with ARMS[arm].active():
         with torch.autocast("cpu", torch.bfloat16), saved.saved("all"):
             model(*data)
-        live = count_step(small_config(), "none", CPU).kept.values()
+        live = count_step(CRISConfig.preset("tiny"), "none", CPU).kept.values()
     expected, actual = saved.total(), sum(kept.total for kept in live)
     # A table of positions stays cached, the sentence's padding with the tokens; autograd saves neither.
     assert expected <= actual <= 1.02 * expected
@@ -115,7 +109,7 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
             raise MemoryError("no room")
         return StepCount(batch, 0, {}, {"a": batch})
 
-    monkeypatch.setattr("bench.memory.whole.count_step", failing)
+    monkeypatch.setattr("fastris.bench.memory.count_step", failing)
     cells: list[WholeCell] = []
     count_whole([ARMS["reference"], ARMS["torch"]], CPU, lambda text: None, cells, model_config())
     assert [(c.arm, c.recompute, c.status) for c in cells] == [
@@ -129,9 +123,9 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
 
 @pytest.mark.slow
 def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(recompute.CRISConfig, "preset", lambda name: model_config())
+    monkeypatch.setattr(memory.registry, "preset", lambda name: model_config())
     path = tmp_path / "memory.json"
-    assert recompute.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
+    assert memory.main(["--arms", "torch", "--device=cpu", "rounds=1", f"json={path}"]) == 0
     printed = capsys.readouterr().out
     assert "| torch | stages |" in printed and "B=64 in 12 GB" in printed and "times none" in printed
     block = report.memory_page(report.load_counts(path), "memory.json")
@@ -144,7 +138,7 @@ def test_command_prints_the_tables_and_writes_the_counts(monkeypatch, tmp_path, 
     [(["--arms=fast"], "no arm 'fast'"), (["rounds=-1"], "rounds must be at least 0"), (["batch=1"], "at least 2")],
 )
 def test_bad_options_are_one_line(arguments, message, capsys):
-    assert recompute.main([*arguments, "--device=cpu"]) == 2
+    assert memory.main([*arguments, "--device=cpu"]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from fastris import CRIS, CRISConfig, use_impl
 from fastris.bench.cases.table import CASES
 from fastris.bench.modelled import cards, kernel_traffic, step_traffic
 from fastris.bench.modelled.step_traffic import Traffic
-from fastris.bench.report import pages
+from fastris.bench.report import charts, pages
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_every_table_of_the_page_says_that_it_is_modelled():
     for table in [part for part in page.split("\n\n") if part.startswith("|")]:
         head = page[: page.index(table)].splitlines()[-2] + table.splitlines()[0]
         assert "odelled" in head or "share" in head or "card" in head, table
-    assert "Modelled, not measured" in pages.cards_chart(content).title
+    assert "Modelled, not measured" in charts.cards_chart(content).title
 
 
 def test_a_file_of_something_else_is_no_model(tmp_path):

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from fastris import CRIS
 from fastris.bench.options import Effort
 from fastris.bench.report import pages, results
 from fastris.bench.studies import look_once
@@ -31,9 +32,9 @@ def test_every_way_to_ask_passes_its_own_check(kind):
 
 @pytest.mark.parametrize("kind", ["inference", "training"])
 def test_looking_once_at_something_else_is_refused(kind, monkeypatch):
-    encode = look_once.CRIS.encode_image
+    encode = CRIS.encode_image
     monkeypatch.setattr(
-        look_once.CRIS,
+        CRIS,
         "encode_image",
         lambda model, images: encode(model, images * (1 + 1e-4 * look_once.Asking.looks_once)),
     )
