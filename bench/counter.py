@@ -1,17 +1,14 @@
 """The one counter of bytes that a forward pass keeps for the backward pass, each storage whole and once.
 
 That is what stays allocated, however many views of it are kept. Parameters, buffers and the batch are not counted: they
-stay anyway. Tensors computed from parameters alone, such as the low-precision copies that autocast makes of weights,
-count, but apart: they do not grow with the batch.
-
-Two things can be counted: what autograd saves (:class:`SavedStorages`), in compiled code, too, and all that is alive
-(:class:`LiveStorages`), which sees checkpoints as well.
+stay anyway. Two things can be counted: what autograd saves (:func:`saved_storages`), in compiled code, too, and what is
+alive (:class:`LiveStorages`), which sees checkpoints as well and tells stages and copies of weights apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +19,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+@contextmanager
+def saved_storages(resident: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Address -> bytes of every storage that autograd saves in this block, but those of the ``resident`` tensors."""
+    stays = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    found: dict[int, int] = {}
+    held = []  # so that no two storages have one address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in stays:
+            held.append(storage)
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
 @dataclass
 class Kept:
-    """Bytes kept during one stage: ``activations`` grow with the batch, ``weight_copies`` do not."""
+    """Bytes kept during one stage: ``activations`` grow with the batch; ``weight_copies``, as autocast's, do not."""
 
     activations: int = 0
     weight_copies: int = 0
@@ -40,19 +55,24 @@ class _Found(NamedTuple):
     stage: str
 
 
-class Storages(TorchDispatchMode):
-    """The storages of a block, by the stage that met them first; entered, it follows which hold copies of weights.
+class LiveStorages(TorchDispatchMode):
+    """Follows, while it is entered, the storages that are alive, one operation at a time; freed ones stop counting.
 
-    ``weights`` (parameters and buffers) and ``data`` (the batch) stay allocated anyway.
+    Hooks see what autograd puts away, but checkpoints keep their inputs elsewhere, and selective ones their results.
+    What existed before and is not touched does not count, nor ``weights`` (parameters and buffers) and ``data`` (the
+    batch), nor what an operation allocates and frees before it returns (workspaces of cuDNN and cuBLAS). ``peaks``
+    holds, for every stage, the largest number of bytes alive at once while it ran, other stages' included.
     """
 
     def __init__(self, weights: Iterable[Tensor], data: Iterable[Tensor] = ()):
         super().__init__()
         weights = list(weights)
-        self._copies = {_key(tensor): _reference(tensor) for tensor in weights}
+        self.peaks: dict[str, int] = {}
+        self._copies = {_key(tensor): StorageWeakRef(tensor.untyped_storage()) for tensor in weights}
         self._resident = {_address(tensor): tensor for tensor in (*weights, *data)}  # held, so that addresses stay
         self._found: dict[int, _Found] = {}
         self._stage = "rest"
+        self._bound = 0  # at least the bytes alive
 
     def enter(self, stage: str) -> str:
         """Storages first seen from now on belong to ``stage``. Returns the stage before."""
@@ -73,24 +93,31 @@ class Storages(TorchDispatchMode):
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if sources and all(_key(source) in self._copies for source in sources):
-            self._copies.update((_key(tensor), _reference(tensor)) for tensor in made)
-        self.ran(sources, made)
+            self._copies.update((_key(tensor), StorageWeakRef(tensor.untyped_storage())) for tensor in made)
+        self._bound += sum(map(self._see, (*sources, *made)))
+        if self._bound > self.peaks.get(self._stage, 0):
+            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), self.alive())
         return result
 
-    def ran(self, sources: list[Tensor], made: list[Tensor]) -> None:
-        """Called after every operation."""
-
-    def see(self, tensor: Tensor) -> int:
+    def _see(self, tensor: Tensor) -> int:
         """Count a storage that was not met before. Returns its bytes, or 0."""
-        key = _key(tensor)
+        key, storage = _key(tensor), tensor.untyped_storage()
         if key in self._found or _address(tensor) in self._resident:
             return 0
-        size = tensor.untyped_storage().nbytes()
-        self._found[key] = _Found(_reference(tensor), size, self._stage)
-        return size
+        self._found[key] = _Found(StorageWeakRef(storage), storage.nbytes(), self._stage)
+        return storage.nbytes()
+
+    def alive(self) -> int:
+        """Bytes alive now."""
+        for key in [key for key, found in self._found.items() if found.storage.expired()]:
+            del self._found[key]
+            self._copies.pop(key, None)
+        self._bound = sum(found.size for found in self._found.values())
+        return self._bound
 
     def kept(self) -> dict[str, Kept]:
-        """What was counted, by stage; copies of weights apart."""
+        """What is alive now, by the stage that made it; copies of weights apart."""
+        self.alive()
         stages: dict[str, Kept] = {}
         for key, found in self._found.items():
             kept = stages.setdefault(found.stage, Kept())
@@ -100,65 +127,9 @@ class Storages(TorchDispatchMode):
                 kept.activations += found.size
         return stages
 
-    def total(self) -> int:
-        """Bytes of all that was counted."""
-        return sum(found.size for found in self._found.values())
-
-
-class SavedStorages(Storages):
-    """Counts what autograd saves within :meth:`saved`."""
-
-    @contextmanager
-    def saved(self, stage: str = "all", compiled: bool = False) -> Iterator[None]:
-        """Count what the forward pass in this block saves as ``stage``'s; ``compiled`` code tells no copies apart."""
-
-        def pack(tensor: Tensor) -> Tensor:
-            self.see(tensor)
-            return tensor
-
-        with self.stage(stage), nullcontext() if compiled else self, saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-
-
-class LiveStorages(Storages):
-    """Follows, while it is entered, the storages that are alive, one operation at a time; freed ones stop counting.
-
-    Hooks see what autograd puts away, but checkpoints keep their inputs elsewhere, and selective ones their results.
-    What existed before and is not touched does not count, nor what an operation allocates and frees before it returns
-    (workspaces of cuDNN and cuBLAS). ``peaks`` holds, for every stage, the largest number of bytes alive at once while
-    it ran, other stages' included.
-    """
-
-    def __init__(self, weights: Iterable[Tensor], data: Iterable[Tensor] = ()):
-        super().__init__(weights, data)
-        self.peaks: dict[str, int] = {}
-        self._bound = 0  # at least the bytes alive
-
-    def ran(self, sources: list[Tensor], made: list[Tensor]) -> None:
-        self._bound += sum(map(self.see, (*sources, *made)))
-        if self._bound > self.peaks.get(self._stage, 0):
-            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), self.alive())
-
-    def alive(self) -> int:
-        """Bytes alive now."""
-        for key in [key for key, found in self._found.items() if found.storage.expired()]:
-            del self._found[key]
-            self._copies.pop(key, None)
-        self._bound = self.total()
-        return self._bound
-
-    def kept(self) -> dict[str, Kept]:
-        """What is alive now, by the stage that made it; copies of weights apart."""
-        self.alive()
-        return super().kept()
-
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _reference(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _address(tensor: Tensor) -> int:

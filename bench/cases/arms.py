@@ -1,7 +1,7 @@
 """What is compared: every arm runs the same case, by one path of fastris, tuned or as published, perhaps compiled.
 
     reference         the published formulas as published, operation by operation
-    repaired          the published formulas, repaired in an afternoon and tuned: see :func:`repair`
+    repaired          the published formulas, repaired in an afternoon and tuned: see :func:`repaired_formulas`
     compiled          repaired, under torch.compile
     max_autotune      repaired, under torch.compile(mode="max-autotune")
     torch             fastris's algebra in plain PyTorch
@@ -16,30 +16,25 @@ stays off in training for everybody: :func:`fastris.runtime.device.layout_for` s
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import shutil
-import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastris import for_inference, reference
 from fastris.dispatch import triton_obstacle, use_impl
 from fastris.models.base import ReferringModel
-from fastris.models.cris import TransformerDecoder, TransformerDecoderLayer
+from fastris.models.cris import decoder
 
 from ..options import BASELINE
-from .builders import CrossAttention, SelfAttention
 from .problem import Problem
-
-M = TypeVar("M", bound=nn.Module)
 
 COMPILE_CAPABILITY = (7, 0)
 """The least compute capability that torch.compile makes code for."""
@@ -52,7 +47,7 @@ class Arm:
     Attributes:
         name: as on the command line and in the tables.
         impl: the path that the operators take, see :func:`fastris.use_impl`.
-        repaired: whether attention is repaired, as :func:`repair` does.
+        repaired: whether they are :func:`repaired_formulas`.
         tuned: whether it has the settings that everybody would choose: see above.
         compile: keyword arguments of ``torch.compile``, or None to run eagerly.
         asked: device types where it runs only when asked for by name.
@@ -69,8 +64,6 @@ class Arm:
         """``problem`` as this arm computes it, on the same parameters, and what is called in its module's place."""
         if self.name == BASELINE and problem.published is not None:
             problem = problem.with_module(problem.published(problem.module))
-        if self.repaired:
-            problem = problem.with_module(repair(problem.module))
         if self.impl != "reference" and not problem.training and isinstance(problem.module, ReferringModel):
             problem = problem.with_module(for_inference(problem.module))
         if self.compile is None:
@@ -86,7 +79,9 @@ class Arm:
         with ExitStack() as stack:
             stack.enter_context(use_impl(self.impl))
             if self.tuned:
-                stack.enter_context(_cudnn_benchmark())
+                stack.enter_context(swapped(torch.backends.cudnn, "benchmark", True))
+            if self.repaired:
+                stack.enter_context(repaired_formulas())
             if self.compile is not None and new_step:
                 torch.compiler.cudagraph_mark_step_begin()
             yield
@@ -108,15 +103,6 @@ def compiled_or_failed() -> Iterator[None]:
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
-
-
-@contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def compile_obstacle(device: torch.device) -> str | None:
@@ -164,104 +150,55 @@ def choose_arms(names: tuple[str, ...], device: torch.device, dtype: torch.dtype
     return [ARMS[name] for name in dict.fromkeys((BASELINE, *chosen))]
 
 
-# The repaired baseline. A comparison with the published code as it stands would credit fastris with mistakes that have
-# nothing to do with its ideas. This one keeps the published formulas and mends what costs time for nothing: attention
-# weights that nobody reads are not asked for, so that PyTorch's fused attention runs, dropout included; position tables
-# are computed once and not nine times a forward.
+@contextmanager
+def repaired_formulas() -> Iterator[None]:
+    """The published formulas without what costs time for nothing, within this block.
+
+    A comparison with the published code as it stands would credit fastris with mistakes that have nothing to do with
+    its ideas. Attention weights that nobody reads are not asked for, so that PyTorch's fused attention runs, dropout
+    included, and position tables are computed once and not nine times a forward.
+    """
+    with attention_without_weights(), swapped(decoder, "_positions", _positions):
+        yield
 
 
-def repair(module: M) -> M:
-    """A copy of ``module`` whose attention is repaired; parameters and buffers are the original's own, not copies."""
-    own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    repaired = copy.deepcopy(module, own)
-    for part in repaired.modules():
-        forward = FORWARDS.get(type(part))
-        if forward is not None:
-            part.__dict__["forward"] = types.MethodType(forward, part)
-    return repaired
+def attention_without_weights() -> AbstractContextManager[None]:
+    """Within this block attention does not give the weights that nobody reads."""
+    return swapped(F, "multi_head_attention_forward", _without_weights)
 
 
-def _attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Sequence-first attention through ``scaled_dot_product_attention``: the one repair is ``need_weights=False``."""
-    output, _ = attention(query, key, value, need_weights=False, **options)
-    return output
+_WITH_WEIGHTS = F.multi_head_attention_forward
 
 
-def _self_attention(
-    x: Tensor, positions: Tensor, norm: nn.LayerNorm, attention: nn.MultiheadAttention, post: nn.LayerNorm, drop: float
-) -> Tensor:
-    """The published first sub-layer, sequence-first: ``x`` (N, B, D), ``positions`` (N, 1, D)."""
-    normed = norm(x)
-    query = normed + positions
-    branch = post(_attend(attention, query, query, normed))
-    return x + F.dropout(branch, drop, post.training)
+def _without_weights(*tensors: Any, **options: Any) -> Any:
+    return _WITH_WEIGHTS(*tensors, **{**options, "need_weights": False})
 
 
-def _cross_attention(
-    x: Tensor,
-    text: Tensor,
-    positions: Tensor,
-    text_positions: Tensor,
-    padding_mask: Tensor | None,
-    norm: nn.LayerNorm,
-    attention: nn.MultiheadAttention,
-    post: nn.LayerNorm,
-    drop: float,
-) -> Tensor:
-    """The published second sub-layer, sequence-first: ``text`` (L, B, D), ``padding_mask`` (B, L)."""
-    query, key = norm(x) + positions, text + text_positions
-    branch = post(_attend(attention, query, key, text, key_padding_mask=padding_mask))
-    return x + F.dropout(branch, drop, post.training)
+def _positions(height: int, width: int, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The decoder's tables (N, 1, D) and (L, 1, D), from those that were computed once."""
+    return position_tables(height, width, length, dim, str(device))
 
 
-def _layer(self: Any, vis: Tensor, txt: Tensor, vis_pos: Tensor, txt_pos: Tensor, pad_mask: Tensor | None) -> Tensor:
-    vis = _self_attention(vis, vis_pos, self.norm1, self.self_attn, self.self_attn_norm, self.dropout1.p)
-    text = txt, vis_pos, txt_pos, pad_mask
-    vis = _cross_attention(vis, *text, self.norm2, self.multihead_attn, self.cross_attn_norm, self.dropout2.p)
-    return vis + self.dropout3(self.ffn(self.norm3(vis)))
-
-
-def _decoder(self: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | None) -> Tensor:
-    _, dim, height, width = vis.shape
-    vis_pos, txt_pos = position_tables(height, width, txt.shape[1], dim, str(vis.device), vis.dtype is torch.float64)
-    pixels, words = vis.flatten(2).permute(2, 0, 1), txt.permute(1, 0, 2)
-    for layer in self.layers:
-        pixels = layer(pixels, words, vis_pos, txt_pos, pad_mask)
-    return self.norm(pixels).permute(1, 2, 0)
-
-
-def _self_attention_case(self: Any, x: Tensor, positions: Tensor) -> Tensor:
-    parts = self.norm, self.attention, self.post_norm
-    return _self_attention(x.transpose(0, 1), positions[:, None], *parts, 0.0).transpose(0, 1)
-
-
-def _cross_attention_case(
-    self: Any, x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, padding_mask: Tensor
-) -> Tensor:
-    parts = self.norm, self.attention, self.post_norm
-    given = x.transpose(0, 1), text.transpose(0, 1), positions[:, None], text_positions[:, None], padding_mask
-    return _cross_attention(*given, *parts, 0.0).transpose(0, 1)
-
-
-_tables: dict[tuple[int | str | bool, ...], tuple[Tensor, Tensor]] = {}
+_tables: dict[tuple[int | str, ...], tuple[Tensor, Tensor]] = {}
 
 
 @torch.compiler.assume_constant_result
-def position_tables(height: int, width: int, length: int, dim: int, device: str, double: bool) -> tuple[Tensor, Tensor]:
-    """The published position tables (N, 1, D) and (L, 1, D), computed once per size; constants to torch.compile."""
-    key = height, width, length, dim, device, double
+def position_tables(height: int, width: int, length: int, dim: int, device: str) -> tuple[Tensor, Tensor]:
+    """The published position tables, computed once per size; constants to torch.compile."""
+    key = height, width, length, dim, device
     if key not in _tables:
-        dtype = torch.float64 if double else torch.float32
         with torch.inference_mode(False):
             pixels, words = reference.sine_positions_2d(height, width, dim), reference.sine_positions_1d(length, dim)
-            _tables[key] = pixels[:, None].to(device, dtype), words[:, None].to(device, dtype)
+            _tables[key] = pixels[:, None].to(device), words[:, None].to(device)
     return _tables[key]
 
 
-FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    TransformerDecoder: _decoder,
-    TransformerDecoderLayer: _layer,
-    CrossAttention: _cross_attention_case,
-    SelfAttention: _self_attention_case,
-}
-"""Repaired forwards by the class whose instances get them; every other module runs as published."""
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute's value within this block; quicker than a mock, as steps of a fraction of a millisecond enter it."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,12 +1,8 @@
 """``python -m bench.modelled.cards``: a model of CRIS's training step on cards that nobody here has measured.
 
-Every number is *modelled*: each operation of the step (see step_traffic.py) takes the longer of its arithmetic at an
-assumed share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch.
-The same model is held against every device that was measured, so that a reader sees how far off it is.
-
-Operations are counted on shapes, without numbers, on the plain PyTorch paths. The Triton kernels cannot be counted that
-way: for them the paths' operators are replaced by the reads, writes and products that the kernels' docstrings name, see
-bench/modelled/kernel_traffic.py.
+Every number is *modelled*: each operation of the step (see traffic.py) takes the longer of its arithmetic at an assumed
+share of the card's matrix rate and its bytes at an assumed share of its bandwidth, and no less than a launch. The same
+model is held against every device that was measured, so that a reader sees how far off it is.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from ..report.pages import CARDS_FORMAT, cards_page
 from ..report.results import save
 from ..timing import machine
 from ..timing.roofline import measure_ceilings
-from . import kernel_traffic, step_traffic
+from . import traffic
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESULT = RESULTS / "modelled_cards.json"
@@ -99,8 +95,8 @@ class Rates:
 
 def model(folder: Path = RESULTS) -> dict[str, Any]:
     """Count, model every card, and hold the model against every result file in ``folder``."""
-    paths = step_traffic.count_stages(BATCH)
-    paths["triton"] = kernel_traffic.with_kernels(paths["torch"], BATCH)
+    paths = traffic.count_stages(BATCH)
+    paths["triton"] = traffic.with_kernels(paths["torch"], BATCH)
     stages = {
         path: {
             stage: {
@@ -126,11 +122,11 @@ def model(folder: Path = RESULTS) -> dict[str, Any]:
         },
         "batch": BATCH,
         "paths": stages,
-        "checks": step_traffic.checks(folder, rates_of),
+        "checks": traffic.checks(folder, rates_of),
     }
 
 
-def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[step_traffic.Counted], float], str] | None:
+def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[traffic.Counted], float], str] | None:
     """How long operations take on a measured device, and its rates in words: its card's, or ceilings measured with it.
 
     A processor whose file has no ceilings is measured now. None for a device that is no processor and no known card.

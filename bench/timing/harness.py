@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from ..cases.arms import Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..cases.table import Case
-from ..counter import SavedStorages
+from ..counter import saved_storages
 from ..options import Effort
 from .check import Checker, WrongNumbersError
 from .tracing import write_trace
@@ -192,10 +192,10 @@ def kept_bytes(step: Step) -> int | None:
     problem = step.problem
     if not problem.training:
         return None
-    counter = SavedStorages((*problem.module.parameters(), *problem.module.buffers()))
-    with counter.saved(compiled=True), step.arm.active():
+    resident = (*problem.module.parameters(), *problem.module.buffers())
+    with saved_storages(resident) as saved, step.arm.active():
         problem.training_forward(step.runnable)
-    return counter.total()
+    return sum(saved.values())
 
 
 def peak_bytes(step: Step, device: torch.device) -> int | None:

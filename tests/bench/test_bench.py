@@ -17,7 +17,7 @@ from fastris.bench import measure as command
 from fastris.bench.cases.arms import ARMS, choose_arms
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES, Case, choose_cases
-from fastris.bench.counter import SavedStorages
+from fastris.bench.counter import LiveStorages, saved_storages
 from fastris.bench.memory import count_own
 from fastris.bench.options import ARM_NAMES, Effort
 from fastris.bench.report import results
@@ -232,32 +232,29 @@ def test_unknown_arms_list_the_rest_and_impossible_ones_say_why():
     assert [arm.name for arm in choose_arms(("torch",), CPU, torch.float32)] == ["reference", "torch"]
 
 
-def test_a_storage_is_counted_once_whole_and_without_parameters():
+def test_a_saved_storage_is_counted_once_whole_and_without_parameters():
     linear = nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = SavedStorages(linear.parameters())
-    with counter.saved("first"):
+    with saved_storages(linear.parameters()) as first:
         hidden = linear(x)  # keeps x, and the weight, which is a parameter
         left = hidden.sigmoid()  # keeps its output
         (left[:2] * left[2:]).sum()  # keeps two views of that output
-    with counter.saved("second"):
-        x.exp().sum()  # keeps its output; x itself is the first stage's
+    assert sum(first.values()) == 2 * 4 * 8 * 4
+    with saved_storages([x]) as second:
+        x.exp().sum()  # keeps its output
         torch.ones(1000, dtype=torch.uint8)[:3].float().mul(x[0, :3]).sum()  # three floats, and a view of x
-    kept = counter.kept()
-    assert kept["first"].activations == 2 * 4 * 8 * 4 and kept["first"].weight_copies == 0
-    assert kept["second"].activations == 4 * 8 * 4 + 3 * 4
+    assert sum(second.values()) == 4 * 8 * 4 + 3 * 4
 
 
 def test_low_precision_copies_of_weights_are_counted_apart():
     linear = nn.Linear(8, 6)
     x = torch.randn(4, 8, requires_grad=True)
-    counter = SavedStorages(linear.parameters())
-    with torch.autocast("cpu", torch.bfloat16), counter.saved("all"):
-        linear(x).sum()
-    kept = counter.kept()["all"]
+    with LiveStorages(linear.parameters(), [x]) as counter, torch.autocast("cpu", torch.bfloat16):
+        output = linear(x).sum()
+    kept = counter.kept()["rest"]
     assert kept.weight_copies == 8 * 6 * 2
-    assert kept.activations == 4 * 8 * 2
-    assert kept.total == 8 * 6 * 2 + 4 * 8 * 2
+    assert kept.activations == 4 * 8 * 2 + output.nbytes
+    assert kept.total == kept.weight_copies + kept.activations
 
 
 def test_memory_of_the_models_own_parts_is_smaller_on_the_torch_path(monkeypatch):

@@ -21,7 +21,7 @@ from torch import nn
 from fastris import reference
 from fastris import testing as bounds
 from fastris.bench import measure as command
-from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed, repair
+from fastris.bench.cases.arms import ARMS, choose_arms, compiled_or_failed
 from fastris.bench.cases.problem import Problem
 from fastris.bench.cases.table import CASES
 from fastris.bench.report.results import headline
@@ -47,14 +47,26 @@ def test_the_stages_of_the_model_each_have_a_case():
     assert stages | {"loss", "train_step", "inference"} <= set(NAMED)
 
 
-def test_repaired_attention_keeps_no_attention_maps_and_shares_the_parameters():
+def test_repaired_attention_keeps_no_attention_maps():
     problem = NAMED["self_attention"].problem(batch=1, height=16, width=16, dim=32, heads=4)
     kept = {name: kept_bytes(Step(problem, ARMS[name])) for name in ("reference", "repaired")}
     maps = 4 * 256 * 256 * 4  # heads x pixels x pixels, float32
     assert kept["reference"] > maps > kept["repaired"] > 0
-    repaired = repair(problem.module)
-    assert all(a is b for a, b in zip(repaired.parameters(), problem.module.parameters(), strict=True))
-    assert "forward" not in problem.module.__dict__, "the published module was changed"
+    with ARMS["reference"].active():
+        assert nn.functional.multi_head_attention_forward.__module__ == "torch.nn.functional", "repaired for good"
+
+
+def test_repaired_position_tables_are_computed_once(monkeypatch):
+    built = []
+    original = reference.sine_positions_2d
+    monkeypatch.setattr(reference, "sine_positions_2d", lambda *size: built.append(size) or original(*size))
+    problem = NAMED["decoder"].problem(**{**NAMED["decoder"].small, "height": 3, "width": 9})
+    for name, expected in (("reference", 2), ("repaired", 1)):
+        built.clear()
+        with ARMS[name].active():
+            problem.step()
+            problem.step()
+        assert len(built) == expected
 
 
 def test_repaired_dropout_drops_as_often_as_published():
@@ -173,7 +185,7 @@ def test_tuned_problems_step_with_fused_adam_and_leave_the_weights():
         problem.step()
         (adam,) = problem._adam
         assert bool(adam.defaults["fused"]) is tuned and adam.state
-        assert problem.with_module(repair(problem.module))._adam[0] is adam
+        assert problem.with_module(problem.module)._adam[0] is adam
         for parameter, old in zip(problem.module.parameters(), before, strict=True):
             torch.testing.assert_close(parameter, old, rtol=0, atol=0)
 

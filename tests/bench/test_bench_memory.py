@@ -11,7 +11,7 @@ from training_helpers import model_config
 from fastris import CRISConfig
 from fastris.bench import memory
 from fastris.bench.cases.arms import ARMS
-from fastris.bench.counter import LiveStorages, SavedStorages
+from fastris.bench.counter import LiveStorages, saved_storages
 from fastris.bench.memory import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
 from fastris.bench.report import pages as report
 from fastris.bench.report.pages import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
@@ -62,12 +62,12 @@ def test_what_a_checkpoint_holds_is_counted_where_hooks_see_nothing():
 @pytest.mark.parametrize("arm", ["reference", "torch"])
 def test_live_count_agrees_with_what_autograd_saves(arm):
     model, data = model_and_batch(CRISConfig.preset("tiny"), "none", CPU, 2)
-    saved = SavedStorages([*model.parameters(), *model.buffers(), *data])
     with ARMS[arm].active():
-        with torch.autocast("cpu", torch.bfloat16), saved.saved("all"):
+        resident = [*model.parameters(), *model.buffers(), *data]
+        with torch.autocast("cpu", torch.bfloat16), saved_storages(resident) as saved:
             model(*data)
         live = count_step(CRISConfig.preset("tiny"), "none", CPU).kept.values()
-    expected, actual = saved.total(), sum(kept.total for kept in live)
+    expected, actual = sum(saved.values()), sum(kept.total for kept in live)
     # A table of positions stays cached, the sentence's padding with the tokens; autograd saves neither.
     assert expected <= actual <= 1.02 * expected
 

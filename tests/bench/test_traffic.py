@@ -11,21 +11,21 @@ import torch.nn.functional as F
 
 from fastris import CRIS, CRISConfig, use_impl
 from fastris.bench.cases.table import CASES
-from fastris.bench.modelled import cards, kernel_traffic, step_traffic
-from fastris.bench.modelled.step_traffic import Traffic
+from fastris.bench.modelled import cards, traffic
+from fastris.bench.modelled.traffic import Traffic
 from fastris.bench.report import charts, pages
 
 
 @pytest.fixture(scope="module")
 def stages():
     """Path -> stage -> operations of a tiny model's step."""
-    return step_traffic.count_stages(2, "tiny")
+    return traffic.count_stages(2, "tiny")
 
 
 def counted(work):
-    with Traffic() as traffic:
+    with Traffic() as seen:
         work()
-    return [(o.name.removeprefix("aten."), o.flops, o.bytes) for o in traffic.operations]
+    return [(o.name.removeprefix("aten."), o.flops, o.bytes) for o in seen.operations]
 
 
 def totals(operations):
@@ -83,10 +83,10 @@ def test_matrix_rates_are_the_vendors_dense_ones_with_float32_sums(name, publish
 @pytest.mark.parametrize("path", ["reference", "torch"])
 def test_stages_add_up_to_the_whole_step(stages, path):
     config = dataclasses.replace(CRISConfig.preset("tiny"), dropout=0.0)
-    with step_traffic.shapes_of(path, gpu=True):
+    with traffic.shapes_of(path, gpu=True):
         model = CRIS(config).train()
         data = torch.empty(2, 3, 96, 96), torch.ones(2, config.word_len, dtype=torch.int64), torch.empty(2, 1, 96, 96)
-        _, whole = step_traffic.count_training(lambda: model(*data)[2], [], torch.bfloat16)
+        _, whole = traffic.count_training(lambda: model(*data)[2], [], torch.bfloat16)
     together = {key: sum(totals(o)[key] for o in stages[path].values()) for key in ("flops", "bytes")}
     assert together["flops"] == totals(whole)["flops"]
     assert together["bytes"] - totals(stages[path]["Adam"])["bytes"] == pytest.approx(totals(whole)["bytes"], rel=0.02)
@@ -104,7 +104,7 @@ def test_repaired_moves_fewer_bytes_and_the_algebra_multiplies_less(stages):
 def test_counting_leaves_no_tensor_without_numbers_behind():
     case = next(case for case in CASES if case.name == "decoder")
     small = dataclasses.replace(case, sizes={**case.sizes, **case.small})
-    step_traffic.count_case(small, "torch", torch.float32, gpu=False)
+    traffic.count_case(small, "torch", torch.float32, gpu=False)
     with use_impl("torch"):
         problem = small.problem()
         assert torch.isfinite(problem.forward()[0]).all()
@@ -112,15 +112,15 @@ def test_counting_leaves_no_tensor_without_numbers_behind():
 
 def test_kernels_multiply_as_the_algebra_does_and_move_fewer_bytes():
     batch, side = 2, 26
-    with step_traffic.shapes_of("torch", gpu=True):
+    with traffic.shapes_of("torch", gpu=True):
         for plain, kernels in (
             (
-                kernel_traffic._counted_upsampling(batch, 512, 512, side),
-                kernel_traffic.upsampling_kernels(batch, 512, 512, side),
+                traffic._counted_upsampling(batch, 512, 512, side),
+                traffic.upsampling_kernels(batch, 512, 512, side),
             ),
-            (kernel_traffic._counted_similarity(batch, 256, 104), kernel_traffic.similarity_kernels(batch, 256, 104)),
+            (traffic._counted_similarity(batch, 256, 104), traffic.similarity_kernels(batch, 256, 104)),
         ):
-            launches = step_traffic.merged(kernels)
+            launches = traffic.merged(kernels)
             assert totals(launches)["bytes"] < totals(plain)["bytes"]
             assert totals(launches)["flops"] == pytest.approx(totals(plain)["flops"], rel=0.2)
 

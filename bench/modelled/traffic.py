@@ -4,6 +4,10 @@ Every PyTorch operation that runs within :class:`Traffic` is taken as one kernel
 writes each of its outputs once. A view costs nothing; an expanded tensor counts the elements that exist; a table is
 read only where it is looked up. Arithmetic is that of matrix products and convolutions, two operations for each
 multiplication.
+
+PyTorch cannot count inside a Triton kernel, so what kernels read, write and multiply is written down, from the formulas
+in their docstrings: one entry per launch, with the large tensors that it has to read and write, once each.
+:func:`with_kernels` puts them in the place of the operators that they replace.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from fastris import CRIS, CRISConfig, use_impl
+from fastris.ops.absorbed_attention import absorbed_attention
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.upsample_conv import upsample2x_conv3x3
 
+from ..cases.arms import attention_without_weights
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import CASES, Case
 from ..report import results
@@ -171,12 +179,11 @@ def count_training(
             made = work(*inputs)
         outputs = list(made) if isinstance(made, (tuple, list)) else [made]
         ends = [output for output in outputs if output.requires_grad]
-        torch.autograd.backward(ends[:1] if ends[0].ndim == 0 else ends, _upstream(ends))
+        if ends[0].ndim == 0:  # a loss comes first
+            ends[0].backward()
+        else:
+            torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
     return outputs, merged(traffic.operations)
-
-
-def _upstream(ends: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None] if ends[0].ndim == 0 else [torch.empty_like(end) for end in ends]
 
 
 def merged(operations: Sequence[Operation]) -> Counted:
@@ -198,20 +205,13 @@ def shapes_of(path: str, gpu: bool) -> Iterator[None]:
         stack.enter_context(use_impl("torch" if path == "torch" else "reference"))
         stack.enter_context(without_numbers())
         if path == "repaired":
-            stack.enter_context(mock.patch.object(F, "multi_head_attention_forward", _without_weights))
+            stack.enter_context(attention_without_weights())
         if gpu:
             stack.enter_context(mock.patch.object(upsample, "CPU_PART_BYTES", upsample.GPU_PART_BYTES))
             # On CUDA, autocast runs these two in float32; on a CPU it does not.
             for name in ("layer_norm", "softmax"):
                 stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
         yield
-
-
-def _without_weights(*args: Any, **kwargs: Any) -> Any:
-    return _MULTI_HEAD(*args, **{**kwargs, "need_weights": False})
-
-
-_MULTI_HEAD = F.multi_head_attention_forward
 
 
 def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -279,3 +279,110 @@ def _checks_of(result: dict[str, Any], rates_of: RatesOf) -> Iterator[dict[str, 
 def _as_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """As in the table of cases, where JSON has lists for tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+
+
+LOW, WIDE = 2, 4
+"""Bytes of bfloat16 and float32."""
+
+TAPS = 9
+WORDS_BUCKET = 32
+"""CRIS's 17 words are padded to this many: see kernels/cross_attention.py."""
+
+
+def with_kernels(stages: Mapping[str, Counted], batch: int) -> dict[str, Counted]:
+    """The stages of the torch path with the kernels' launches in place of the operators that they replace."""
+    found = {name: list(counted) for name, counted in stages.items()}
+    config = CRISConfig.preset("cris_r50")
+    side, dim = config.input_size // 16, config.vis_dim
+    with shapes_of("torch", gpu=True):
+        attention = _counted_attention(batch, side * side, dim, config)
+        upsampling = [
+            _counted_upsampling(batch, dim, outputs, size) for outputs, size in ((dim, side), (dim // 2, 2 * side))
+        ]
+        similarity = _counted_similarity(batch, dim // 2, 4 * side)
+    kernels = merged(attention_kernels(batch, side * side, dim, config.num_head * WORDS_BUCKET))
+    for _ in range(config.num_layers):
+        found["decoder"] += _without(attention) + kernels
+    found["projector + loss"] += _without([*upsampling[0], *upsampling[1], *similarity]) + merged(
+        [
+            *upsampling_kernels(batch, dim, dim, side),
+            *upsampling_kernels(batch, dim, dim // 2, 2 * side),
+            *similarity_kernels(batch, dim // 2, 4 * side),
+        ]
+    )
+    return found
+
+
+def attention_kernels(batch: int, pixels: int, dim: int, columns: int) -> list[Operation]:
+    """kernels/cross_attention.py and cross_attention_backward.py; the residual x is float32 under autocast."""
+    x, branch, weights = (batch * pixels * n for n in (dim * WIDE, dim * LOW, columns * LOW))
+    product = 2 * batch * pixels * columns * dim
+    return [
+        Operation("scores", product, x + weights, False),
+        Operation("output", 2 * product, 2 * x + weights, False),  # multiplies twice: for the norm, and to apply it
+        Operation("branch backward", 2 * product, x + weights + branch, False),
+        Operation("weights backward", product, branch + 2 * weights, False),
+        Operation("query backward", 2 * product, 3 * x + weights + branch, False),
+        Operation("bmm of d(values)", product, weights + branch, False),
+        Operation("bmm of d(keys)", product, weights + branch, False),
+    ]
+
+
+def upsampling_kernels(batch: int, channels: int, outputs: int, side: int) -> list[Operation]:
+    """kernels/upsample_conv.py: a product into nine tap images and a gather; backward the adjoint and two products."""
+    x, weight = batch * side**2 * channels * LOW, TAPS * channels * outputs * LOW
+    taps, output = batch * side**2 * TAPS * outputs * LOW, 4 * batch * side**2 * outputs * LOW
+    product = 2 * batch * side**2 * channels * TAPS * outputs
+    return [
+        Operation("taps", product, x + weight + taps, False),
+        Operation("gather", 0, taps + output, False),
+        Operation("adjoint gather", 0, output + taps, False),
+        Operation("d(x)", product, taps + weight + x, False),
+        Operation("d(weight)", product, taps + x + weight, False),
+    ]
+
+
+def similarity_kernels(batch: int, channels: int, side: int) -> list[Operation]:
+    """kernels/similarity.py, contrastive.py and similarity_backward.py: features read twice, their gradient written."""
+    pixels = batch * side**2
+    features, taps, number = pixels * channels * LOW, pixels * TAPS * WIDE, pixels * WIDE
+    product = 2 * pixels * channels * TAPS
+    return [
+        Operation("taps", product, features + taps, False),
+        Operation("shifted sum and loss", 0, taps + 5 * number, False),  # two factors; logits, loss and slope
+        Operation("d(features)", product, number + features, False),
+        Operation("d(kernel)", product, features + number, False),
+    ]
+
+
+def _counted_attention(batch: int, pixels: int, dim: int, config: CRISConfig) -> Counted:
+    shape = batch, config.num_head, config.word_len
+    x, positions, affine = torch.empty(batch, pixels, dim), torch.empty(pixels, dim), torch.empty(5, dim)
+    keys, values = (torch.empty(*shape, dim, dtype=torch.bfloat16) for _ in range(2))
+    silent = torch.zeros(batch, dtype=torch.bool)
+
+    def attend(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, affine: Tensor) -> Tensor:
+        return absorbed_attention(x, positions, keys, bias, values, affine, silent, 0.0, 0.0, 1e-5)
+
+    return _count(attend, x, keys, torch.empty(shape), values, affine)
+
+
+def _counted_upsampling(batch: int, channels: int, outputs: int, side: int) -> Counted:
+    x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16)
+    return _count(upsample2x_conv3x3, x, torch.empty(outputs, channels, 3, 3, dtype=torch.bfloat16))
+
+
+def _counted_similarity(batch: int, channels: int, side: int) -> Counted:
+    x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16)
+    kernel, mask = torch.empty(batch, channels, 3, 3), torch.empty(batch, 1, side, side)
+    return _count(lambda x, kernel: text_to_pixel_contrastive_loss(x, kernel.to(x.dtype), mask), x, kernel)
+
+
+def _count(work: Callable[..., Any], *tensors: Tensor) -> Counted:
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    return count_training(work, inputs, torch.float32)[1]
+
+
+def _without(part: Counted) -> Counted:
+    """Operations that, added to others, take these out of their sums."""
+    return [{**operation, "count": -operation["count"]} for operation in part]
