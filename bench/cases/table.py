@@ -322,7 +322,7 @@ CASES: tuple[Case, ...] = (
 )
 
 MEMORY = "memory"
-"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see memory/whole.py."""
+"""The name under which the bytes kept for backward are asked for; they are counted, not timed: see bench/memory.py."""
 
 
 def choose_cases(names: tuple[str, ...]) -> tuple[list[Case], bool]:

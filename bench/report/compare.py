@@ -212,15 +212,11 @@ def rank_test(first: Sequence[float], second: Sequence[float]) -> float:
     extreme = min(wins, m * n - wins)
     if m + n > EXACT_ROUNDS:
         deviation = (m * n * (m + n + 1) / 12) ** 0.5
-        z = (abs(wins - m * n / 2) - 0.5) / deviation
-        return float(min(1.0, _normal_tail(z)))
+        z = max(0.0, abs(wins - m * n / 2) - 0.5) / deviation
+        return math.erfc(z / 2**0.5)
     counts = _rank_counts(m, n)
     total = sum(counts)
     return min(1.0, 2 * sum(counts[: int(extreme + 0.5) + 1]) / total)
-
-
-def _normal_tail(z: float) -> float:
-    return math.erfc(max(0.0, z) / 2**0.5)
 
 
 def _rank_counts(m: int, n: int) -> list[int]:
