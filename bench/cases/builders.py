@@ -10,7 +10,7 @@ A module that is trained returns its loss first. Operators are imported when a c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,19 @@ Preset = str | ModelConfig
 """A model: its name in the registry, or its configuration."""
 
 
+class Own(nn.Module):
+    """What an operator's case owns, and the function ``call(own, **tensors)`` that runs it."""
+
+    def __init__(self, call: Callable[..., Any], **owned: Any):
+        super().__init__()
+        self.call = call
+        for name, value in owned.items():
+            setattr(self, name, value)
+
+    def forward(self, **tensors: Tensor) -> Any:
+        return self.call(self, **tensors)
+
+
 def similarity_loss(batch: int, channels: int, side: int) -> Problem:
     """The projector's last 1x1 convolution, the sentences' 3x3 kernels, and the loss."""
     inputs = {
@@ -39,84 +52,88 @@ def similarity_loss(batch: int, channels: int, side: int) -> Problem:
         "kernel": torch.randn(batch, channels, 3, 3) / (9 * channels) ** 0.5,
         "bias": torch.randn(batch),
     }
-    return Problem(SimilarityLoss(channels), inputs, {"target": torch.rand(batch, 1, side, side)})
+    own = Own(_similarity_loss, pointwise=nn.Conv2d(channels, channels, 1))
+    return Problem(own, inputs, {"target": torch.rand(batch, 1, side, side)})
 
 
-class SimilarityLoss(nn.Module):
-    """:func:`fastris.ops.contrastive.text_to_pixel_contrastive_loss` with its 1x1 convolution."""
+def _similarity_loss(own: Any, features: Tensor, kernel: Tensor, bias: Tensor, target: Tensor) -> Any:
+    from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.pointwise = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, features: Tensor, kernel: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        from fastris.ops.contrastive import text_to_pixel_contrastive_loss
-
-        weight, constant = self.pointwise.weight, self.pointwise.bias
-        return text_to_pixel_contrastive_loss(
-            features, kernel, target, bias, pointwise_weight=weight, pointwise_bias=constant
-        )
+    weight, constant = own.pointwise.weight, own.pointwise.bias
+    return text_to_pixel_contrastive_loss(
+        features, kernel, target, bias, pointwise_weight=weight, pointwise_bias=constant
+    )
 
 
 def upsample_conv(batch: int, channels: int, outputs: int, side: int) -> Problem:
     """One of the projector's two heavy layers, without its BatchNorm."""
-    return Problem(UpsampleConv(channels, outputs), {"x": torch.randn(batch, channels, side, side).relu()}, {})
+    weight = nn.Parameter(torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5)
+    return Problem(Own(_upsample_conv, weight=weight), {"x": torch.randn(batch, channels, side, side).relu()}, {})
 
 
-class UpsampleConv(nn.Module):
-    """:func:`fastris.ops.upsample_conv.upsample2x_conv3x3` with its weight."""
+def _upsample_conv(own: Any, x: Tensor) -> Tensor:
+    from fastris.ops.upsample_conv import upsample2x_conv3x3
 
-    def __init__(self, channels: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        from fastris.ops.upsample_conv import upsample2x_conv3x3
-
-        return upsample2x_conv3x3(x, self.weight)
+    return upsample2x_conv3x3(x, own.weight)
 
 
 def cross_attention(
     batch: int, height: int, width: int, dim: int, heads: int, words: int, lengths: Sequence[int] = ()
 ) -> Problem:
-    """The decoder's second sub-layer; sentences of ``lengths`` tokens, or all ``words`` of them real."""
+    """The decoder's second sub-layer, dropout 0; sentences of ``lengths`` tokens, or all ``words`` of them real."""
     inputs = {"x": torch.randn(batch, height * width, dim), "text": torch.randn(batch, words, dim)}
     data = {
         "positions": reference.sine_positions_2d(height, width, dim),
         "text_positions": reference.sine_positions_1d(words, dim),
         "padding_mask": make_tokens(batch, words, lengths) == 0,
     }
-    return Problem(CrossAttention(dim, heads), inputs, data)
+    return Problem(Own(_cross_attention, **_attention_parts(dim, heads)), inputs, data)
 
 
-class AttentionBlock(nn.Module):
-    """The parameters of an attention sub-layer."""
+def _cross_attention(own: Any, **tensors: Any) -> Tensor:
+    from fastris.ops.cross_attention import cross_attention
 
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm, self.post_norm = (enliven(nn.LayerNorm(dim)) for _ in range(2))
-        self.attention = enliven(nn.MultiheadAttention(dim, heads))
-
-    def weights(self) -> AttentionWeights:
-        """As the operators take them."""
-        norm, attention, post = self.norm, self.attention, self.post_norm
-        projections = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight
-        ends = attention.out_proj.bias, post.weight, post.bias
-        return AttentionWeights(norm.weight, norm.bias, *projections, *ends)
+    return cross_attention(**tensors, weights=_weights(own), num_heads=own.attention.num_heads, training=True)
 
 
-class CrossAttention(AttentionBlock):
-    """:func:`fastris.ops.cross_attention.cross_attention` with its parameters, dropout 0."""
+def self_attention(batch: int, height: int, width: int, dim: int, heads: int) -> Problem:
+    """The decoder's first sub-layer, dropout 0."""
+    inputs = {"x": torch.randn(batch, height * width, dim)}
+    data = {"positions": reference.sine_positions_2d(height, width, dim)}
+    return Problem(Own(_self_attention, **_attention_parts(dim, heads)), inputs, data)
 
-    def forward(
-        self, x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, padding_mask: Tensor
-    ) -> Tensor:
-        from fastris.ops.cross_attention import cross_attention
 
-        return cross_attention(
-            x, text, positions, text_positions, padding_mask, self.weights(), self.heads, training=True
-        )
+def _self_attention(own: Any, x: Tensor, positions: Tensor) -> Tensor:
+    from fastris.ops.self_attention import self_attention
+
+    return self_attention(x, positions, _weights(own), own.attention.num_heads, training=True)
+
+
+def _attention_parts(dim: int, heads: int) -> dict[str, nn.Module]:
+    norm, post_norm = (enliven(nn.LayerNorm(dim)) for _ in range(2))
+    return {"norm": norm, "post_norm": post_norm, "attention": enliven(nn.MultiheadAttention(dim, heads))}
+
+
+def _weights(own: Any) -> AttentionWeights:
+    """The parameters of an attention sub-layer as the operators take them."""
+    norm, attention, post = own.norm, own.attention, own.post_norm
+    projections = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight
+    return AttentionWeights(norm.weight, norm.bias, *projections, attention.out_proj.bias, post.weight, post.bias)
+
+
+def feed_forward(batch: int, height: int, width: int, dim: int, dim_ffn: int) -> Problem:
+    """The decoder's third sub-layer, dropout 0."""
+    norm, inner_norm = enliven(nn.LayerNorm(dim)), enliven(nn.LayerNorm(dim_ffn))
+    up, down = nn.Linear(dim, dim_ffn), nn.Linear(dim_ffn, dim)
+    own = Own(_feed_forward, norm=norm, inner_norm=inner_norm, up=up, down=down)
+    return Problem(own, {"x": torch.randn(batch, height * width, dim)}, {})
+
+
+def _feed_forward(own: Any, x: Tensor) -> Tensor:
+    from fastris.ops.feed_forward import feed_forward
+
+    parts = own.norm, own.up, own.inner_norm, own.down
+    return feed_forward(x, FeedForwardWeights(*(t for part in parts for t in (part.weight, part.bias))), training=True)
 
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
@@ -131,19 +148,16 @@ def text_encoder(preset: Preset, words: int, lengths: Sequence[int], batch: int)
     """CLIP's text transformer: tokens (B, words) to every word and the sentence."""
     clip = dataclasses.asdict(_cris(preset).clip)
     backbone = CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
-    return Problem(enliven(TextEncoder(backbone)), {}, {"text": make_tokens(batch, words, lengths, clip["vocab_size"])})
+    backbone.visual = nn.Identity()  # type: ignore[assignment]
+    return Problem(
+        enliven(Own(_encode_text, backbone=backbone)),
+        {},
+        {"text": make_tokens(batch, words, lengths, clip["vocab_size"])},
+    )
 
 
-class TextEncoder(nn.Module):
-    """:meth:`fastris.nn.clip.CLIPBackbone.encode_text` without the other encoder."""
-
-    def __init__(self, backbone: CLIPBackbone):
-        super().__init__()
-        backbone.visual = nn.Identity()  # type: ignore[assignment]
-        self.backbone = backbone
-
-    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.backbone.encode_text(text)
+def _encode_text(own: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    return own.backbone.encode_text(text)
 
 
 def neck(preset: Preset, side: int, batch: int) -> Problem:
@@ -151,18 +165,15 @@ def neck(preset: Preset, side: int, batch: int) -> Problem:
     config = _cris(preset)
     levels = zip("345", config.fpn_in, (8, 16, 32), strict=True)
     maps = {f"c{name}": torch.randn(batch, width, side // step, side // step) for name, width, step in levels}
-    return Problem(enliven(Neck(config)), {**maps, "state": torch.randn(batch, config.word_dim)}, {})
+    return Problem(
+        enliven(Own(_neck, neck=FPN(config.fpn_in, config.fpn_out))),
+        {**maps, "state": torch.randn(batch, config.word_dim)},
+        {},
+    )
 
 
-class Neck(nn.Module):
-    """:class:`fastris.models.cris.FPN` with its maps as arguments of their own."""
-
-    def __init__(self, config: CRISConfig):
-        super().__init__()
-        self.neck = FPN(config.fpn_in, config.fpn_out)
-
-    def forward(self, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
-        return self.neck((c3, c4, c5), state)
+def _neck(own: Any, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
+    return own.neck((c3, c4, c5), state)
 
 
 def config_of(preset: Preset) -> Any:
@@ -174,43 +185,6 @@ def _cris(preset: Preset) -> CRISConfig:
     config = config_of(preset)
     assert isinstance(config, CRISConfig), f"{preset} has no such part"
     return config
-
-
-def self_attention(batch: int, height: int, width: int, dim: int, heads: int) -> Problem:
-    """The decoder's first sub-layer, dropout 0."""
-    inputs = {"x": torch.randn(batch, height * width, dim)}
-    data = {"positions": reference.sine_positions_2d(height, width, dim)}
-    return Problem(SelfAttention(dim, heads), inputs, data)
-
-
-class SelfAttention(AttentionBlock):
-    """:func:`fastris.ops.self_attention.self_attention` with its parameters, dropout 0."""
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        from fastris.ops.self_attention import self_attention
-
-        return self_attention(x, positions, self.weights(), self.heads, training=True)
-
-
-def feed_forward(batch: int, height: int, width: int, dim: int, dim_ffn: int) -> Problem:
-    """The decoder's third sub-layer, dropout 0."""
-    return Problem(FeedForward(dim, dim_ffn), {"x": torch.randn(batch, height * width, dim)}, {})
-
-
-class FeedForward(nn.Module):
-    """:func:`fastris.ops.feed_forward.feed_forward` with its parameters, dropout 0."""
-
-    def __init__(self, dim: int, dim_ffn: int):
-        super().__init__()
-        self.norm, self.inner_norm = enliven(nn.LayerNorm(dim)), enliven(nn.LayerNorm(dim_ffn))
-        self.up, self.down = nn.Linear(dim, dim_ffn), nn.Linear(dim_ffn, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        from fastris.ops.feed_forward import feed_forward
-
-        first, second = (self.norm, self.up), (self.inner_norm, self.down)
-        weights = [tensor for part in (*first, *second) for tensor in (part.weight, part.bias)]
-        return feed_forward(x, FeedForwardWeights(*weights), training=True)
 
 
 def projector(batch: int, side: int, word_dim: int, in_dim: int, with_loss: bool = False) -> Problem:
@@ -252,19 +226,14 @@ def training_step(preset: Preset, side: int, batch: int, words: int, lengths: Se
     """
     config = dataclasses.replace(config_of(preset), **changes)
     model, data = model_and_data(config, side, batch, words, lengths)
-    return Problem(TrainingLoss(model), {}, {**data, "mask": torch.rand(batch, 1, side, side)}, optimizer=True)
+    return Problem(
+        Own(_training_loss, model=model), {}, {**data, "mask": torch.rand(batch, 1, side, side)}, optimizer=True
+    )
 
 
-class TrainingLoss(nn.Module):
-    """A model in training mode, its loss first."""
-
-    def __init__(self, model: ReferringModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, img: Tensor, word: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        prediction, _, loss = self.model(img, word, mask)
-        return loss, prediction
+def _training_loss(own: Any, img: Tensor, word: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    prediction, _, loss = own.model(img, word, mask)
+    return loss, prediction
 
 
 def inference(preset: Preset, side: int, batch: int, words: int, lengths: Sequence[int]) -> Problem:
