@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fastris.runtime.float32_precision import ieee_float32
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -33,5 +31,9 @@ def _fixed_seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _ieee_float32():
     """On CUDA, convolutions are TF32 by default, which meets no bound of these tests."""
+    import torch
+
+    from fastris.runtime.float32_precision import ieee_float32
+
     with ieee_float32() if torch.cuda.is_available() else nullcontext():
         yield
