@@ -18,9 +18,20 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` for tl.dot: TF32 only for float32 where PyTorch's own switch allows it, IEEE otherwise."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+    """``input_precision`` for tl.dot: TF32 only for float32 where PyTorch's own switch allows it, IEEE otherwise.
+
+    The switch is ``torch.backends.cuda.matmul.fp32_precision``, where "none" means what
+    ``torch.backends.fp32_precision`` says; the older ``allow_tf32`` and ``set_float32_matmul_precision`` set it too.
+    Once the newer names were written to, reading the older ones raises, so they are read only where nothing else exists.
+    """
+    if dtype is not torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    try:
+        setting = torch.backends.cuda.matmul.fp32_precision
+        setting = torch.backends.fp32_precision if setting == "none" else setting
+    except AttributeError:
+        setting = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 @triton.jit
