@@ -61,6 +61,7 @@ _process_impl = os.environ.get("FASTRIS_IMPL") or "auto"
 _missing_triton = _find_triton()
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 _device_obstacles: dict[int, str | None] = {}
+_every_device_has_triton = False
 
 
 def _check_impl(impl: str, where: str) -> str:
@@ -152,6 +153,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels compute in float32, float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if _missing_triton:
         return _missing_triton
+    if _every_device_has_triton:
+        return None
     if _interpreting:
         if dtype is torch.bfloat16:
             return "Triton's interpreter (TRITON_INTERPRET=1) computes wrong numbers in bfloat16"
@@ -159,6 +162,17 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels run on CUDA (on a CPU only under TRITON_INTERPRET=1)"
     return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@contextmanager
+def every_device_has_triton() -> Iterator[None]:
+    """Let ``triton`` be taken on any device inside the block: for who records launches in place of making them."""
+    global _every_device_has_triton
+    before, _every_device_has_triton = _every_device_has_triton, True
+    try:
+        yield
+    finally:
+        _every_device_has_triton = before
 
 
 def _device_obstacle(index: int) -> str | None:

@@ -22,13 +22,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
     The switch is ``torch.backends.cuda.matmul.fp32_precision``, where "none" means what
     ``torch.backends.fp32_precision`` says; the older ``allow_tf32`` and ``set_float32_matmul_precision`` set it too.
-    Once the newer names were written to, reading the older ones raises, so they are read only where nothing else exists.
+    Once the newer names were written to, reading the older ones raises: they are read only where nothing else exists.
     """
     if dtype is not torch.float32 or torch.version.hip is not None:
         return "ieee"
     try:
         setting = torch.backends.cuda.matmul.fp32_precision
-        setting = torch.backends.fp32_precision if setting == "none" else setting
+        if setting == "none":
+            setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
     except AttributeError:
         setting = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     return "tf32" if setting == "tf32" else "ieee"

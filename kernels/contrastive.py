@@ -13,22 +13,17 @@ similarity's. Against BCE after the similarity, fusing saves reading the logits 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import on_device
-from .configs import Config
+from .configs import Config, choose
+from .launch import launch
 from .similarity import launch_taps, shifted_sum
 from .similarity_backward import similarity_gradients
-from .similarity_tiles import similarity_flops
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .similarity_tiles import SIZES, similarity_flops
 
 LOSS_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
 
@@ -40,7 +35,7 @@ def _log1p(x):
     return tl.log(y) + (x - (y - 1.0)) / y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _loss_kernel(
     loss_ptr,  # [B, Q, P] float32
     logits_ptr,  # [B, Q, P]
@@ -85,10 +80,10 @@ def _contrastive(
     if logits.numel():
         batch, queries, height, width = positive.shape
         taps = launch_taps(x, weight, constants)
-        grid = (batch * queries * triton.cdiv(height * width, dict(LOSS_CONFIG.blocks)["BLOCK"]),)
+        config = choose(_loss_kernel, LOSS_CONFIG, x.device, x.dtype, batch * height * width)
+        grid = (batch * queries * triton.cdiv(height * width, config["BLOCK"]),)
         factors = (positive.contiguous(), negative.contiguous())
-        with on_device(x):
-            _loss_kernel[grid](loss, logits, slope, taps, *factors, height, width, size, **LOSS_CONFIG.kwargs)
+        launch(_loss_kernel, grid, loss, logits, slope, taps, *factors, height, width, size, config=config)
     return loss, logits, slope
 
 
@@ -128,12 +123,3 @@ def contrastive(
     """
     loss, logits, _ = _contrastive(x, weight, constants, positive, negative, size)
     return loss, logits
-
-
-def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """One build, the same on every card; the largest kernel size has the most loads in flight."""
-    from .gate import POINTER, GateSpec
-
-    maps = ("loss_ptr", "slope_ptr", "taps_ptr", "positive_ptr", "negative_ptr")
-    signature = {**dict.fromkeys(maps, "*fp32"), "logits_ptr": POINTER[dtype], "height": "i32", "width": "i32"}
-    return [GateSpec("contrastive loss", _loss_kernel, signature, {"SIZE": 5}, LOSS_CONFIG)]

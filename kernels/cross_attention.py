@@ -19,7 +19,6 @@ apply them. P and V come from the cache the second time, and nothing goes throug
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import dot_precision, on_device, uniform_from_index
-from .configs import Config, device_class
+from .common import dot_precision, uniform_from_index
+from .configs import Config, choose, device_class
 from .cross_attention_backward import ROWS, branch_backward, query_backward
-from .cross_attention_backward import gate_specs as backward_specs
 from .cross_attention_tiles import (
     BRANCH_SEED,
     NORM,
@@ -42,7 +40,6 @@ from .cross_attention_tiles import (
     WEIGHTS_SEED,
     as_rows,
     branch_kept,
-    builds_of,
     gather,
     head_group,
     load_query,
@@ -53,13 +50,11 @@ from .cross_attention_tiles import (
     softmax_by_head,
     store_tile,
 )
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .launch import launch
 
 BUCKETS = (16, 32, 64, 128)  # padded sentence lengths; 16 is the narrowest tile of tl.dot
 KEPT = Config((("BLOCK", 1024),), num_warps=4, num_stages=1)
-# (shared-memory class, bytes per element of the products' dtype) -> launch. The output kernel's is ROWS.
+# (shared-memory class, bytes per element of the products' dtype) -> launch.
 SCORES = {
     ("large", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=16, num_stages=2),
     ("small", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=16, num_stages=2),
@@ -68,9 +63,10 @@ SCORES = {
     ("small", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
     ("tiny", 4): Config((("BLOCK_N", 16), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
 }
+OUTPUT = dict(ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _scores_kernel(
     weights_ptr, statistics_ptr, x_ptr, positions_ptr, keys_ptr, key_bias_ptr, affine_ptr, seeds_ptr,
     stride_b, stride_n, rows, eps,
@@ -113,7 +109,7 @@ def _scores_kernel(
         tl.store(statistics_ptr + pixel * 4 + NORM + 1, rstd, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _output_kernel(
     y_ptr, statistics_ptr, x_ptr, weights_ptr, values_ptr, affine_ptr, seeds_ptr,
     stride_b, stride_n, rows, eps,
@@ -150,7 +146,7 @@ def _output_kernel(
     tl.store(statistics_ptr + pixel * 4 + POST + 1, 1.0 / tl.sqrt(squares / DIM + eps), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _kept_kernel(kept_ptr, seeds_ptr, count, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
     """A dropout mask by itself, for tests: the index is the element's place in a contiguous tensor."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -181,18 +177,19 @@ def _forward(
     if x.numel() == 0:
         return y, weights, statistics
     kind = device_class(x.device), keys.dtype.itemsize
-    scores, output, group = SCORES[kind], ROWS[kind], head_group(heads, words, keys.dtype)
-    launch = {"DIM": dim, "PRECISION": dot_precision(keys.dtype)}
-    with on_device(x):
-        grid = batch * triton.cdiv(rows, scores.kwargs["BLOCK_N"]), triton.cdiv(heads, group)
-        _scores_kernel[grid](
-            weights, statistics, x, positions, keys, key_bias, affine, seeds, *x.stride()[:2], rows, eps,
-            HEADS=heads, WORDS=words, GROUP=group, DROPOUT=attention_dropout, **launch, **scores.kwargs,
-        )  # fmt: skip
-        _output_kernel[(batch * triton.cdiv(rows, output.kwargs["BLOCK_N"]),)](
-            y, statistics, x, weights, values, affine, seeds, *x.stride()[:2], rows, eps,
-            COLUMNS=heads * words, WEIGHTS_DROPPED=attention_dropout > 0, DROPOUT=dropout, **launch, **output.kwargs,
-        )  # fmt: skip
+    group, common = head_group(heads, words, keys.dtype), {"DIM": dim, "PRECISION": dot_precision(keys.dtype)}
+    config = choose(_scores_kernel, SCORES[kind], x.device, keys.dtype, batch * rows)
+    launch(
+        _scores_kernel, (batch * triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(heads, group)),
+        weights, statistics, x, positions, keys, key_bias, affine, seeds, *x.stride()[:2], rows, eps,
+        HEADS=heads, WORDS=words, GROUP=group, DROPOUT=attention_dropout, **common, config=config,
+    )  # fmt: skip
+    config = choose(_output_kernel, OUTPUT[kind], x.device, keys.dtype, batch * rows)
+    launch(
+        _output_kernel, (batch * triton.cdiv(rows, config["BLOCK_N"]),),
+        y, statistics, x, weights, values, affine, seeds, *x.stride()[:2], rows, eps,
+        COLUMNS=heads * words, WEIGHTS_DROPPED=attention_dropout > 0, DROPOUT=dropout, **common, config=config,
+    )  # fmt: skip
     return y, weights, statistics
 
 
@@ -281,18 +278,6 @@ def dropout_masks(
 
 def _kept(seeds: Tensor, which: tl.constexpr, shape: tuple[int, ...], dropout: float) -> Tensor:
     kept = torch.empty(shape, dtype=torch.uint8, device=seeds.device)
-    with on_device(seeds):
-        grid = (triton.cdiv(kept.numel(), KEPT.kwargs["BLOCK"]),)
-        _kept_kernel[grid](kept, seeds, kept.numel(), WHICH=which, DROPOUT=dropout, **KEPT.kwargs)
+    grid = (triton.cdiv(kept.numel(), KEPT["BLOCK"]),)
+    launch(_kept_kernel, grid, kept, seeds, kept.numel(), WHICH=which, DROPOUT=dropout, config=KEPT)
     return kept.bool()
-
-
-def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """All builds of cross-attention for the compile gate."""
-    from .gate import GateSpec
-
-    kind = shared, dtype.itemsize
-    forward = {"scores": (_scores_kernel, SCORES[kind]), "output": (_output_kernel, ROWS[kind])}
-    arguments = {"kept_ptr": "*u8", "seeds_ptr": "*i64", "count": "i32"}
-    mask = GateSpec("cross_attention dropout mask", _kept_kernel, arguments, {"WHICH": 0, "DROPOUT": 0.1}, KEPT)
-    return [*builds_of(forward, shared, dtype), mask, *backward_specs(shared, dtype)]

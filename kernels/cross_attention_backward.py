@@ -12,7 +12,6 @@ gradients are float32 sums over one program's pixels, added up by one ``torch.su
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import dot_precision, on_device
-from .configs import Config, device_class
+from .common import dot_precision
+from .configs import Config, choose, device_class
 from .cross_attention_tiles import (
     NORM,
     NORM_BIAS,
@@ -31,7 +30,6 @@ from .cross_attention_tiles import (
     POST_WEIGHT,
     as_rows,
     branch_kept,
-    builds_of,
     gather,
     head_group,
     in_layout_of,
@@ -43,9 +41,7 @@ from .cross_attention_tiles import (
     store_column_sums,
     store_tile,
 )
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .launch import launch
 
 # (shared-memory class, bytes per element of the products' dtype) -> launch.
 ROWS = {
@@ -66,7 +62,7 @@ WEIGHTS = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _branch_backward_kernel(
     d_gathered_ptr, partial_ptr, upstream_ptr, weights_ptr, values_ptr, affine_ptr, statistics_ptr, seeds_ptr,
     stride_b, stride_n, rows,
@@ -106,7 +102,7 @@ def _branch_backward_kernel(
                 store_column_sums(partial_ptr + 2 * DIM, d_branch, channel, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _weights_backward_kernel(
     d_scores_ptr, d_gathered_ptr, weights_ptr, values_ptr, rows,
     DIM: tl.constexpr, HEADS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
@@ -134,7 +130,7 @@ def _weights_backward_kernel(
     store_tile(d_scores_ptr + pixel * HEADS * WORDS, d_scores, present, column, HEADS * WORDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _query_backward_kernel(
     d_x_ptr, query_ptr, d_query_ptr, partial_ptr, upstream_ptr, x_ptr, positions_ptr, d_scores_ptr, keys_ptr,
     affine_ptr, statistics_ptr, stride_b, stride_n, rows,
@@ -194,24 +190,25 @@ def branch_backward(
     d_gathered = values.new_empty(batch, rows, dim)
     d_scores = torch.empty_like(weights)
     kind = device_class(values.device), values.dtype.itemsize
-    config, precision = ROWS[kind], dot_precision(values.dtype)
-    blocks = batch * triton.cdiv(rows, config.kwargs["BLOCK_N"])
+    precision = dot_precision(values.dtype)
+    config = choose(_branch_backward_kernel, ROWS[kind], values.device, values.dtype, batch * rows)
+    blocks = batch * triton.cdiv(rows, config["BLOCK_N"])
     partial = affine.new_empty(blocks, 3, dim)
     if blocks == 0:
         return d_gathered, d_scores, partial.sum(0)
-    with on_device(values):
-        _branch_backward_kernel[(blocks,)](
-            d_gathered, partial, upstream, weights, values, affine, statistics, seeds,
-            *upstream.stride()[:2], rows,
-            DIM=dim, COLUMNS=heads * words, WEIGHTS_DROPPED=attention_dropout > 0, DROPOUT=dropout,
-            PRECISION=precision, **config.kwargs,
-        )  # fmt: skip
-        config, group = WEIGHTS[kind], head_group(heads, words, values.dtype)
-        grid = batch * triton.cdiv(rows, config.kwargs["BLOCK_N"]), triton.cdiv(heads, group)
-        _weights_backward_kernel[grid](
-            d_scores, d_gathered, weights, values, rows,
-            DIM=dim, HEADS=heads, WORDS=words, GROUP=group, PRECISION=precision, **config.kwargs,
-        )  # fmt: skip
+    launch(
+        _branch_backward_kernel, (blocks,),
+        d_gathered, partial, upstream, weights, values, affine, statistics, seeds, *upstream.stride()[:2], rows,
+        DIM=dim, COLUMNS=heads * words, WEIGHTS_DROPPED=attention_dropout > 0, DROPOUT=dropout,
+        PRECISION=precision, config=config,
+    )  # fmt: skip
+    group = head_group(heads, words, values.dtype)
+    config = choose(_weights_backward_kernel, WEIGHTS[kind], values.device, values.dtype, batch * rows)
+    launch(
+        _weights_backward_kernel, (batch * triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(heads, group)),
+        d_scores, d_gathered, weights, values, rows,
+        DIM=dim, HEADS=heads, WORDS=words, GROUP=group, PRECISION=precision, config=config,
+    )  # fmt: skip
     return d_gathered, d_scores, partial.sum(0)
 
 
@@ -236,17 +233,18 @@ def query_backward(
     upstream = in_layout_of(upstream, x)
     batch, rows, dim = x.shape
     config = ROWS[device_class(keys.device), keys.dtype.itemsize]
+    config = choose(_query_backward_kernel, config, keys.device, keys.dtype, batch * rows)
     d_x, query = torch.empty_like(x), keys.new_empty(batch, rows, dim)
     d_query = affine.new_empty((batch, rows, dim) if need_d_query else 0)
-    blocks = batch * triton.cdiv(rows, config.kwargs["BLOCK_N"])
+    blocks = batch * triton.cdiv(rows, config["BLOCK_N"])
     partial = affine.new_empty(blocks, 2, dim)
     if blocks:
-        with on_device(x):
-            _query_backward_kernel[(blocks,)](
-                d_x, query, d_query if need_d_query else None, partial, upstream, x, positions, d_scores, keys,
-                affine, statistics, *x.stride()[:2], rows,
-                DIM=dim, COLUMNS=keys.shape[1] * keys.shape[2], PRECISION=dot_precision(keys.dtype), **config.kwargs,
-            )  # fmt: skip
+        launch(
+            _query_backward_kernel, (blocks,),
+            d_x, query, d_query if need_d_query else None, partial, upstream, x, positions, d_scores, keys,
+            affine, statistics, *x.stride()[:2], rows,
+            DIM=dim, COLUMNS=keys.shape[1] * keys.shape[2], PRECISION=dot_precision(keys.dtype), config=config,
+        )  # fmt: skip
     return d_x, query, d_query, partial.sum(0)
 
 
@@ -264,10 +262,3 @@ def _(upstream, weights, *_, out_shape=None, **__) -> int:
 @register_flop_formula(torch.ops.fastris.cross_attention_query_backward)
 def _(upstream, x, positions, keys, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(x) * keys[1] * keys[2]
-
-
-def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """The backward kernels' builds for the compile gate."""
-    rows, weights = ROWS[shared, dtype.itemsize], WEIGHTS[shared, dtype.itemsize]
-    kernels = {"branch backward": (_branch_backward_kernel, rows), "query backward": (_query_backward_kernel, rows)}
-    return builds_of(kernels | {"weights backward": (_weights_backward_kernel, weights)}, shared, dtype)

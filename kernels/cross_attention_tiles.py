@@ -6,17 +6,11 @@ chunks of BLOCK_D channels, and walks twice where a LayerNorm needs the whole ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import triton
 import triton.language as tl
 
 from .common import uniform_from_index
-from .configs import Config
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
 
 # Rows of the (5, D) float32 tensor that holds every vector of the sub-layer.
 NORM_WEIGHT, NORM_BIAS, OUT_BIAS, POST_WEIGHT, POST_BIAS = (tl.constexpr(i) for i in range(5))
@@ -149,43 +143,3 @@ def load_statistics(statistics_ptr, pixel, present, which: tl.constexpr):
 def norm_backward(d_normed, normed, rstd, level, slope, DIM: tl.constexpr):
     """Gradient of a LayerNorm's input, given each row's sums of ``d_normed`` and of ``d_normed * normed``."""
     return rstd[:, None] * (d_normed - level[:, None] / DIM - normed * (slope / DIM)[:, None])
-
-
-def builds_of(kernels: dict[str, tuple[Any, Config]], shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """Builds for the compile gate of kernels that share one vocabulary of arguments: name -> (kernel, launch).
-
-    Residuals in float32 (as under autocast) with dropout, and in ``dtype`` without; where the tile depends on the
-    bucket of words, CRIS's and the largest; float32 products by IEEE arithmetic and by TF32.
-    """
-    from .gate import POINTER, GateSpec
-
-    cases = [(torch.float32, 32, 0.1, "ieee"), (torch.float32, 128, 0.1, "ieee"), (dtype, 32, 0.0, "ieee")]
-    if dtype is torch.float32 and shared != "tiny":
-        cases.append((dtype, 32, 0.1, "tf32"))
-    specs = []
-    for residual, count, dropout, precision in cases:
-        products, rows, wide = POINTER[dtype], POINTER[residual], POINTER[torch.float32]
-        signature = dict.fromkeys(("x_ptr", "y_ptr", "positions_ptr", "upstream_ptr", "d_x_ptr"), rows)
-        signature |= dict.fromkeys(("weights_ptr", "keys_ptr", "values_ptr", "query_ptr"), products)
-        signature |= dict.fromkeys(("d_gathered_ptr", "d_scores_ptr"), products)
-        signature |= dict.fromkeys(("statistics_ptr", "key_bias_ptr", "affine_ptr", "partial_ptr"), wide)
-        signature |= {"stride_b": "i32", "stride_n": "i32", "rows": "i32", "eps": "fp32"}
-        heads, dim = 8, 1024 if count == 128 else 512
-        constexprs: dict[str, Any] = {
-            "DIM": dim,
-            "HEADS": heads,
-            "WORDS": count,
-            "GROUP": head_group(heads, count, dtype),
-        }
-        constexprs |= {"COLUMNS": heads * count, "DROPOUT": dropout, "WEIGHTS_DROPPED": dropout > 0}
-        constexprs |= {"PRECISION": precision}
-        if dropout:
-            signature |= {"seeds_ptr": "*i64", "d_query_ptr": wide}
-        else:
-            constexprs |= {"seeds_ptr": None, "d_query_ptr": None}
-        for name, (kernel, config) in kernels.items():
-            if count == 128 and "WORDS" not in kernel.arg_names:
-                continue
-            label = f"cross_attention {name} L{count}"
-            specs.append(GateSpec(label, kernel, signature, constexprs, config, ("stride_b", "stride_n")))
-    return specs

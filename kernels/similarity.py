@@ -14,22 +14,17 @@ replaces, a map of the features' size is neither written, read nor kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import dot_precision, on_device
-from .configs import Config, device_class
-from .similarity_backward import gate_specs as backward_specs
+from .common import dot_precision
+from .configs import Config, choose, device_class
+from .launch import launch
 from .similarity_backward import similarity_gradients
-from .similarity_tiles import COLUMN_BLOCKS, STAGES, column_block, similarity_flops, variants
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .similarity_tiles import SIZES, STAGES, column_block, similarity_flops
 
 SHIFT_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
 
@@ -41,7 +36,7 @@ def taps_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
     return Config(tile, num_warps=4, num_stages=STAGES[shared])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _taps_kernel(
     taps_ptr,  # [B, N, P] float32
     x_ptr,
@@ -94,7 +89,7 @@ def shifted_sum(taps_ptr, plane, pixel, height, width, SIZE: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _shift_kernel(
     logits_ptr,  # [B, Q, P]
     taps_ptr,  # [B, Q*SIZE*SIZE, P] float32
@@ -117,12 +112,10 @@ def launch_taps(x: Tensor, weight: Tensor, constants: Tensor) -> Tensor:
     weight, constants = weight.contiguous(), constants.contiguous()
     taps = torch.empty((batch, columns, pixels), dtype=torch.float32, device=x.device)
     config = taps_config(device_class(x.device), x.dtype, columns)
-    blocks = dict(config.blocks)
-    grid = (batch * triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(columns, blocks["BLOCK_N"]))
-    with on_device(x):
-        _taps_kernel[grid](
-            taps, x, weight, constants, *x.stride(), channels, columns, pixels, dot_precision(x.dtype), **config.kwargs
-        )
+    config = choose(_taps_kernel, config, x.device, x.dtype, batch * pixels, f"N{column_block(columns)}")
+    grid = (batch * triton.cdiv(pixels, config["BLOCK_P"]), triton.cdiv(columns, config["BLOCK_N"]))
+    sizes = (channels, columns, pixels, dot_precision(x.dtype))
+    launch(_taps_kernel, grid, taps, x, weight, constants, *x.stride(), *sizes, config=config)
     return taps
 
 
@@ -132,9 +125,9 @@ def _similarity(x: Tensor, weight: Tensor, constants: Tensor, height: int, width
     logits = torch.empty((batch, queries, height, width), dtype=x.dtype, device=x.device)
     if logits.numel():
         taps = launch_taps(x, weight, constants)
-        with on_device(x):
-            grid = (batch * queries * triton.cdiv(height * width, dict(SHIFT_CONFIG.blocks)["BLOCK"]),)
-            _shift_kernel[grid](logits, taps, height, width, size, **SHIFT_CONFIG.kwargs)
+        config = choose(_shift_kernel, SHIFT_CONFIG, x.device, x.dtype, batch * height * width)
+        grid = (batch * queries * triton.cdiv(height * width, config["BLOCK"]),)
+        launch(_shift_kernel, grid, logits, taps, height, width, size, config=config)
     return logits
 
 
@@ -163,15 +156,3 @@ def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 def similarity(x: Tensor, weight: Tensor, constants: Tensor, height: int, width: int, size: int) -> Tensor:
     """Logits (B, Q, H, W) in the dtype of ``x``, from features (B, C, H*W) and kernels folded in float32."""
     return _similarity(x, weight, constants, height, width, size)
-
-
-def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """Forward and backward in every variant of :func:`.similarity_tiles.variants`."""
-    from .gate import POINTER, GateSpec
-
-    signature = {"logits_ptr": POINTER[dtype], "taps_ptr": "*fp32", "height": "i32", "width": "i32"}
-    specs = [GateSpec("similarity shift", _shift_kernel, signature, {"SIZE": 5}, SHIFT_CONFIG)]
-    for block in COLUMN_BLOCKS:
-        config = taps_config(shared, dtype, block)
-        specs += [variant.spec(f"taps N{block}", _taps_kernel, config) for variant in variants(shared, dtype)]
-    return specs + backward_specs(shared, dtype)

@@ -14,20 +14,16 @@ torch sum: no atomics, the same bits on every run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import dot_precision, on_device
-from .configs import Config, device_class
-from .similarity_tiles import COLUMN_BLOCKS, STAGES, column_block, similarity_flops, variants
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .common import dot_precision
+from .configs import Config, choose, device_class
+from .launch import launch
+from .similarity_tiles import SIZES, STAGES, column_block, similarity_flops
 
 # By bytes of an element. The only loop of the features' gradient is over columns, and mostly one step: no pipeline.
 FEATURES_CONFIGS = {
@@ -59,7 +55,7 @@ def _slope(dlogits_ptr, sample, pixel, column, columns, height, width, SIZE: tl.
     return tl.load(dlogits_ptr + source, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _features_gradient_kernel(
     dx_ptr,
     dlogits_ptr,  # [B, Q, P] float32
@@ -95,7 +91,7 @@ def _features_gradient_kernel(
     tl.store(destination, total.to(dtype), mask=(pixel < pixels)[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _kernel_gradient_kernel(
     dweight_ptr,  # [chunks, B, N, C] float32, one partial sum per chunk of pixels
     dconstants_ptr,  # [chunks, B, N] float32
@@ -147,13 +143,10 @@ def _features_gradient(dlogits: Tensor, weight: Tensor, x: Tensor, size: int) ->
         (batch, channels, pixels), (height, width) = x.shape, dlogits.shape[-2:]
         dlogits, weight = dlogits.contiguous(), weight.contiguous()
         config = FEATURES_CONFIGS[x.element_size()]
-        blocks = dict(config.blocks)
-        grid = (batch * triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"]))
-        sizes = (channels, weight.shape[1], pixels, height, width, size)
-        with on_device(x):
-            _features_gradient_kernel[grid](
-                dx, dlogits, weight, *dx.stride(), *sizes, dot_precision(x.dtype), **config.kwargs
-            )
+        config = choose(_features_gradient_kernel, config, x.device, x.dtype, batch * pixels)
+        grid = (batch * triton.cdiv(pixels, config["BLOCK_P"]), triton.cdiv(channels, config["BLOCK_C"]))
+        sizes = (channels, weight.shape[1], pixels, height, width, size, dot_precision(x.dtype))
+        launch(_features_gradient_kernel, grid, dx, dlogits, weight, *dx.stride(), *sizes, config=config)
     return dx
 
 
@@ -168,25 +161,15 @@ def _kernel_gradient(dlogits: Tensor, x: Tensor, size: int) -> tuple[Tensor, Ten
     (batch, channels, pixels), (queries, height, width) = x.shape, dlogits.shape[-3:]
     columns = queries * size**2
     config = kernel_config(device_class(x.device), x.dtype, columns)
-    blocks = dict(config.blocks)
-    chunks = triton.cdiv(pixels, blocks["BLOCK_P"] * blocks["TILES"])
+    config = choose(_kernel_gradient_kernel, config, x.device, x.dtype, batch * pixels, f"N{column_block(columns)}")
+    chunks = triton.cdiv(pixels, config["BLOCK_P"] * config["TILES"])
     dweight = torch.empty((chunks, batch, columns, channels), dtype=torch.float32, device=x.device)
     dconstants = torch.empty((chunks, batch, columns), dtype=torch.float32, device=x.device)
     if batch:
-        column_blocks = triton.cdiv(columns, blocks["BLOCK_N"])
-        grid = (chunks * batch, triton.cdiv(channels, blocks["BLOCK_C"]), column_blocks)
-        sizes = (batch, channels, columns, pixels, height, width, size)
-        with on_device(x):
-            _kernel_gradient_kernel[grid](
-                dweight,
-                dconstants,
-                dlogits.contiguous(),
-                x,
-                *x.stride(),
-                *sizes,
-                dot_precision(x.dtype),
-                **config.kwargs,
-            )
+        grid = (chunks * batch, triton.cdiv(channels, config["BLOCK_C"]), triton.cdiv(columns, config["BLOCK_N"]))
+        tensors = (dweight, dconstants, dlogits.contiguous(), x)
+        sizes = (batch, channels, columns, pixels, height, width, size, dot_precision(x.dtype))
+        launch(_kernel_gradient_kernel, grid, *tensors, *x.stride(), *sizes, config=config)
     return dweight.sum(0), dconstants.sum(0)
 
 
@@ -216,16 +199,3 @@ def _(dlogits_shape, weight_shape, x_shape, *args, out_shape=None, **kwargs) -> 
 @register_flop_formula(torch.ops.fastris.text_similarity_kernel_gradient)
 def _(dlogits_shape, x_shape, size, *args, out_shape=None, **kwargs) -> int:
     return similarity_flops(x_shape, dlogits_shape[1] * size**2)
-
-
-def gate_specs(shared: str, dtype: torch.dtype) -> list[GateSpec]:
-    """Both kernels in every variant of :func:`.similarity_tiles.variants`."""
-    specs = [
-        variant.spec("features gradient", _features_gradient_kernel, FEATURES_CONFIGS[dtype.itemsize], SIZE=3)
-        for variant in variants(shared, dtype)
-    ]
-    for block, size in zip(COLUMN_BLOCKS, (3, 5), strict=True):
-        config = kernel_config(shared, dtype, block)
-        for variant in variants(shared, dtype):
-            specs.append(variant.spec(f"kernel gradient N{block}", _kernel_gradient_kernel, config, SIZE=size))
-    return specs

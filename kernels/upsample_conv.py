@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
@@ -28,24 +28,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import on_device
-from .configs import Config
-
-if TYPE_CHECKING:
-    from .gate import GateSpec
+from .configs import Config, choose
+from .launch import launch
 
 # A single sample is never divided, so one very large image may exceed this.
 MAX_TAPS_BYTES = 512 * 2**20
 
+# Another batch or picture compiles no other program; the channels' divisibility decides how wide loads are.
+SIZES = ("pixels", "height", "width")
+
 # By bytes of an element and whether C' is a multiple of 16. There is no shared memory to speak of, so one table serves
 # every card. 128 bytes of channels are one cache line. Where C' has another width each element has its own address, and
 # tiles of one element a thread keep the addresses in registers.
-CONFIGS = {
+GATHER = {
     (2, True): Config((("BLOCK_P", 16), ("BLOCK_C", 64)), num_warps=8, num_stages=1),
     (4, True): Config((("BLOCK_P", 16), ("BLOCK_C", 32)), num_warps=4, num_stages=1),
     (2, False): Config((("BLOCK_P", 4), ("BLOCK_C", 64)), num_warps=8, num_stages=1),
     (4, False): Config((("BLOCK_P", 4), ("BLOCK_C", 32)), num_warps=4, num_stages=1),
 }
+ADJOINT = dict(GATHER)
 
 
 @triton.constexpr_function
@@ -88,7 +89,7 @@ def _sum_along_y(taps_ptr, column, y, height, width, channels, channel, mask, TA
     return even, odd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gather_kernel(
     out_ptr,
     moments_ptr,
@@ -164,7 +165,7 @@ def _reach(y, height):
     return tl.where(first, 0.0, 0.25), inner_first, inner_last, tl.where(last, 0.0, 0.25)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _adjoint_kernel(
     dtaps_ptr,
     dout_ptr,
@@ -228,9 +229,15 @@ def _empty_image(like: Tensor, channels: int, scale: int = 1) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
+def _config(kernel: Any, table: dict[tuple[int, bool], Config], x: Tensor, channels: int) -> Config:
+    aligned = channels % 16 == 0
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    config = table[x.element_size(), aligned]
+    return choose(kernel, config, x.device, x.dtype, pixels, "" if aligned else "odd width")
+
+
 def _grid(config: Config, pixels: int, channels: int) -> tuple[int, int]:
-    blocks = dict(config.blocks)
-    return triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"])
+    return triton.cdiv(pixels, config["BLOCK_P"]), triton.cdiv(channels, config["BLOCK_C"])
 
 
 def _gather(x: Tensor, weight: Tensor, bias: Tensor | None, with_stats: bool) -> tuple[Tensor, list[Tensor]]:
@@ -239,7 +246,7 @@ def _gather(x: Tensor, weight: Tensor, bias: Tensor | None, with_stats: bool) ->
     out, moments = _empty_image(x, channels, 2), []
     matrix = _tap_matrix(weight).t()
     bias = None if bias is None else bias.contiguous()
-    config = CONFIGS[x.element_size(), channels % 16 == 0]
+    config = _config(_gather_kernel, GATHER, x, channels)
     flags = {"HAS_BIAS": bias is not None, "HAS_STATS": with_stats}
     for part in _parts(x, channels) if out.numel() else ():
         rows = _rows(x[part])
@@ -247,8 +254,7 @@ def _gather(x: Tensor, weight: Tensor, bias: Tensor | None, with_stats: bool) ->
         if with_stats:
             moments.append(torch.empty((4, grid[0], channels), dtype=torch.float32, device=x.device))
         tensors = (out[part], moments[-1] if with_stats else None, torch.mm(rows, matrix), bias)
-        with on_device(x):
-            _gather_kernel[grid](*tensors, rows.shape[0], height, width, channels, **flags, **config.kwargs)
+        launch(_gather_kernel, grid, *tensors, rows.shape[0], height, width, channels, config=config, **flags)
     return out, moments
 
 
@@ -272,13 +278,13 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weigh
     matrix = _tap_matrix(weight)
     dx = _empty_image(x, x.shape[1]) if need_x else x.new_empty(0)
     dmatrix = torch.zeros(matrix.shape, dtype=torch.float32, device=x.device) if need_weight else None
-    config = CONFIGS[x.element_size(), channels % 16 == 0]
+    config = _config(_adjoint_kernel, ADJOINT, x, channels)
     for part in _parts(x, channels) if dout.numel() else ():
         rows = _rows(x[part])
         dtaps = torch.empty((rows.shape[0], matrix.shape[0]), dtype=x.dtype, device=x.device)
         sizes = (rows.shape[0], height, width, channels)
-        with on_device(x):
-            _adjoint_kernel[_grid(config, sizes[0], channels)](dtaps, _rows(dout[part]), *sizes, **config.kwargs)
+        grid = _grid(config, sizes[0], channels)
+        launch(_adjoint_kernel, grid, dtaps, _rows(dout[part]), *sizes, config=config)
         if need_x:
             torch.mm(dtaps, matrix, out=_rows(dx[part]))
         if dmatrix is not None:
@@ -373,23 +379,3 @@ def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.fastris.upsample2x_conv3x3_backward)
 def _(dout_shape, x_shape, weight_shape, need_x, need_weight, *args, out_shape=None, **kwargs) -> int:
     return (need_x + need_weight) * _product_flops(x_shape, weight_shape)
-
-
-def gate_specs(shared_class: str, dtype: torch.dtype) -> list[GateSpec]:
-    """Every build that the launchers above can ask for: C' a multiple of 16 or not, with and without statistics."""
-    from .gate import POINTER, GateSpec
-
-    pointer = POINTER[dtype]
-    sizes = dict.fromkeys(("pixels", "height", "width", "channels"), "i32")
-    gather = {"out_ptr": pointer, "moments_ptr": "*fp32", "taps_ptr": pointer, "bias_ptr": pointer}
-    adjoint = {"dtaps_ptr": pointer, "dout_ptr": pointer}
-    specs = []
-    for aligned in (True, False):
-        config, divisible = CONFIGS[dtype.itemsize, aligned], ("channels",) if aligned else ()
-        note = "" if aligned else ", odd C'"
-        for stats in (False, True):
-            name, flags = f"gather{' + stats' * stats}{note}", {"HAS_BIAS": True, "HAS_STATS": stats}
-            specs.append(GateSpec(f"upsample_conv {name}", _gather_kernel, gather | sizes, flags, config, divisible))
-        name = f"upsample_conv adjoint{note}"
-        specs.append(GateSpec(name, _adjoint_kernel, adjoint | sizes, {}, config, divisible))
-    return specs

@@ -1,0 +1,225 @@
+"""What is launched: the model's own parts and the operators, run in recording mode on a CPU.
+
+Nothing is computed by a kernel here, but everything around it runs as it would on a GPU: the operators' algebra, their
+registration, autograd, autocast. So the gate's list cannot drift from what is launched. Sizes are CRIS's own for a
+picture of 416 x 416 pixels and 17 words, at a batch of one or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastris import dispatch
+from fastris.kernels.configs import pretended_class
+from fastris.kernels.cross_attention import dropout_masks
+from fastris.kernels.launch import Launch, recording
+from fastris.models.cris.config import CRISConfig
+from fastris.models.cris.decoder import TransformerDecoder
+from fastris.models.cris.projector import Projector
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.cross_attention import cross_attention
+from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.reference import AttentionWeights
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to use the library: ``run(dtype)`` launches what it launches, for each of ``dtypes``.
+
+    ``classes`` are the shared-memory classes of cards that it concerns; ``tuned`` says whether the alternatives of the
+    launch tables are built for it, too.
+    """
+
+    name: str
+    run: Callable[[torch.dtype], None]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    classes: tuple[str, ...] = ("large", "small", "tiny")
+    tuned: bool = False
+
+
+def launches(scenario: Scenario, shared: str, dtype: torch.dtype) -> list[Launch]:
+    """What ``scenario`` launches in ``dtype`` on a card of class ``shared``, in order."""
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        for context in (pretended_class(shared), dispatch.every_device_has_triton(), dispatch.use_impl("triton")):
+            stack.enter_context(context)
+        stack.enter_context(_CudaAutocast())
+        stack.enter_context(_HollowProducts())
+        found = stack.enter_context(recording())
+        scenario.run(dtype)
+    return found
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Autocast on a CPU as it is on CUDA where that decides a kernel's types: there LayerNorm answers in float32."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is F.layer_norm and torch.is_autocast_enabled("cpu"):
+            arguments = [value.float() if isinstance(value, Tensor) else value for value in arguments]
+        return function(*arguments, **(keywords or {}))
+
+
+class _HollowProducts(TorchDispatchMode):
+    """Matrix products only answer with the right shape: their values decide no launch, and they would take minutes."""
+
+    HOLLOW = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords, name = keywords or {}, function._schema.name
+        if name in OPDEFS:  # an operator with kernels: the products between its launches are hollow, too
+            with self:
+                return OPDEFS[name]._init_fn(*arguments, **keywords)
+        if name not in self.HOLLOW:
+            return function(*arguments, **keywords)
+        if "out" in keywords:
+            return keywords["out"]
+        first, second = [each for each in arguments if isinstance(each, Tensor)][-2:]
+        return first.new_zeros(*first.shape[:-1], second.shape[-1])
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _head(preset: str, dtype: torch.dtype, train: bool, converted: bool = False) -> None:
+    """Decoder and projector of a model: one step of training with the loss, or an evaluation.
+
+    Half precision is autocast's, or, ``converted``, that of the weights. No kernel is in the feed-forward sub-layer.
+    """
+    config = CRISConfig.preset(preset)
+    side, batch = config.input_size // 16, 2 if train else 1
+    decoder = TransformerDecoder(2, config.vis_dim, config.num_head, 64, config.dropout)
+    projector = Projector(config.word_dim, config.vis_dim // 2)
+    weights = dtype if converted else torch.float32
+    for module in (decoder, projector):
+        module.train(train).requires_grad_(train).to(weights)
+    # What the neck gives away: a convolution's answer. Words and sentences come from matrix products.
+    fused = torch.zeros(batch, config.vis_dim, side, side, dtype=dtype, requires_grad=train)
+    words = torch.zeros(batch, config.word_len, config.vis_dim, dtype=dtype, requires_grad=train)
+    state = torch.zeros(batch, config.word_dim, dtype=dtype, requires_grad=train)
+    padding = torch.arange(config.word_len).expand(batch, -1) > 11
+    with torch.autocast("cpu", dtype, enabled=dtype in HALF and not converted), torch.set_grad_enabled(train):
+        decoded = decoder(fused, words, padding).reshape(fused.shape)
+        if not train:
+            projector(decoded, state)
+            return
+        mask = torch.zeros(batch, 1, config.input_size, config.input_size)
+        loss, _ = projector(decoded, state, mask)
+    loss.backward()
+
+
+def _train(preset: str) -> Callable[[torch.dtype], None]:
+    return lambda dtype: _head(preset, dtype, train=True)
+
+
+def _evaluate(preset: str, converted: bool = False) -> Callable[[torch.dtype], None]:
+    return lambda dtype: _head(preset, dtype, train=False, converted=converted)
+
+
+def _train_with_tf32(dtype: torch.dtype) -> None:
+    with _tf32():
+        _head("cris_r50", dtype, train=True)
+
+
+def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def _score(queries: int, size: int, channels: int, side: tuple[int, int]) -> Callable[[torch.dtype], None]:
+    """Similarity and loss of contiguous features, without the model: the largest text kernels, several, odd maps."""
+
+    def run(dtype: torch.dtype) -> None:
+        features = _leaf(2, channels, *side, dtype=dtype)
+        kernel, bias = _leaf(2, queries, channels, size, size, dtype=dtype), _leaf(2, queries, dtype=dtype)
+        text_to_pixel_similarity(features, kernel, bias).sum().backward()
+        text_to_pixel_contrastive_loss(features, kernel, torch.zeros(2, queries, *side), bias)[0].backward()
+
+    return run
+
+
+def _long_sentences(dtype: torch.dtype) -> None:
+    """The widest bucket of words, learned positions, and weights, pixels and products of one dtype, with dropout."""
+    rows, words, dim, heads = 13 * 13, 77, 1024, 8
+
+    def vector(width: int = dim) -> Tensor:
+        return _leaf(width, dtype=dtype)
+
+    projections = _leaf(3 * dim, dim, dtype=dtype), vector(3 * dim), _leaf(dim, dim, dtype=dtype)
+    weights = AttentionWeights(vector(), vector(), *projections, vector(), vector(), vector())
+    x, text = _leaf(2, rows, dim, dtype=dtype), _leaf(2, words, dim, dtype=dtype)
+    tables = _leaf(rows, dim, dtype=dtype), _leaf(words, dim, dtype=dtype)
+    answer = cross_attention(x, text, *tables, None, weights, heads, dropout=0.1, attention_dropout=0.1, training=True)
+    answer.sum().backward()
+
+
+def _masks(dtype: torch.dtype) -> None:
+    """The kernel that tests read dropout masks with."""
+    dropout_masks(torch.zeros(2, dtype=torch.int64), (1, 8, 17, 512), 26 * 26, 0.1, 0.1)
+
+
+def _upsample(channels: int) -> Callable[[torch.dtype], None]:
+    """Statistics for the norm behind it, and channels that are no multiple of 16."""
+
+    def run(dtype: torch.dtype) -> None:
+        x, weight, bias = (
+            _leaf(2, 64, 13, 15, dtype=dtype),
+            _leaf(channels, 64, 3, 3, dtype=dtype),
+            _leaf(channels, dtype=dtype),
+        )
+        upsample2x_conv3x3(x, weight, bias).sum().backward()
+        upsample2x_conv3x3(x, weight).sum().backward()
+        output, mean, var = upsample2x_conv3x3_stats(x, weight, bias)
+        (output.sum() + mean.sum() + var.sum()).backward()
+
+    return run
+
+
+FLOAT32, FLOAT16, BFLOAT16 = ((dtype,) for dtype in DTYPES)
+# What comes first names a build that several of them share. float16 and bfloat16 share their tiles: what is rare is
+# built for one of them.
+SCENARIOS = (
+    Scenario("train", _train("cris_r50"), tuned=True),
+    Scenario("train R101", _train("cris_r101")),
+    Scenario("train TF32", _train_with_tf32, FLOAT32, ("large", "small")),
+    Scenario("eval", _evaluate("cris_r50")),
+    Scenario("eval R101", _evaluate("cris_r101")),
+    Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
+    Scenario("demo", _train("tiny"), (torch.float32, torch.bfloat16)),
+    Scenario("demo eval", _evaluate("tiny"), (torch.float32, torch.bfloat16)),
+    Scenario("NCHW", _score(1, 3, 256, (104, 104)), (torch.float32, torch.bfloat16)),
+    Scenario("5x5 kernel", _score(1, 5, 256, (104, 104)), (torch.float32, torch.bfloat16)),
+    Scenario("3 kernels", _score(3, 3, 256, (104, 104)), BFLOAT16),
+    Scenario("odd map", _score(1, 3, 70, (13, 15)), (torch.float32, torch.float16)),
+    Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), (torch.float32, torch.bfloat16)),
+    Scenario("77 words", _long_sentences, (torch.float32, torch.bfloat16)),
+    Scenario("statistics", _upsample(64), (torch.float32, torch.bfloat16)),
+    Scenario("odd width", _upsample(70), (torch.float32, torch.bfloat16)),
+    Scenario("mask alone", _masks, FLOAT32),
+)
+
+
+def recorded(shared: str, dtype: torch.dtype) -> Iterator[tuple[Scenario, Launch]]:
+    """Every launch of every scenario in ``dtype`` on cards of class ``shared``."""
+    for scenario in SCENARIOS:
+        if shared in scenario.classes and dtype in scenario.dtypes:
+            for launch in launches(scenario, shared, dtype):
+                yield scenario, launch
