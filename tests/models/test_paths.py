@@ -191,6 +191,16 @@ def test_dropout_acts_in_training_only_and_repeats_under_a_seed():
     assert torch.equal(model(*batch[:2]), model(*batch[:2]))
 
 
+def test_the_decoders_norm_copies_nothing_and_gives_the_projector_a_map_that_lies_as_it_reads_it():
+    layers = decoder.TransformerDecoder(1, 32, 4, 32, 0.1)
+    given = []
+    layers.norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    answer = layers(torch.randn(2, 32, 4, 5), torch.randn(2, 3, 32), None)
+    assert given[0].is_contiguous(), "LayerNorm copies an input that lies in another order"
+    assert answer.reshape(2, 32, 4, 5).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(answer, layers.norm(given[0].transpose(0, 1)).permute(1, 2, 0))
+
+
 def test_inference_keeps_nothing_for_a_backward_pass():
     model, (images, tokens, _) = make_model().eval(), make_batch()
     kept = []

@@ -172,7 +172,14 @@ def decoder_forward(decoder: Any, vis: Tensor, txt: Tensor, pad_mask: Tensor | N
 
 
 def normed(decoder: Any, pixels: Tensor) -> Tensor:
-    """The decoder's final LayerNorm and output order: (N, B, D) -> (B, D, N)."""
+    """The decoder's final LayerNorm and output order: (N, B, D) -> (B, D, N).
+
+    The norm runs along memory, in which the layers keep a sample's pixels together. Otherwise it would copy its input,
+    forward and backward, and return a map that the projector has to copy as well.
+    """
+    by_sample = pixels.transpose(0, 1)
+    if by_sample.is_contiguous():
+        return decoder.norm(by_sample).transpose(1, 2)
     return decoder.norm(pixels).permute(1, 2, 0)
 
 
