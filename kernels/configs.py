@@ -8,8 +8,8 @@ entry and every alternative fits every card of its class.
 The contract for who measures configurations:
 
 * ``with watched() as seen: operator(...)`` collects what the operator's launches asked for, backward included: a dict
-  from :class:`Choice` to the :class:`Config` of the table. ``config.alternatives`` are the others worth a try there,
-  all of which the gate has built for cards of that class. Sizes differ by powers of two: a Choice is a bucket.
+  from :class:`Choice` to the :class:`Config` of the table. ``config.alternatives`` are the others worth a try there.
+  The gate has built them as training in half precision launches them. A Choice is a bucket: sizes are powers of two.
 * ``with replaced({choice: config}): operator(...)`` launches with another configuration inside the block, in every
   thread (the backward pass runs in another one). ``replace({...}, device=index)`` does so for good, for one GPU or,
   with None, for all; ``replace({})`` takes everything back. A size that was not measured takes the nearest measured one

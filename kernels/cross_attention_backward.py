@@ -44,17 +44,24 @@ from .cross_attention_tiles import (
 from .launch import launch
 
 # (shared-memory class, bytes per element of the products' dtype) -> launch.
+FEWER_ROWS = (
+    Config((("BLOCK_N", 16), ("BLOCK_D", 64), ("BLOCK_K", 64)), num_warps=4, num_stages=2),
+    Config((("BLOCK_N", 16), ("BLOCK_D", 64), ("BLOCK_K", 128)), num_warps=4, num_stages=2),
+)
+_HALF = Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("BLOCK_K", 128)), num_warps=8, num_stages=2, alternatives=FEWER_ROWS)
 ROWS = {
-    ("large", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("BLOCK_K", 128)), num_warps=8, num_stages=2),
-    ("small", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("BLOCK_K", 128)), num_warps=8, num_stages=2),
+    ("large", 2): _HALF,
+    ("small", 2): _HALF,
     ("tiny", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("BLOCK_K", 64)), num_warps=8, num_stages=2),
     ("large", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("BLOCK_K", 32)), num_warps=8, num_stages=2),
     ("small", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("BLOCK_K", 32)), num_warps=8, num_stages=2),
     ("tiny", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("BLOCK_K", 32)), num_warps=8, num_stages=2),
 }
+_FEWER_WARPS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=4, num_stages=2)
+_HALF_WEIGHTS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=8, num_stages=2, alternatives=(_FEWER_WARPS,))
 WEIGHTS = {
-    ("large", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=8, num_stages=2),
-    ("small", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=8, num_stages=2),
+    ("large", 2): _HALF_WEIGHTS,
+    ("small", 2): _HALF_WEIGHTS,
     ("tiny", 2): Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=8, num_stages=2),
     ("large", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
     ("small", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32)), num_warps=8, num_stages=2),

@@ -24,7 +24,7 @@ from .common import dot_precision
 from .configs import Config, choose, device_class
 from .launch import launch
 from .similarity_backward import similarity_gradients
-from .similarity_tiles import SIZES, STAGES, column_block, similarity_flops
+from .similarity_tiles import COLUMN_BLOCKS, SIZES, STAGES, column_block, similarity_flops
 
 SHIFT_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
 
@@ -32,8 +32,12 @@ SHIFT_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
 def taps_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
     channels = 32 if dtype is torch.float32 else 64
     pixels = 64 if dtype is torch.float32 or shared == "tiny" else 128
-    tile = (("BLOCK_N", column_block(columns)), ("BLOCK_C", channels), ("BLOCK_P", pixels))
-    return Config(tile, num_warps=4, num_stages=STAGES[shared])
+    block, stages = column_block(columns), STAGES[shared]
+    tile = (("BLOCK_N", block), ("BLOCK_C", channels), ("BLOCK_P", pixels))
+    alternatives = ()
+    if block == COLUMN_BLOCKS[0] and (channels, pixels) == (64, 128):
+        alternatives = (Config((*tile[:2], ("BLOCK_P", 64)), num_warps=4, num_stages=stages),)
+    return Config(tile, num_warps=4, num_stages=stages, alternatives=alternatives)
 
 
 @triton.jit(do_not_specialize=SIZES)

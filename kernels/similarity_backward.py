@@ -23,11 +23,16 @@ from torch.utils.flop_counter import register_flop_formula
 from .common import dot_precision
 from .configs import Config, choose, device_class
 from .launch import launch
-from .similarity_tiles import SIZES, STAGES, column_block, similarity_flops
+from .similarity_tiles import COLUMN_BLOCKS, SIZES, STAGES, column_block, similarity_flops
 
 # By bytes of an element. The only loop of the features' gradient is over columns, and mostly one step: no pipeline.
 FEATURES_CONFIGS = {
-    2: Config((("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 128)), num_warps=4, num_stages=1),
+    2: Config(
+        (("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 128)),
+        num_warps=4,
+        num_stages=1,
+        alternatives=(Config((("BLOCK_N", 16), ("BLOCK_C", 256), ("BLOCK_P", 32)), num_warps=4, num_stages=1),),
+    ),
     4: Config((("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 64)), num_warps=4, num_stages=1),
 }
 
@@ -38,7 +43,11 @@ def kernel_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
     if dtype is torch.float32:
         tile = (block, ("BLOCK_C", 32), ("BLOCK_P", 32), ("TILES", 8))
         return Config(tile, num_warps=4, num_stages=STAGES[shared])
-    return Config((block, ("BLOCK_C", 64), ("BLOCK_P", 64), ("TILES", 4)), num_warps=8, num_stages=STAGES[shared])
+    tile = (block, ("BLOCK_C", 64), ("BLOCK_P", 64), ("TILES", 4))
+    alternatives = ()
+    if column_block(columns) == COLUMN_BLOCKS[0]:
+        alternatives = (Config(tile, num_warps=4, num_stages=STAGES[shared]),)
+    return Config(tile, num_warps=8, num_stages=STAGES[shared], alternatives=alternatives)
 
 
 @triton.jit

@@ -40,8 +40,9 @@ SIZES = ("pixels", "height", "width")
 # By bytes of an element and whether C' is a multiple of 16. There is no shared memory to speak of, so one table serves
 # every card. 128 bytes of channels are one cache line. Where C' has another width each element has its own address, and
 # tiles of one element a thread keep the addresses in registers.
+_FEWER_WARPS = (Config((("BLOCK_P", 16), ("BLOCK_C", 64)), num_warps=4, num_stages=1),)
 GATHER = {
-    (2, True): Config((("BLOCK_P", 16), ("BLOCK_C", 64)), num_warps=8, num_stages=1),
+    (2, True): Config((("BLOCK_P", 16), ("BLOCK_C", 64)), num_warps=8, num_stages=1, alternatives=_FEWER_WARPS),
     (4, True): Config((("BLOCK_P", 16), ("BLOCK_C", 32)), num_warps=4, num_stages=1),
     (2, False): Config((("BLOCK_P", 4), ("BLOCK_C", 64)), num_warps=8, num_stages=1),
     (4, False): Config((("BLOCK_P", 4), ("BLOCK_C", 32)), num_warps=4, num_stages=1),

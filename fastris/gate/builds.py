@@ -64,7 +64,7 @@ def named_launches(arch: int | str, dtype: torch.dtype) -> dict[str, Launch]:
     programs = set()
     for scenario, launch in _recorded(shared_class(shared_limit(arch)), dtype):
         name = f"{kernel_name(launch.kernel)}: {scenario.name}"
-        for each, note in _with_alternatives(launch, scenario.tuned):
+        for each, note in _with_alternatives(launch, dtype in scenario.tuned):
             program = each.kernel, str(_specialised(each, arch)), each.config
             if program not in programs:
                 programs.add(program)
@@ -82,7 +82,7 @@ def _with_alternatives(launch: Launch, tuned: bool) -> Iterator[tuple[Launch, st
     for config in launch.config.alternatives if tuned else ():
         tiles = dict(config.blocks)
         arguments = tuple((name, tiles.get(name, value)) for name, value in launch.arguments)
-        note = f" [{'x'.join(map(str, tiles.values()))}, {config.num_warps} warps, {config.num_stages} stages]"
+        note = f" [{'x'.join(map(str, tiles.values()))}, {config.num_warps} warps, stages {config.num_stages}]"
         yield replace(launch, arguments=arguments, config=config), note
 
 

@@ -18,7 +18,7 @@ from .scenarios import DTYPES
 
 def _row(build: Build) -> str:
     return (
-        f"{build.name:58} {build.arch:8} {build.dtype:9} {build.num_warps:5} {build.shared:7} {build.limit:7} "
+        f"{build.name:68} {build.arch:8} {build.dtype:9} {build.num_warps:5} {build.shared:7} {build.limit:7} "
         f"{build.registers:5} {build.stack:5}{'' if build.fits else '  DOES NOT FIT'}"
     )
 
@@ -33,7 +33,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("the gate compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    print(f"{'kernel':58} {'card':8} {'dtype':9} {'warps':>5} {'shared':>7} {'limit':>7} {'regs':>5} {'stack':>5}")
+    print(f"{'kernel':68} {'card':8} {'dtype':9} {'warps':>5} {'shared':>7} {'limit':>7} {'regs':>5} {'stack':>5}")
     failures = 0
     jobs = [(arch, dtype) for arch in ARCHS for dtype in DTYPES]
     # Fresh processes: a fork would inherit the threads of whatever was imported before.
