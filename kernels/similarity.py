@@ -34,7 +34,7 @@ def taps_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
     pixels = 64 if dtype is torch.float32 or shared == "tiny" else 128
     block, stages = column_block(columns), STAGES[shared]
     tile = (("BLOCK_N", block), ("BLOCK_C", channels), ("BLOCK_P", pixels))
-    alternatives = ()
+    alternatives: tuple[Config, ...] = ()
     if block == COLUMN_BLOCKS[0] and (channels, pixels) == (64, 128):
         alternatives = (Config((*tile[:2], ("BLOCK_P", 64)), num_warps=4, num_stages=stages),)
     return Config(tile, num_warps=4, num_stages=stages, alternatives=alternatives)

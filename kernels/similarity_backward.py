@@ -44,7 +44,7 @@ def kernel_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
         tile = (block, ("BLOCK_C", 32), ("BLOCK_P", 32), ("TILES", 8))
         return Config(tile, num_warps=4, num_stages=STAGES[shared])
     tile = (block, ("BLOCK_C", 64), ("BLOCK_P", 64), ("TILES", 4))
-    alternatives = ()
+    alternatives: tuple[Config, ...] = ()
     if column_block(columns) == COLUMN_BLOCKS[0]:
         alternatives = (Config(tile, num_warps=4, num_stages=STAGES[shared]),)
     return Config(tile, num_warps=8, num_stages=STAGES[shared], alternatives=alternatives)
