@@ -3,7 +3,8 @@
 Every operator has three paths: ``reference`` (the published formula), ``torch`` (the same function after exact algebra)
 and ``triton`` (that algebra with its heavy steps in fused kernels). The choice is, in this order: the operator's own
 ``impl=`` argument, the innermost :func:`use_impl` block of the running thread or asyncio task, the environment variable
-``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where it runs and ``torch`` elsewhere, and never fails.
+``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where it was proved to run and to be right on the GPU at hand
+(:mod:`fastris.preflight`: the first use in a process is the proof), and ``torch`` elsewhere, and never fails.
 Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
+from fastris import preflight
 from fastris.operators import OPERATORS
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -131,7 +133,8 @@ def _compiled_block() -> str:
 def resolve(operator: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:
     """The path that ``operator`` takes for tensors of ``device`` and ``dtype``: reference, torch or triton.
 
-    Raises RuntimeError, with the reason, when ``triton`` is asked for and cannot run.
+    Where the kernels come into question for the first time, they are proved first; ``auto`` says once if they fail.
+    Raises RuntimeError, with the reason, when ``triton`` is asked for and cannot run, or failed its proof.
     """
     requested = requested_impl(impl)
     if requested == "reference":
@@ -141,10 +144,42 @@ def resolve(operator: str, device: torch.device, dtype: torch.dtype, impl: str =
         return torch_path
     obstacle = triton_obstacle(device, dtype)
     if requested == "triton":
+        obstacle = obstacle or _failure(operator, device, dtype, requested)
         if obstacle:
             raise RuntimeError(f'{operator}: impl="triton" cannot run: {obstacle}. Use impl="torch" or impl="auto".')
         return "triton"
-    return torch_path if obstacle or _interpreting else "triton"
+    if obstacle or _interpreting or _failure(operator, device, dtype, requested):
+        return torch_path
+    return "triton"
+
+
+def _failure(operator: str, device: torch.device, dtype: torch.dtype, requested: str) -> str | None:
+    """How the kernels failed their proof, or None. Under the interpreter and for a record of launches there is none."""
+    if _interpreting or _every_device_has_triton:
+        return None
+    if torch.compiler.is_dynamo_compiling():
+        return _failure_while_tracing(operator, device, dtype, requested)
+    try:
+        found = preflight.settled[operator, device.index, dtype]
+    except KeyError:
+        found = preflight.verdict(operator, device, dtype)
+    if found is None or (found is preflight.POSTPONED and requested == "triton"):
+        return None
+    if requested == "auto":
+        preflight.tell(operator, device, dtype, found)
+    return str(found)
+
+
+def _constant(function: Callable) -> Callable:
+    """As torch.compiler.assume_constant_result, which would import the compiler here."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _failure_while_tracing(operator: str, device: torch.device, dtype: torch.dtype, requested: str) -> str | None:
+    """torch.compile calls this while it traces and keeps the answer, as a verdict holds for the process."""
+    return _failure(operator, device, dtype, requested)
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -175,6 +210,15 @@ def every_device_has_triton() -> Iterator[None]:
         _every_device_has_triton = before
 
 
+def unproved_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no proof of the kernels is wanted on ``device`` in ``dtype``, or None where the first use makes one."""
+    if (obstacle := triton_obstacle(device, dtype)) is not None:
+        return obstacle
+    if _every_device_has_triton:
+        return "launches are recorded and not made"
+    return "Triton's interpreter is for tests, which run it on purpose" if _interpreting else None
+
+
 def _device_obstacle(index: int) -> str | None:
     if index not in _device_obstacles:
         properties = torch.cuda.get_device_properties(index)
@@ -196,9 +240,11 @@ def chosen_paths(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
         requested = requested_impl()
     except ValueError as error:
         return [(operator, "none", str(error)) for operator in OPERATORS]
-    obstacle = triton_obstacle(device, dtype)
+    general = triton_obstacle(device, dtype)
     rows = []
     for operator, entry in OPERATORS.items():
+        known = None if unproved_obstacle(device, dtype) else preflight.known(operator, device, dtype)
+        obstacle = general or (known and str(known))
         if not entry.kernels:
             path = "reference" if requested == "reference" else "torch"
             rows.append((operator, path, "it has no kernel of its own: PyTorch's fused functions are its fast path"))

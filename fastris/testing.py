@@ -20,13 +20,26 @@ FLOAT32 = 1e-5
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a unit in the last place of 1
 
 
-def assert_same(fast: Tensor, published: Tensor, truth: Tensor, name: str, *, float32_tables: bool = False) -> None:
+class WrongNumber(AssertionError):
+    """A result is further from the truth than its bound allows."""
+
+
+def assert_same(
+    fast: Tensor,
+    published: Tensor,
+    truth: Tensor,
+    name: str,
+    *,
+    float32_tables: bool = False,
+    rounding: float | None = None,
+) -> None:
     """Hold ``fast`` to ``truth`` (float64), allowing what the ``published`` formula loses in the same precision.
 
     The largest error in float64 is at most :data:`EXACT` of the truth's scale, or :data:`FLOAT32_TABLES` where the
     caller says that ``float32_tables`` enter; in float32 at most :data:`FLOAT32`. float16 and bfloat16: largest and
-    RMS error at most 1.25 times the published formula's, plus one rounding of the result. A result may not be of a
-    lower precision than float64 where the published formula's is float64.
+    RMS error at most 1.25 times the published formula's, plus one rounding of the result. So is float32 held where its
+    products are rounded to fewer digits, as in TF32, and ``rounding`` says to how many. A result may not be of a lower
+    precision than float64 where the published formula's is float64.
     """
     _require(fast.shape == truth.shape, f"{name}: shape {tuple(fast.shape)}, expected {tuple(truth.shape)}")
     if published.dtype is torch.float64:
@@ -36,12 +49,12 @@ def assert_same(fast: Tensor, published: Tensor, truth: Tensor, name: str, *, fl
     _require(bool(torch.isfinite(truth).all()), f"{name}: the truth itself is not finite")
     error, allowed = (fast.double() - truth).abs(), (published.double() - truth).abs()
     scale = truth.abs().max()
-    if fast.dtype in (torch.float32, torch.float64):
+    if fast.dtype in (torch.float32, torch.float64) and rounding is None:
         exact = FLOAT32_TABLES if float32_tables else EXACT
         bound = (exact if fast.dtype is torch.float64 else FLOAT32) * scale
         _require(bool(error.max() <= bound), f"{name}: error {error.max():.2e} of scale {scale:.2e}")
         return
-    rounding = EPS[fast.dtype]
+    rounding = EPS[fast.dtype] if rounding is None else rounding
     for kind, measure, size in (("max", torch.max, scale), ("RMS", rms, rms(truth))):
         bound = 1.25 * measure(allowed) + rounding * size
         _require(bool(measure(error) <= bound), f"{name}: {kind} error {measure(error):.3e} exceeds {bound:.3e}")
@@ -50,7 +63,7 @@ def assert_same(fast: Tensor, published: Tensor, truth: Tensor, name: str, *, fl
 def _require(holds: bool, message: str) -> None:
     """An assertion that ``python -O`` keeps: the benchmarks rely on these checks."""
     if not holds:
-        raise AssertionError(message)
+        raise WrongNumber(message)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -82,13 +95,15 @@ def assert_path_same(
     *,
     float32_tables: bool = False,
     autocast: torch.dtype | None = None,
+    rounding: float | None = None,
 ) -> None:
     """Check outputs and gradients of ``fast`` in ``dtype`` against ``published`` in float64; see :func:`assert_same`.
 
     The inputs are rounded to ``dtype`` first, so that all three see the same numbers. In low precision the errors of
     ``draws`` random upstream gradients are pooled, by default 8: a bias gradient has few elements, so the largest error
-    of a single draw would be luck. ``float32_tables`` as in :func:`assert_same`. With ``autocast``, ``fast`` and
-    ``published`` run under it, and ``fast`` may lose what ``published`` loses there; the float64 truth runs without.
+    of a single draw would be luck. ``float32_tables`` and ``rounding`` as in :func:`assert_same`. With ``autocast``,
+    ``fast`` and ``published`` run under it, and ``fast`` may lose what ``published`` loses there; the float64 truth runs
+    without.
     """
     low = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     high = {k: v.double() if v.is_floating_point() else v for k, v in low.items()}
@@ -106,7 +121,7 @@ def assert_path_same(
             value.dtype is want.dtype, f"{name}: {value.dtype}, where the published formula answers in {want.dtype}"
         )
         value = value if autocast is None else value.to(autocast)  # of that precision, whatever dtype holds it
-        assert_same(value, want, truth[name], name, float32_tables=float32_tables)
+        assert_same(value, want, truth[name], name, float32_tables=float32_tables, rounding=rounding)
 
 
 def _autocast(first: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:

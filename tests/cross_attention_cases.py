@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastris.ops.cross_attention import cross_attention
+from fastris.ops.proofs import masked_cross_attention
 from fastris.reference import AttentionWeights
 
 WEIGHTS = AttentionWeights._fields
@@ -71,24 +71,8 @@ def masked_formula(
 ) -> Callable[..., Tensor]:
     """The published sub-layer with given dropout masks (B, N, heads, L) and (B, N, D), True where kept."""
 
-    def function(x: Tensor, text: Tensor, positions: Tensor, text_positions: Tensor, **named: Tensor) -> Tensor:
-        weights = AttentionWeights(**named)
-        norm = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias)
-        sources = norm + positions, text + text_positions, text
-        query, key, value = (
-            F.linear(source, matrix, bias).unflatten(-1, (case.heads, -1)).transpose(1, 2)
-            for source, matrix, bias in zip(
-                sources, weights.in_proj_weight.chunk(3), weights.in_proj_bias.chunk(3), strict=True
-            )
-        )
-        scores = query @ key.mT / query.shape[-1] ** 0.5
-        if case.padding_mask is not None:
-            scores = scores.masked_fill(case.padding_mask[:, None, None].to(x.device), float("-inf"))
-        attention = scores.softmax(-1) * weights_kept.transpose(1, 2) / (1 - attention_dropout)
-        branch = F.linear(
-            (attention @ value).transpose(1, 2).flatten(2), weights.out_proj_weight, weights.out_proj_bias
-        )
-        branch = F.layer_norm(branch, x.shape[-1:], weights.post_norm_weight, weights.post_norm_bias)
-        return x + branch * branch_kept / (1 - dropout)
+    def function(**named: Tensor) -> Tensor:
+        masks = weights_kept, branch_kept, attention_dropout, dropout
+        return masked_cross_attention(named, case.padding_mask, case.heads, *masks)
 
     return function

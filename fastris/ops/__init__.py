@@ -5,9 +5,13 @@ from fastris.ops.coord_conv import coord_conv
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.feed_forward import feed_forward
 from fastris.ops.pointwise_conv import pointwise_conv_cat
+from fastris.ops.proofs import PROOFS
 from fastris.ops.self_attention import self_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.preflight import register
+
+register(PROOFS)  # here, so that whoever imports an operator has its proof
 
 __all__ = [
     "coord_conv",

@@ -42,6 +42,11 @@ class Precision:
             raise ValueError(f"amp=bf16 is not in the hardware of {device}; use amp=auto or amp=fp16")
         return cls(amp, device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[self.name]
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context for the forward pass; it does nothing for "off"."""
         dtype = torch.float16 if self.name == "fp16" else torch.bfloat16

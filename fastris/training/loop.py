@@ -29,6 +29,7 @@ from fastris.training.log import RunLog, StepRecord, memory_mib
 from fastris.training.memory import out_of_memory_explained
 from fastris.training.notices import end_if_unreadable, go_on, introduce, open_log, told_where_it_stands
 from fastris.training.parts import Batches, Parts, Plan
+from fastris.training.paths import agree_on_kernels
 from fastris.training.run import Run
 from fastris.training.validation import validate
 
@@ -63,6 +64,7 @@ def train(parts: Parts) -> TrainResult:
     plan, run, batches, position, scores = parts.plan, parts.run, parts.batches, parts.run.position, None
     with parts.stop as stop, open_log(parts.log, run) as log, told_where_it_stands(run):
         introduce(run, batches.samples, batches.sampler, plan.batch_size, parts.ignored, log)
+        agree_on_kernels(run.precision.device, _dtypes_of(parts))
         if parts.is_new:
             _save(run, log)
         try:
@@ -85,6 +87,12 @@ def train(parts: Parts) -> TrainResult:
                 log.note(f"stopped; {run.last} is from step {run.saved_step}. Go on with {go_on(run)}")
                 raise
     return TrainResult(run.folder, run.model, position.epoch, run.saved_step, position.best_iou, scores, stop.requested)
+
+
+def _dtypes_of(parts: Parts) -> list[torch.dtype]:
+    """What the run computes in; a validation computes in float32."""
+    own, validated = parts.run.precision.dtype, [] if parts.validation is None else [torch.float32]
+    return list(dict.fromkeys([own, *validated]))
 
 
 def train_epoch(parts: Parts, log: RunLog, stop: StopSignal) -> bool:

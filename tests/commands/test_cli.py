@@ -14,10 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from pretended_gpu import pretended_gpu
 
 import fastris
 from fastris.commands import cli, doctor
 from fastris.options.declare import option
+from fastris.preflight import verdicts
+from fastris.testing import WrongNumber
 
 ROOT = Path(__file__).parents[2]
 
@@ -338,6 +342,26 @@ def test_doctor_reports_versions_devices_and_the_path_of_every_operator(capsys: 
         assert path in ("reference", "torch", "triton") and reason
     page = run(["doctor"], capsys)[1]
     assert "operators on cpu\n" in page and fastris.__version__ in page
+
+
+def test_doctor_proves_the_kernels_of_every_operator_on_every_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(operator: str, dtype: torch.dtype) -> None:
+        if (operator, dtype) == ("cross_attention", torch.float16):
+            raise WrongNumber("output 0: max error 1.0 exceeds 0.1")
+
+    monkeypatch.setattr(doctor, "_devices", lambda: {"cpu": "1 core", "cuda:0": "a card"})
+    monkeypatch.setattr(verdicts, "run_alone", lambda proof, device, dtype: proof(device, dtype))
+    with pretended_gpu(failing) as proofs:
+        found = json.loads(run(["doctor", "--json"], capsys)[1])
+        page = run(["doctor"], capsys)[1]
+    assert len(proofs.made) == len(set(proofs.made)) == 12, "four operators in three dtypes, each once"
+    kernels = found["kernels"]["cuda:0"]
+    assert kernels["cross_attention, bfloat16"] == kernels["upsample2x_conv3x3, float16"] == "right"
+    assert "numbers are wrong (output 0" in kernels["cross_attention, float16"]
+    assert "kernels on cuda:0\n" in page and "numbers are wrong" in page
+    assert found["operators"]["cuda:0"]["cross_attention"].startswith("triton")
 
 
 def test_doctor_reports_what_is_broken_and_does_not_fail(

@@ -1,0 +1,217 @@
+"""A proof of each operator's kernels: the tiles and options of a real training step, on few pixels, against float64.
+
+:mod:`fastris.preflight` runs them. Widths, words and heads are CRIS's, since tiles are chosen by them; pixels are few,
+and their number divides by no tile. Each proof runs forward and backward on its device in a dtype, and raises what is
+wrong: the compiler's or the GPU's error, or :class:`fastris.testing.WrongNumber`, by the bounds of all tests. Float32
+kernels are held to what PyTorch's own switch allows at that moment, IEEE or TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.cross_attention import cross_attention
+from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.reference import AttentionWeights
+from fastris.testing import EPS, assert_path_same
+
+Inputs = dict[str, Tensor]
+
+TF32_ROUNDING = 2**-11
+"""Half a unit in the last place of 1, in TF32."""
+DROPOUT = 0.1
+REAL_WORDS = (17, 9)
+SEED = 3
+
+
+class Sizes(NamedTuple):
+    """``channels`` and ``height`` of the projector's maps; pixels and heads of the decoder, which is twice as wide.
+
+    ``draws`` of upstream gradients in low precision, whose errors are pooled.
+    """
+
+    channels: int
+    height: int
+    rows: int
+    heads: int
+    draws: int
+
+
+ON_A_GPU, INTERPRETED = Sizes(256, 13, 41, 8, 8), Sizes(32, 2, 5, 2, 2)
+"""CRIS's own, and what Triton's interpreter does in a second."""
+
+
+def prove_similarity(device: torch.device, dtype: torch.dtype) -> None:
+    """The text-to-pixel similarity, its 1x1 convolution folded in."""
+    fast = partial(text_to_pixel_similarity, impl="triton")
+    _hold(fast, partial(text_to_pixel_similarity, impl="reference"), _pixels(device), dtype)
+
+
+def prove_contrastive(device: torch.device, dtype: torch.dtype) -> None:
+    """The same with its loss."""
+    inputs = _pixels(device)
+    target = (_drawn({"target": (2, 1, _sizes(device).height, 11)}, device, 1.0)["target"] > 0).float()
+    fast, published = (partial(text_to_pixel_contrastive_loss, target=target, impl=i) for i in ("triton", "reference"))
+    _hold(fast, published, inputs, dtype)
+
+
+def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
+    """The up-convolution, alone and with the statistics of its output."""
+    channels, height = _sizes(device)[:2]
+    inputs = _channels_last(_drawn({"x": (2, channels, height, 3)}, device, 1.0))
+    inputs |= _drawn({"weight": (channels, channels, 3, 3), "bias": (channels,)}, device, (9 * channels) ** -0.5)
+
+    def both(impl: str, sources: Inputs) -> tuple[Tensor, ...]:
+        return upsample2x_conv3x3(**sources, impl=impl), *upsample2x_conv3x3_stats(**sources, impl=impl)[1:]
+
+    _hold(lambda **x: both("triton", x), lambda **x: both("reference", x), inputs, dtype)
+
+
+def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Without dropout; and with it, in low precision under autocast, around a float32 residual, as in training."""
+    inputs, heads = _attention_inputs(device), _sizes(device).heads
+    padding = torch.arange(max(REAL_WORDS), device=device)[None] >= torch.tensor(REAL_WORDS, device=device)[:, None]
+
+    def attend(impl: str, dropout: float, sources: Inputs) -> Tensor:
+        x, text, positions, text_positions, *weights = sources.values()
+        pixels_and_words = x, text, positions, text_positions, padding
+        return cross_attention(
+            *pixels_and_words,
+            AttentionWeights(*weights),
+            heads,
+            dropout=dropout,
+            attention_dropout=dropout,
+            training=True,
+            impl=impl,
+        )
+
+    _hold(lambda **x: attend("triton", 0.0, x), lambda **x: attend("reference", 0.0, x), inputs, dtype)
+
+    from fastris.kernels.cross_attention import dropout_masks
+
+    _seed(device)
+    seeds = torch.randint(2**62, (2,), dtype=torch.int64, device=device)  # as the operator draws them
+    (batch, rows, dim), words = inputs["x"].shape, max(REAL_WORDS)
+    masks = dropout_masks(seeds, (batch, heads, words, dim), rows, DROPOUT, DROPOUT)
+
+    def dropping(**sources: Tensor) -> Tensor:
+        _seed(device)
+        return attend("triton", DROPOUT, sources)
+
+    def published(**sources: Tensor) -> Tensor:
+        return masked_cross_attention(sources, padding, heads, *masks, DROPOUT, DROPOUT)
+
+    if dtype is torch.float32:
+        _hold(dropping, published, inputs, dtype)
+    else:
+        _hold(dropping, published, inputs, torch.float32, autocast=dtype)
+
+
+def masked_cross_attention(
+    sources: Inputs,
+    padding_mask: Tensor | None,
+    heads: int,
+    weights_kept: Tensor,
+    branch_kept: Tensor,
+    attention_dropout: float,
+    dropout: float,
+) -> Tensor:
+    """The published sub-layer with given dropout masks, True where kept.
+
+    ``sources``: x, text, positions and text_positions as :func:`.cross_attention.cross_attention` has them, then the
+    fields of AttentionWeights. ``weights_kept`` (B, N, heads, L) and ``branch_kept`` (B, N, D).
+    """
+    x, text, positions, text_positions, *parameters = sources.values()
+    weights = AttentionWeights(*parameters)
+    norm = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias)
+    query, key, value = (
+        F.linear(source, matrix, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for source, matrix, bias in zip(
+            (norm + positions, text + text_positions, text),
+            weights.in_proj_weight.chunk(3),
+            weights.in_proj_bias.chunk(3),
+            strict=True,
+        )
+    )
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask[:, None, None].to(x.device), float("-inf"))
+    attention = scores.softmax(-1) * weights_kept.transpose(1, 2) / (1 - attention_dropout)
+    branch = F.linear((attention @ value).transpose(1, 2).flatten(2), weights.out_proj_weight, weights.out_proj_bias)
+    branch = F.layer_norm(branch, x.shape[-1:], weights.post_norm_weight, weights.post_norm_bias)
+    return x + branch * branch_kept / (1 - dropout)
+
+
+def _hold(
+    fast: Callable, published: Callable, inputs: Inputs, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> None:
+    device, computed = next(iter(inputs.values())).device, autocast or dtype
+    if computed is torch.float32:
+        draws, rounding = 1, TF32_ROUNDING if device.type == "cuda" and _tf32_allowed() else None
+    else:
+        draws, rounding = _sizes(device).draws, EPS[computed]
+    assert_path_same(fast, published, inputs, dtype, draws, autocast=autocast, rounding=rounding)
+
+
+def _sizes(device: torch.device) -> Sizes:
+    return ON_A_GPU if device.type == "cuda" else INTERPRETED
+
+
+def _tf32_allowed() -> bool:
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
+
+
+def _seed(device: torch.device) -> None:
+    """Of this device's generator alone: torch.manual_seed would seed the other GPUs too."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(SEED)
+    else:
+        torch.default_generator.manual_seed(SEED)
+
+
+def _drawn(shapes: dict[str, tuple[int, ...]], device: torch.device, scale: float) -> Inputs:
+    generator = torch.Generator().manual_seed(SEED)
+    return {name: (scale * torch.randn(shape, generator=generator)).to(device) for name, shape in shapes.items()}
+
+
+def _channels_last(images: Inputs) -> Inputs:
+    """As training on a GPU lays them out."""
+    return {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
+
+
+def _pixels(device: torch.device) -> Inputs:
+    """Of the head that scores pixels against a text kernel."""
+    channels, height = _sizes(device)[:2]
+    parameters = {"kernel": (2, 1, channels, 3, 3), "bias": (2, 1)}
+    parameters |= {"pointwise_weight": (channels, channels, 1, 1), "pointwise_bias": (channels,)}
+    features = _channels_last(_drawn({"features": (2, channels, height, 11)}, device, 1.0))
+    return features | _drawn(parameters, device, channels**-0.5)
+
+
+def _attention_inputs(device: torch.device) -> Inputs:
+    dim, rows, words = 2 * _sizes(device).channels, _sizes(device).rows, max(REAL_WORDS)
+    sources = {"x": (2, rows, dim), "text": (2, words, dim), "positions": (rows, dim), "text_positions": (words, dim)}
+    shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "in_proj_weight": (3 * dim, dim), "in_proj_bias": (3 * dim,)}
+    shapes |= {"out_proj_weight": (dim, dim), "out_proj_bias": (dim,)}
+    shapes |= {"post_norm_weight": (dim,), "post_norm_bias": (dim,)}
+    weights = _drawn(shapes, device, dim**-0.5)
+    weights["norm_weight"] += 1
+    weights["post_norm_weight"] += 1
+    return _drawn(sources, device, 1.0) | weights
+
+
+PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
+    "text_to_pixel_similarity": prove_similarity,
+    "text_to_pixel_contrastive_loss": prove_contrastive,
+    "cross_attention": prove_cross_attention,
+    "upsample2x_conv3x3": prove_upsample_conv,
+}
+"""The proof of every operator that has kernels, by the operator's name."""
