@@ -64,28 +64,38 @@ def prove_contrastive(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
-    """The up-convolution, alone and with the statistics of its output."""
+    """The up-convolution, alone without a bias, and with one and the statistics of its output."""
     channels, height = _sizes(device)[:2]
     inputs = _channels_last(_drawn({"x": (2, channels, height, 3)}, device, 1.0))
     inputs |= _drawn({"weight": (channels, channels, 3, 3), "bias": (channels,)}, device, (9 * channels) ** -0.5)
 
     def both(impl: str, sources: Inputs) -> tuple[Tensor, ...]:
-        return upsample2x_conv3x3(**sources, impl=impl), *upsample2x_conv3x3_stats(**sources, impl=impl)[1:]
+        alone = upsample2x_conv3x3(sources["x"], sources["weight"], impl=impl)
+        return alone, *upsample2x_conv3x3_stats(**sources, impl=impl)
 
     _hold(lambda **x: both("triton", x), lambda **x: both("reference", x), inputs, dtype)
 
 
 def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Without dropout; and with it, in low precision under autocast, around a float32 residual, as in training."""
+    """Without dropout, with a gradient of the positions; and as in training: with dropout, and with none of them.
+
+    In low precision training means autocast, with a float32 residual; evaluation under it is proved too.
+    """
     inputs, heads = _attention_inputs(device), _sizes(device).heads
-    padding = torch.arange(max(REAL_WORDS), device=device)[None] >= torch.tensor(REAL_WORDS, device=device)[:, None]
+    words = max(REAL_WORDS)
+    padding = torch.arange(words, device=device)[None] >= torch.tensor(REAL_WORDS, device=device)[:, None]
+    tables = {name: inputs.pop(name) for name in ("positions", "text_positions")}
 
     def attend(impl: str, dropout: float, sources: Inputs) -> Tensor:
-        x, text, positions, text_positions, *weights = sources.values()
-        pixels_and_words = x, text, positions, text_positions, padding
+        weights = AttentionWeights(*(sources[name] for name in AttentionWeights._fields))
+        positions, text_positions = ((tables | sources)[name] for name in tables)
         return cross_attention(
-            *pixels_and_words,
-            AttentionWeights(*weights),
+            sources["x"],
+            sources["text"],
+            positions.to(sources["x"].dtype),
+            text_positions.to(sources["x"].dtype),
+            padding,
+            weights,
             heads,
             dropout=dropout,
             attention_dropout=dropout,
@@ -93,13 +103,18 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
             impl=impl,
         )
 
-    _hold(lambda **x: attend("triton", 0.0, x), lambda **x: attend("reference", 0.0, x), inputs, dtype)
+    def by(impl: str) -> Callable[..., Tensor]:
+        return lambda **sources: attend(impl, 0.0, sources)
+
+    _hold(by("triton"), by("reference"), inputs | tables, dtype)
+    if dtype is not torch.float32:
+        _hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
 
     from fastris.kernels.cross_attention import dropout_masks
 
     _seed(device)
     seeds = torch.randint(2**62, (2,), dtype=torch.int64, device=device)  # as the operator draws them
-    (batch, rows, dim), words = inputs["x"].shape, max(REAL_WORDS)
+    batch, rows, dim = inputs["x"].shape
     masks = dropout_masks(seeds, (batch, heads, words, dim), rows, DROPOUT, DROPOUT)
 
     def dropping(**sources: Tensor) -> Tensor:
@@ -107,12 +122,10 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
         return attend("triton", DROPOUT, sources)
 
     def published(**sources: Tensor) -> Tensor:
-        return masked_cross_attention(sources, padding, heads, *masks, DROPOUT, DROPOUT)
+        wide = {name: table.to(sources["x"].dtype) for name, table in tables.items()}
+        return masked_cross_attention(wide | sources, padding, heads, *masks, DROPOUT, DROPOUT)
 
-    if dtype is torch.float32:
-        _hold(dropping, published, inputs, dtype)
-    else:
-        _hold(dropping, published, inputs, torch.float32, autocast=dtype)
+    _hold(dropping, published, inputs, torch.float32, autocast=None if dtype is torch.float32 else dtype)
 
 
 def masked_cross_attention(
@@ -126,11 +139,11 @@ def masked_cross_attention(
 ) -> Tensor:
     """The published sub-layer with given dropout masks, True where kept.
 
-    ``sources``: x, text, positions and text_positions as :func:`.cross_attention.cross_attention` has them, then the
-    fields of AttentionWeights. ``weights_kept`` (B, N, heads, L) and ``branch_kept`` (B, N, D).
+    ``sources``: x, text, positions and text_positions as :func:`.cross_attention.cross_attention` has them, and the
+    fields of AttentionWeights, by name. ``weights_kept`` (B, N, heads, L) and ``branch_kept`` (B, N, D).
     """
-    x, text, positions, text_positions, *parameters = sources.values()
-    weights = AttentionWeights(*parameters)
+    x, text, positions, text_positions = (sources[name] for name in ("x", "text", "positions", "text_positions"))
+    weights = AttentionWeights(*(sources[name] for name in AttentionWeights._fields))
     norm = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias)
     query, key, value = (
         F.linear(source, matrix, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -155,7 +168,10 @@ def _hold(
 ) -> None:
     device, computed = next(iter(inputs.values())).device, autocast or dtype
     if computed is torch.float32:
-        draws, rounding = 1, TF32_ROUNDING if device.type == "cuda" and _tf32_allowed() else None
+        from fastris.kernels.common import dot_precision
+
+        tf32 = device.type == "cuda" and dot_precision(computed) == "tf32"
+        draws, rounding = 1, TF32_ROUNDING if tf32 else None
     else:
         draws, rounding = _sizes(device).draws, EPS[computed]
     assert_path_same(fast, published, inputs, dtype, draws, autocast=autocast, rounding=rounding)
@@ -163,10 +179,6 @@ def _hold(
 
 def _sizes(device: torch.device) -> Sizes:
     return ON_A_GPU if device.type == "cuda" else INTERPRETED
-
-
-def _tf32_allowed() -> bool:
-    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _seed(device: torch.device) -> None:

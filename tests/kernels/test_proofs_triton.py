@@ -53,7 +53,7 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("text_to_pixel_contrastive_loss", contrastive, "launch_taps", None, "output 0"),
         ("cross_attention", cross_attention, "branch_backward", 0, "gradient of"),
         ("cross_attention", cross_attention, "query_backward", 0, "gradient of x"),
-        ("upsample2x_conv3x3", upsample_conv, "_combine", 1, "output 2"),
+        ("upsample2x_conv3x3", upsample_conv, "_combine", 1, "output 3"),
         ("upsample2x_conv3x3", upsample_conv, "_gradients", 1, "gradient of weight"),
     ],
 )
