@@ -3,8 +3,9 @@
 Every operator has three paths: ``reference`` (the published formula), ``torch`` (the same function after exact algebra)
 and ``triton`` (that algebra with its heavy steps in fused kernels). The choice is, in this order: the operator's own
 ``impl=`` argument, the innermost :func:`use_impl` block of the running thread or asyncio task, the environment variable
-``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where it was proved to run and to be right on the GPU at hand
-(:mod:`fastris.preflight`: the first use in a process is the proof), and ``torch`` elsewhere, and never fails.
+``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where that is faster, as measured on the GPU or else by a
+conservative table (:mod:`fastris.tuned`), and where it was proved to run and to be right on the GPU at hand
+(:mod:`fastris.preflight`: the first use in a process is the proof); it takes ``torch`` elsewhere, and never fails.
 Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``.
 """
 
@@ -19,7 +20,7 @@ from contextvars import ContextVar
 
 import torch
 
-from fastris import preflight
+from fastris import preflight, tuned
 from fastris.operators import OPERATORS
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -63,6 +64,8 @@ _process_impl = os.environ.get("FASTRIS_IMPL") or "auto"
 _missing_triton = _find_triton()
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 _device_obstacles: dict[int, str | None] = {}
+# What auto was found to take Triton for, whatever PyTorch's switches say: (operator, device, dtype, bucket of batches).
+_taken: set[tuple[str, torch.device, torch.dtype, str]] = set()
 _every_device_has_triton = False
 
 
@@ -130,35 +133,67 @@ def _compiled_block() -> str:
     return _block_impl.get() if _compiles_functions else _last_block
 
 
-def resolve(operator: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:
+def resolve(
+    operator: str, device: torch.device, dtype: torch.dtype, impl: str = "auto", batch: int | None = None
+) -> str:
     """The path that ``operator`` takes for tensors of ``device`` and ``dtype``: reference, torch or triton.
 
-    Where the kernels come into question for the first time, they are proved first; ``auto`` says once if they fail.
+    ``batch``, the number of samples, decides with ``auto`` whether the kernels pay; None stands for many. Where they
+    come into question for the first time, they are proved first; ``auto`` says once if they fail.
     Raises RuntimeError, with the reason, when ``triton`` is asked for and cannot run, or failed its proof.
     """
     requested = requested_impl(impl)
     if requested == "reference":
         return requested
+    traced = torch.compiler.is_dynamo_compiling()
+    if requested == "auto" and not traced and (operator, device, dtype, tuned.bucket_of(batch)) in _taken:
+        return "triton"
     torch_path = "torch" if _compiles_functions or not torch.compiler.is_compiling() else "reference"
     if requested == "torch":
         return torch_path
     obstacle = triton_obstacle(device, dtype)
     if requested == "triton":
-        obstacle = obstacle or _failure(operator, device, dtype, requested)
+        failure = _failure_while_tracing if traced else _failure
+        obstacle = obstacle or failure(operator, device, dtype, requested)
         if obstacle:
             raise RuntimeError(f'{operator}: impl="triton" cannot run: {obstacle}. Use impl="torch" or impl="auto".')
         return "triton"
-    if obstacle or _interpreting or _failure(operator, device, dtype, requested):
+    if obstacle or _interpreting:
         return torch_path
-    return "triton"
+    # Asked for here and not before: torch.compile guards on the bucket of a batch whose size is left open.
+    takes = (_takes_while_tracing if traced else _takes)(operator, device, dtype, tuned.bucket_of(batch))
+    return "triton" if takes else torch_path
+
+
+def _takes(operator: str, device: torch.device, dtype: torch.dtype, bucket: str) -> bool:
+    """Whether ``auto`` takes kernels that nothing general stands against: faster, as far as is known, and proved."""
+    if not _preference(operator, device, dtype, bucket).triton or _failure(operator, device, dtype, "auto"):
+        return False
+    index = preflight.index_of(device)
+    if all(tuned.preference(operator, index, name, bucket).triton for name in tuned.precisions_of(dtype)):
+        _taken.add((operator, device, dtype, bucket))
+    return True
+
+
+def forget() -> None:
+    """Decide anew what was decided, by what is known of the GPUs now; proofs are not made again."""
+    _taken.clear()
+    tuned.forget()
+
+
+def ever_pays(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``auto`` would take the kernels for batches of some size, if they are right."""
+    return any(_preference(operator, device, dtype, bucket).triton for bucket in tuned.BUCKETS)
+
+
+def _preference(operator: str, device: torch.device, dtype: torch.dtype, bucket: str) -> tuned.Preference:
+    return tuned.preference(operator, preflight.index_of(device), tuned.precision_of(dtype), bucket)
 
 
 def _failure(operator: str, device: torch.device, dtype: torch.dtype, requested: str) -> str | None:
     """How the kernels failed their proof, or None. Under the interpreter and for a record of launches there is none."""
     if _interpreting or _every_device_has_triton:
         return None
-    if torch.compiler.is_dynamo_compiling():
-        return _failure_while_tracing(operator, device, dtype, requested)
     try:
         found = preflight.settled[operator, device.index, dtype]
     except KeyError:
@@ -176,9 +211,9 @@ def _constant(function: Callable) -> Callable:
     return function
 
 
+# torch.compile calls these two while it traces and keeps what they answer, as a verdict holds for the process.
 @_constant
 def _failure_while_tracing(operator: str, device: torch.device, dtype: torch.dtype, requested: str) -> str | None:
-    """torch.compile calls this while it traces and keeps the answer, as a verdict holds for the process."""
     return _failure(operator, device, dtype, requested)
 
 
@@ -233,8 +268,16 @@ def _device_obstacle(index: int) -> str | None:
     return _device_obstacles[index]
 
 
+@_constant
+def _takes_while_tracing(operator: str, device: torch.device, dtype: torch.dtype, bucket: str) -> bool:
+    return _takes(operator, device, dtype, bucket)
+
+
 def chosen_paths(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str]]:
-    """(operator, path, reason) for every operator, for tensors of ``device`` and ``dtype``. Never raises."""
+    """(operator, path, reason) for every operator, for tensors of ``device`` and ``dtype``. Never raises.
+
+    Where the batch matters the path is that of large ones, and the reason says what smaller ones take.
+    """
     device = torch.device(device)
     try:
         requested = requested_impl()
@@ -252,8 +295,21 @@ def chosen_paths(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
             rows.append((operator, requested, f"asked for by use_impl or FASTRIS_IMPL={requested}"))
         elif requested == "triton":
             rows.append((operator, "none" if obstacle else "triton", obstacle or "asked for"))
-        elif _interpreting and not obstacle:
+        elif obstacle:
+            rows.append((operator, "torch", obstacle))
+        elif _interpreting:
             rows.append((operator, "torch", "auto does not choose Triton's interpreter, which is for tests"))
         else:
-            rows.append((operator, "torch" if obstacle else "triton", obstacle or "CUDA device with Triton"))
+            rows.append((operator, *_preferred_path(operator, device, dtype)))
     return rows
+
+
+def _preferred_path(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What ``auto`` prefers for large batches, and why; and for the others, where that differs."""
+    found = {bucket: _preference(operator, device, dtype, bucket) for bucket in tuned.BUCKETS}
+    paths = {bucket: "triton" if each.triton else "torch" for bucket, each in found.items()}
+    path, why = paths[tuned.LARGE], found[tuned.LARGE].why
+    for bucket, each in found.items():
+        if paths[bucket] != path:
+            why += f"; {paths[bucket]} for {bucket}: {each.why}"
+    return path, why

@@ -44,6 +44,9 @@ COMMANDS = {
     "bench": Command(
         "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"
     ),
+    "tune": Command(
+        "fastris.commands.tune", "TuneConfig", "measure where the kernels are faster on this GPU, for `auto` to know"
+    ),
     "doctor": Command("fastris.commands.doctor", "DoctorConfig", "versions, devices, and the path each operator takes"),
 }
 

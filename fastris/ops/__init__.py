@@ -8,10 +8,13 @@ from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
 from fastris.ops.self_attention import self_attention
 from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.ops.tiles import use_tiles
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.preflight import register
+from fastris.tuned import on_tiles
 
-register(PROOFS)  # here, so that whoever imports an operator has its proof
+register(PROOFS)  # here, so that whoever imports an operator has its proof,
+on_tiles(use_tiles)  # and whoever asks which path is faster has what was measured
 
 __all__ = [
     "coord_conv",

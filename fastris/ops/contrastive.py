@@ -66,7 +66,7 @@ def text_to_pixel_contrastive_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     dtype = compute_dtype(features)
-    path = resolve(operator, features.device, dtype, impl)
+    path = resolve(operator, features.device, dtype, impl, features.shape[0])
     loss_dtype = wide_dtype(dtype) if torch.is_autocast_enabled(features.device.type) else dtype
     shape = (features.shape[0], kernel.shape[1] if kernel.ndim == 5 else 1, *features.shape[-2:])
     counted = _counted_pixels(operator, features, target, pos_weight, ignore_mask, shape, wide_dtype(dtype))

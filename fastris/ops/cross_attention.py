@@ -81,7 +81,7 @@ def cross_attention(
     dropouts = {"dropout": dropout, "attention_dropout": attention_dropout}
     _check(x, text, positions, text_positions, padding_mask, weights, num_heads, dropouts)
     dtype = compute_dtype(x)
-    path = resolve("cross_attention", x.device, dtype, impl)
+    path = resolve("cross_attention", x.device, dtype, impl, x.shape[0])
     if path == "reference":
         output = reference.cross_attention(
             x.transpose(0, 1),

@@ -83,7 +83,7 @@ def text_to_pixel_similarity(
     operator = "text_to_pixel_similarity"
     check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)
     dtype = compute_dtype(features)
-    path = resolve(operator, features.device, dtype, impl)
+    path = resolve(operator, features.device, dtype, impl, features.shape[0])
     if path == "reference" and len(features):  # a grouped convolution of zero samples does not exist
         return reference_similarity(features, kernel, bias, pointwise_weight, pointwise_bias)
     height, width = features.shape[-2:]

@@ -58,7 +58,7 @@ def upsample2x_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     """
     _check("upsample2x_conv3x3", x, weight, bias)
     dtype = compute_dtype(x)
-    path = resolve("upsample2x_conv3x3", x.device, dtype, impl)
+    path = resolve("upsample2x_conv3x3", x.device, dtype, impl, x.shape[0])
     if path == "reference":
         return reference.upsample2x_conv3x3(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
@@ -87,7 +87,7 @@ def upsample2x_conv3x3_stats(
     if x.shape[0] == 0:
         raise ValueError("upsample2x_conv3x3_stats: x holds no samples, so it has no statistics; give B >= 1")
     dtype = compute_dtype(x)
-    if resolve("upsample2x_conv3x3", x.device, dtype, impl) == "triton":
+    if resolve("upsample2x_conv3x3", x.device, dtype, impl, x.shape[0]) == "triton":
         from fastris.kernels import upsample_conv
 
         with torch.autocast(x.device.type, enabled=False):

@@ -6,6 +6,29 @@ is tried and caught later: a backward pass that fails would come too late.
 """
 
 from fastris.preflight.reasons import Failure
-from fastris.preflight.verdicts import POSTPONED, adopt, known, prove, register, settled, tell, verdict
+from fastris.preflight.verdicts import (
+    POSTPONED,
+    adopt,
+    index_of,
+    known,
+    prove,
+    register,
+    settled,
+    tell,
+    try_out,
+    verdict,
+)
 
-__all__ = ["POSTPONED", "Failure", "adopt", "known", "prove", "register", "settled", "tell", "verdict"]
+__all__ = [
+    "POSTPONED",
+    "Failure",
+    "adopt",
+    "index_of",
+    "known",
+    "prove",
+    "register",
+    "settled",
+    "tell",
+    "try_out",
+    "verdict",
+]

@@ -62,13 +62,19 @@ def prove(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | 
     with _lock:
         if key in settled:
             return settled[key]
-        found = None
-        try:
-            run_alone(_marked(_proofs[operator]), device if index < 0 else torch.device(device.type, index), dtype)
-        except Exception as error:  # anything may go wrong in a compiler, a driver and a GPU, and that is the question
-            found = explain(error, device)
+        found = try_out(operator, device, dtype)
         adopt(operator, device, dtype, found)
         return found
+
+
+def try_out(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | None:
+    """As :func:`prove`, but as the kernels are at this moment, and what is found is not remembered."""
+    index = index_of(device)
+    try:
+        run_alone(_marked(_proofs[operator]), device if index < 0 else torch.device(device.type, index), dtype)
+    except Exception as error:  # anything may go wrong in a compiler, a driver and a GPU, and that is the question
+        return explain(error, device)
+    return None
 
 
 def adopt(operator: str, device: torch.device, dtype: torch.dtype, found: Failure | None) -> None:
@@ -110,7 +116,10 @@ def _marked(proof: Proof) -> Proof:
 
     def marked(device: torch.device, dtype: torch.dtype) -> None:
         _this_thread.proves = True
-        proof(device, dtype)
+        try:
+            proof(device, dtype)
+        finally:
+            _this_thread.proves = False
 
     return marked
 

@@ -27,6 +27,8 @@ def agree_on_kernels(device: torch.device, dtypes: Iterable[torch.dtype]) -> Non
         for dtype in dtypes if requested in ("auto", "triton") else ():
             obstacle = dispatch.unproved_obstacle(device, dtype)
             for name in (operator.name for operator in OPERATORS.values() if operator.kernels):
+                if requested == "auto" and not obstacle and not dispatch.ever_pays(name, device, dtype):
+                    continue
                 failed = preflight.Failure(obstacle, "give all processes GPUs of one kind") if obstacle else None
                 own[name, dtype] = failed or preflight.prove(name, device, dtype)
     together = _agreed(distributed.gather(own))
@@ -35,6 +37,7 @@ def agree_on_kernels(device: torch.device, dtypes: Iterable[torch.dtype]) -> Non
             if failure is None or dispatch.unproved_obstacle(device, dtype):
                 continue
             preflight.adopt(name, device, dtype, failure)
+            dispatch.forget()
             if requested == "triton":
                 dispatch.resolve(name, device, dtype)
             preflight.tell(name, device, dtype, failure)

@@ -59,7 +59,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, errors = run(args, capsys)
     assert (code, errors) == (0, "")
-    for name in ("demo", "train", "eval", "predict", "data", "convert", "doctor"):
+    for name in ("demo", "train", "eval", "predict", "data", "convert", "tune", "doctor"):
         assert f"\n  {name} " in printed
 
 
@@ -205,6 +205,10 @@ MISTAKES = {  # command -> wrong values, each with what the message says
     "bench": [
         (["dtype=int8"], "dtype must be float32|bfloat16|float16, got 'int8'"),
         (["passes=sideways"], "passes must be list of forward|backward|both, got 'sideways'"),
+    ],
+    "tune": [
+        (["minutes=soon"], "minutes must be float (min), got 'soon'"),
+        (["minutes=0"], "minutes=0.0 must be more than 0"),
     ],
     "doctor": [(["json=soon"], "json must be true|false, got 'soon'")],
 }

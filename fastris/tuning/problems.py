@@ -1,0 +1,182 @@
+"""What is timed of each operator: the forward and backward pass that a step of CRIS's training makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastris.ops import (
+    cross_attention,
+    text_to_pixel_contrastive_loss,
+    text_to_pixel_similarity,
+    upsample2x_conv3x3,
+)
+from fastris.reference import AttentionWeights
+
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``side`` of the decoder's map, ``channels`` of the projector (the decoder has twice as many), heads and words."""
+
+    side: int = 26
+    channels: int = 256
+    heads: int = 8
+    words: int = 17
+
+
+CRIS = Sizes()
+"""For pictures of 416 x 416 pixels."""
+
+
+@dataclass
+class Problem:
+    """One set of buffers and what runs on them.
+
+    Attributes:
+        tensors: inputs and parameters by name; every gradient of a floating-point one is computed.
+        data: inputs that no gradient reaches.
+        forward: a path's name and both, by name -> the operator's answer.
+    """
+
+    tensors: dict[str, Tensor]
+    data: dict[str, Tensor]
+    forward: Callable[..., Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.tensors | self.data).values())
+
+    def step(self, path: str, autocast: torch.dtype | None) -> None:
+        """One forward and one backward pass; products in ``autocast`` where that is given."""
+        leaves = list(self.tensors.values())
+        device = leaves[0].device.type
+        with torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False):
+            answer = self.forward(path, **self.tensors, **self.data)
+        torch.autograd.grad(answer, leaves, torch.ones_like(answer))
+
+
+def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS) -> Problem:
+    """Buffers for ``operator`` at a batch, with random numbers in float32: what is rounded is rounded by autocast."""
+    make = {
+        "text_to_pixel_similarity": _similarity,
+        "text_to_pixel_contrastive_loss": _contrastive,
+        "cross_attention": _cross_attention,
+        "upsample2x_conv3x3": _upsample,
+    }[operator]
+    made = make(batch, sizes)
+    made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
+    made.data = {name: tensor.to(device) for name, tensor in made.data.items()}
+    return made
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """Images lie on a GPU as training lays them."""
+    return tensor.to(device, memory_format=torch.channels_last) if tensor.ndim == 4 else tensor.to(device)
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _drawn(shapes: Shapes) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _pixels(batch: int, sizes: Sizes) -> dict[str, Tensor]:
+    channels, side = sizes.channels, 4 * sizes.side
+    shapes: Shapes = {
+        "features": (batch, channels, side, side),
+        "kernel": (batch, 1, channels, 3, 3),
+        "bias": (batch, 1),
+    }
+    shapes |= {"pointwise_weight": (channels, channels, 1, 1), "pointwise_bias": (channels,)}
+    return _drawn(shapes)
+
+
+def _similarity(batch: int, sizes: Sizes) -> Problem:
+    def forward(path: str, **tensors: Tensor) -> Tensor:
+        return text_to_pixel_similarity(**tensors, impl=path)
+
+    return Problem(_pixels(batch, sizes), {}, forward)
+
+
+def _contrastive(batch: int, sizes: Sizes) -> Problem:
+    def forward(path: str, features: Tensor, kernel: Tensor, target: Tensor, bias: Tensor, **folded: Tensor) -> Tensor:
+        weight, constants = folded["pointwise_weight"], folded["pointwise_bias"]
+        loss, _ = text_to_pixel_contrastive_loss(
+            features, kernel, target, bias, pointwise_weight=weight, pointwise_bias=constants, impl=path
+        )
+        return loss
+
+    return Problem(_pixels(batch, sizes), {"target": torch.ones(batch, 1, 16 * sizes.side, 16 * sizes.side)}, forward)
+
+
+def _upsample(batch: int, sizes: Sizes) -> Problem:
+    """Both of the projector's, one after the other."""
+    wide, side = 2 * sizes.channels, sizes.side
+    shapes: Shapes = {
+        "x": (batch, wide, side, side),
+        "first": (wide, wide, 3, 3),
+        "second": (sizes.channels, wide, 3, 3),
+    }
+
+    def forward(path: str, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        up = partial(upsample2x_conv3x3, impl=path)
+        return up(up(x, first), second)
+
+    return Problem(_drawn(shapes), {}, forward)
+
+
+def _cross_attention(batch: int, sizes: Sizes) -> Problem:
+    dim, rows, words = 2 * sizes.channels, sizes.side**2, sizes.words
+    shapes: Shapes = {"x": (batch, rows, dim), "text": (batch, words, dim)}
+    shapes |= {"norm_weight": (dim,), "norm_bias": (dim,), "in_proj_weight": (3 * dim, dim), "in_proj_bias": (3 * dim,)}
+    shapes |= {"out_proj_weight": (dim, dim), "out_proj_bias": (dim,)}
+    shapes |= {"post_norm_weight": (dim,), "post_norm_bias": (dim,)}
+    tables = _drawn({"positions": (rows, dim), "text_positions": (words, dim)})
+    padding = {"padding_mask": torch.arange(words).expand(batch, -1) > 2 * words // 3}
+
+    def forward(
+        path: str,
+        x: Tensor,
+        text: Tensor,
+        positions: Tensor,
+        text_positions: Tensor,
+        padding_mask: Tensor,
+        **weights: Tensor,
+    ) -> Tensor:
+        return cross_attention(
+            x,
+            text,
+            positions,
+            text_positions,
+            padding_mask,
+            AttentionWeights(**weights),
+            sizes.heads,
+            dropout=DROPOUT,
+            attention_dropout=DROPOUT,
+            training=True,
+            impl=path,
+        )
+
+    return Problem(_drawn(shapes), tables | padding, forward)
+
+
+@contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Let float32 products on CUDA be what ``precision`` names, if it is one of float32's."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if precision.startswith("float32"):
+        matmul.fp32_precision = "tf32" if precision == "float32 by TF32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
