@@ -18,7 +18,8 @@ Key = tuple[str, int, torch.dtype]
 """Operator, number of the GPU, dtype."""
 
 POSTPONED = Failure(
-    "there was no proof of them before a CUDA graph was captured, or functorch or fake tensors began",
+    "they were not proved before, and cannot be in the capture of a CUDA graph, a functorch transform, fake tensors or "
+    "a backward pass",
     "run the operator once before that",
 )
 """The verdict while there is none and no proof may start: nothing is wrong, so far."""
@@ -27,7 +28,7 @@ settled: dict[Key, Failure | None] = {}
 """The verdicts: None for kernels that were proved. Read by every call; written here alone."""
 _proofs: dict[str, Proof] = {}
 _told: set[str | Key] = set()
-_lock = threading.RLock()
+_proving, _telling = threading.RLock(), threading.Lock()  # who tells must never wait for who proves
 _this_thread = threading.local()
 
 
@@ -44,8 +45,8 @@ def known(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | 
 def verdict(operator: str, device: torch.device, dtype: torch.dtype, *, tell_failures: bool = True) -> Failure | None:
     """None if the operator's kernels are right on ``device`` in ``dtype``, else what is wrong; proves it if need be.
 
-    While a CUDA graph is captured, or inside functorch transforms and fake tensors, no proof starts: the answer is
-    :data:`POSTPONED`, and the next call asks again.
+    While a CUDA graph is captured, and inside functorch transforms, fake tensors and backward passes, no proof starts:
+    the answer is :data:`POSTPONED`, and the next call asks again.
     """
     key = operator, index_of(device), dtype
     if key in settled:
@@ -59,7 +60,7 @@ def prove(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | 
     """As :func:`verdict`, but proves here and now, whatever the moment."""
     index = index_of(device)
     key = operator, index, dtype
-    with _lock:
+    with _proving:
         if key in settled:
             return settled[key]
         found = try_out(operator, device, dtype)
@@ -80,7 +81,7 @@ def try_out(operator: str, device: torch.device, dtype: torch.dtype) -> Failure 
 def adopt(operator: str, device: torch.device, dtype: torch.dtype, found: Failure | None) -> None:
     """Take ``found`` as this process's verdict; a failure of the whole machine is one of all operators and dtypes."""
     index = index_of(device)
-    with _lock:
+    with _proving:
         settled[operator, index, dtype] = found
         if found is not None and found.everywhere:
             dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +98,7 @@ def tell(operator: str, device: torch.device, dtype: torch.dtype, found: Failure
         kernels += f" of {operator} in {str(dtype).removeprefix('torch.')}"
     text = f"{kernels} are not used on {device}: {found.reason}; the torch path answers, as right and slower. "
     text += f"To mend it: {found.mend}"
-    with _lock:
+    with _telling:
         silent = text in _told or not is_main()
         _told.update([text] if found is POSTPONED else [text, key])
     if not silent:
@@ -125,6 +126,12 @@ def _marked(proof: Proof) -> Proof:
 
 
 def _no_time_for_a_proof() -> bool:
-    """Whether a proof would be part of what the caller does there."""
+    """Whether a proof would be part of what the caller does there, or would wait for it.
+
+    A backward pass holds the one thread that PyTorch has for a GPU's backward passes, which the proof needs too.
+    """
     captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return captures or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    if captures or torch._C._are_functorch_transforms_active() or torch._C._current_graph_task_id() != -1:
+        return True
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))

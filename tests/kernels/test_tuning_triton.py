@@ -15,7 +15,10 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastris.kernels import configs  # noqa: E402
 from fastris.runtime import graph_timing  # noqa: E402
+from fastris.tuned.files import Tuning, identity_of, read  # noqa: E402
+from fastris.tuned.sizes import BUCKETS  # noqa: E402
 from fastris.tuning import bench as benches  # noqa: E402
+from fastris.tuning import measure as measuring  # noqa: E402
 from fastris.tuning.bench import Arm, DeviceBench  # noqa: E402
 from fastris.tuning.problems import Sizes  # noqa: E402
 
@@ -52,3 +55,19 @@ def test_tiles_that_are_tried_are_those_that_launch_and_are_proved(bench, monkey
     assert failure is not None and "BLOCK_OF" in failure.reason
     with pytest.raises(ValueError, match="BLOCK_OF"):
         bench.time("text_to_pixel_similarity", "float32", 1, {"other": Arm("triton", {choice: nonsense})})
+
+
+def test_whole_tuning_of_an_operator_ends_in_a_file_that_can_be_read(bench, monkeypatch, tmp_path):
+    job, clock = ("text_to_pixel_similarity", "float32"), iter(range(10**6))
+    monkeypatch.setattr(measuring, "jobs", lambda tuning: [job])
+    monkeypatch.setattr(measuring, "BUCKETS", dict.fromkeys(BUCKETS, 1))
+    tuning, said = Tuning(identity_of("a card")), []
+
+    def save() -> None:
+        tuning.write(tmp_path / "card.json")
+
+    plan = measuring.Plan(bench, tuning, 12, said.append, save, lambda: next(clock))
+    assert measuring.measure(plan) == []
+    assert read(tmp_path / "card.json") == tuning
+    assert [row.key for row in tuning.rows.values()] == [(*job, bucket) for bucket in BUCKETS]
+    assert all(row.gain for row in tuning.rows.values()) and len(said) == 1

@@ -10,11 +10,13 @@ import pytest
 import torch
 from pretended_gpu import CPU, pretended_gpu
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastris import dispatch
+from fastris import dispatch, preflight
 from fastris.dispatch import chosen_paths, resolve, use_impl
 from fastris.ops import upsample2x_conv3x3
 from fastris.ops.proofs import PROOFS
+from fastris.preflight import verdicts
 from fastris.testing import WrongNumber
 
 OPERATOR = "upsample2x_conv3x3"
@@ -112,7 +114,7 @@ def test_no_proof_starts_while_a_cuda_graph_is_captured(monkeypatch):
             patched.setattr(torch.cuda, "is_available", lambda: True)
             patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             with pytest.warns(
-                UserWarning, match="no proof of them before a CUDA graph was captured.*once before"
+                UserWarning, match="were not proved before.*capture of a CUDA graph.*once before"
             ) as told:
                 assert [resolve(OPERATOR, CPU, torch.float32) for _ in range(2)] == ["torch"] * 2
             assert len(told) == 1
@@ -129,11 +131,51 @@ def test_no_proof_starts_inside_functorch_or_fake_tensors():
         taken.append(resolve(OPERATOR, CPU, torch.float32))
         return x
 
-    with pretended_gpu() as proofs, pytest.warns(UserWarning, match="no proof of them before"):
+    with pretended_gpu() as proofs, pytest.warns(UserWarning, match="were not proved before"):
         torch.func.vmap(look)(torch.zeros(2))
         with FakeTensorMode():
             look(torch.zeros(2))
         assert taken == ["torch", "torch"] and not proofs.made
+
+
+def test_no_proof_starts_inside_a_backward_pass_whose_thread_it_would_wait_for():
+    taken = []
+
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            taken.append(resolve(OPERATOR, CPU, torch.float32))
+            return gradient
+
+    with pretended_gpu() as proofs:
+        with pytest.warns(UserWarning, match="were not proved before.*backward pass"):
+            Asking.apply(torch.ones(2, requires_grad=True)).sum().backward()
+        assert taken == ["torch"] and not proofs.made
+        assert resolve(OPERATOR, CPU, torch.float32) == "triton"
+        Asking.apply(torch.ones(2, requires_grad=True)).sum().backward()
+        assert taken == ["torch", "triton"] and len(proofs.made) == 1
+
+
+def test_modes_that_only_watch_are_no_obstacle_to_a_proof():
+    with pretended_gpu() as proofs, FlopCounterMode(display=False) as counter:
+        assert resolve(OPERATOR, CPU, torch.float32) == "triton"
+        assert len(proofs.made) == 1 and counter.get_total_flops() == 0
+
+
+def test_notice_waits_for_no_proof():
+    told = threading.Event()
+
+    def proof_that_needs_a_notice(operator, dtype):
+        threading.Thread(target=lambda: (verdicts.tell(OPERATOR, CPU, dtype, preflight.POSTPONED), told.set())).start()
+        assert told.wait(20), "the notice waits for the proof, and the proof may wait for who tells"
+
+    with pretended_gpu(proof_that_needs_a_notice), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert resolve(OPERATOR, CPU, torch.float32) == "triton"
 
 
 def test_threads_that_ask_at_once_wait_for_one_proof():
