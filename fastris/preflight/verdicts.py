@@ -42,7 +42,7 @@ def known(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | 
     return settled.get((operator, index_of(device), dtype))
 
 
-def verdict(operator: str, device: torch.device, dtype: torch.dtype, *, tell_failures: bool = True) -> Failure | None:
+def verdict(operator: str, device: torch.device, dtype: torch.dtype) -> Failure | None:
     """None if the operator's kernels are right on ``device`` in ``dtype``, else what is wrong; proves it if need be.
 
     While a CUDA graph is captured, and inside functorch transforms, fake tensors and backward passes, no proof starts:
@@ -96,8 +96,8 @@ def tell(operator: str, device: torch.device, dtype: torch.dtype, found: Failure
     kernels = "the Triton kernels"
     if not found.everywhere:
         kernels += f" of {operator} in {str(dtype).removeprefix('torch.')}"
-    text = f"{kernels} are not used on {device}: {found.reason}; the torch path answers, as right and slower. "
-    text += f"To mend it: {found.mend}"
+    text = f"{kernels} are not used on {device}: {found.reason}; "
+    text += f"the torch path answers in their place, with the same results. To mend it: {found.mend}"
     with _telling:
         silent = text in _told or not is_main()
         _told.update([text] if found is POSTPONED else [text, key])

@@ -65,7 +65,8 @@ def tuning_of(index: int) -> Tuning | None:
     with _lock:
         if index not in _tunings:
             properties = torch.cuda.get_device_properties(index)
-            _capabilities[index] = properties.major, properties.minor
+            number = properties.major, properties.minor
+            _capabilities[index] = number if torch.version.hip is None else (0, 0)  # AMD's numbers mean other cards
             tuning = find_tuning(properties.name)
             _tunings[index] = tuning if tuning is None or _tiles_are_used(index, tuning) else None
     return _tunings[index]

@@ -50,7 +50,7 @@ def test_buckets_are_few_and_none_is_many():
     assert [bucket_of(batch) for batch in (0, 4, 5, 16, 17, 1000, None)] == [SMALL] * 2 + [MIDDLE] * 2 + [LARGE] * 3
 
 
-def test_unmeasured_gpu_is_spared_what_loses_on_paper(gpu):
+def test_unmeasured_gpu_is_spared_what_loses_on_paper(gpu, monkeypatch):
     for operator in (name for name, entry in dispatch.OPERATORS.items() if entry.kernels):
         for precision in tuned.PRECISIONS:
             assert not prefers(SMALL, operator, precision), "launch-bound"
@@ -61,6 +61,10 @@ def test_unmeasured_gpu_is_spared_what_loses_on_paper(gpu):
     gpu.major = 8
     tuned.forget()
     assert prefers(precision="float32"), "of H100 and H200 alone"
+    gpu.major = 9
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    tuned.forget()
+    assert prefers(precision="float32"), "an AMD card of that number is none of them"
     assert "fastris tune" in tuned.preference("cross_attention", 0, "float32", LARGE).why
 
 
