@@ -102,8 +102,8 @@ def assert_path_same(
     The inputs are rounded to ``dtype`` first, so that all three see the same numbers. In low precision the errors of
     ``draws`` random upstream gradients are pooled, by default 8: a bias gradient has few elements, so the largest error
     of a single draw would be luck. ``float32_tables`` and ``rounding`` as in :func:`assert_same`. With ``autocast``,
-    ``fast`` and ``published`` run under it, and ``fast`` may lose what ``published`` loses there; the float64 truth runs
-    without.
+    ``fast`` and ``published`` run under it, and ``fast`` may lose what ``published`` loses there; the float64 truth
+    runs without.
     """
     low = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     high = {k: v.double() if v.is_floating_point() else v for k, v in low.items()}
