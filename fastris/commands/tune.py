@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from fastris.tuning.bench import Bench
 
 
+REHEARSED = "Triton's interpreter"
+"""What stands for the GPU's name where there is none."""
+
+
 @dataclass
 class TuneConfig:
     """Measures on this GPU which path of each operator is faster, in about two minutes, and keeps it for `auto`.
@@ -21,6 +26,8 @@ class TuneConfig:
     For every operator, precision and size of batch the kernels are proved first, then timed against plain PyTorch with
     some of the tiles that they may use. What is measured is kept at once: Ctrl-C loses nothing, and another run goes
     on with what is missing. `--show` prints what is known.
+
+    Without a GPU, `TRITON_INTERPRET=1 fastris tune device=cpu` rehearses it on tiny sizes, for nobody's use.
     """
 
     device: str = option("auto", "the GPU: auto, cuda or cuda:1")
@@ -57,7 +64,8 @@ def tune(config: TuneConfig) -> int:
     dispatch.forget()
     if left:
         print(f"{total - len(left)} of {total} measured; run it again to go on with the others, or give more minutes")
-    print("`auto` follows this from the next start on; `fastris tune --show` prints it")
+    used = "a rehearsal, which no GPU goes by" if gpu == REHEARSED else "`auto` follows this from the next start on"
+    print(f"{used}; `fastris tune --show` prints it")
     return 0
 
 
@@ -69,6 +77,10 @@ def open_bench(device: str) -> tuple[str, Bench]:
     from fastris.runtime.device import choose_device
 
     gpu = choose_device(device)
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        from fastris.tuning.bench import Rehearsal
+
+        return REHEARSED, Rehearsal()
     if gpu.type != "cuda":
         found = "PyTorch finds no GPU here" if device == "auto" else f"device={device} is no GPU"
         raise ValueError(f"{found} to measure; run it where the GPU is, or see what is known with --show")

@@ -39,7 +39,7 @@ class Bench(Protocol):
 
 
 class DeviceBench:
-    """A GPU, or the CPU under Triton's interpreter."""
+    """A GPU; or, of small sizes, the CPU under Triton's interpreter."""
 
     def __init__(self, device: torch.device, sizes: Sizes = CRIS, seconds: float = 0.1):
         self.device, self.sizes, self.seconds = device, sizes, seconds
@@ -82,3 +82,21 @@ class DeviceBench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class Rehearsal(DeviceBench):
+    """The same on a CPU, with the kernels in Triton's interpreter, on one tiny sample: its times are no GPU's."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), Sizes(side=2, channels=16, heads=1, words=5), seconds=0.0)
+
+    def prove(self, operator: str, precision: str, tiles: Tiles) -> Failure | None:
+        if PRECISIONS[precision] is torch.bfloat16:
+            return Failure("Triton's interpreter computes wrong numbers in bfloat16", "measure on a GPU")
+        return super().prove(operator, precision, tiles)
+
+    def choices(self, operator: str, precision: str, batch: int) -> dict[Choice, Config]:
+        return super().choices(operator, precision, 1)
+
+    def time(self, operator: str, precision: str, batch: int, arms: Mapping[str, Arm]) -> dict[str, Timing]:
+        return super().time(operator, precision, 1, arms)

@@ -13,10 +13,11 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 to run the kernels on a CPU", allow_module_level=True)
 
+from fastris.commands import cli  # noqa: E402
 from fastris.kernels import configs  # noqa: E402
 from fastris.runtime import graph_timing  # noqa: E402
 from fastris.tuned.files import Tuning, identity_of, read  # noqa: E402
-from fastris.tuned.sizes import BUCKETS  # noqa: E402
+from fastris.tuned.sizes import BUCKETS, MIDDLE  # noqa: E402
 from fastris.tuning import bench as benches  # noqa: E402
 from fastris.tuning import measure as measuring  # noqa: E402
 from fastris.tuning.bench import Arm, DeviceBench  # noqa: E402
@@ -71,3 +72,19 @@ def test_whole_tuning_of_an_operator_ends_in_a_file_that_can_be_read(bench, monk
     assert read(tmp_path / "card.json") == tuning
     assert [row.key for row in tuning.rows.values()] == [(*job, bucket) for bucket in BUCKETS]
     assert all(row.gain for row in tuning.rows.values()) and len(said) == 1
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the rehearsal is for machines without a GPU")
+def test_the_command_rehearses_itself_where_there_is_no_gpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FASTRIS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(graph_timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(benches, "buffers_needed", lambda device, count: 1)
+    jobs = [("cross_attention", "bfloat16"), ("text_to_pixel_similarity", "float32")]
+    monkeypatch.setattr(measuring, "jobs", lambda tuning: list(jobs))
+    assert cli.main(["tune", "device=cpu", "minutes=1"]) == 0
+    out = capsys.readouterr().out
+    assert "a rehearsal, which no GPU goes by" in out and "wrong numbers in bfloat16" in out
+    (file,) = (tmp_path / "tuned").glob("*.json")
+    rows = read(file).rows
+    assert rows["text_to_pixel_similarity", "float32", MIDDLE].gain
+    assert rows["cross_attention", "bfloat16", MIDDLE].triton is None
