@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastris import for_inference, reference
 from fastris.dispatch import triton_obstacle, use_impl
-from fastris.models.base import ReferringModel
 from fastris.models.cris import decoder
 
 from ..options import BASELINE
@@ -64,7 +63,7 @@ class Arm:
         """``problem`` as this arm computes it, on the same parameters, and what is called in its module's place."""
         if self.name == BASELINE and problem.published is not None:
             problem = problem.with_module(problem.published(problem.module))
-        if self.impl != "reference" and not problem.training and isinstance(problem.module, ReferringModel):
+        if self.impl != "reference" and not problem.training and _is_whole_model(problem.module):
             problem = problem.with_module(for_inference(problem.module))
         if self.compile is None:
             return problem, problem.module
@@ -103,6 +102,12 @@ def compiled_or_failed() -> Iterator[None]:
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
+
+
+def _is_whole_model(module: nn.Module) -> bool:
+    from fastris.models.base import ReferringModel  # it needs huggingface_hub, and operators do not
+
+    return isinstance(module, ReferringModel)
 
 
 def compile_obstacle(device: torch.device) -> str | None:

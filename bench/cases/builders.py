@@ -5,13 +5,14 @@ models are of any system there.
 
 A builder returns a :class:`~bench.cases.problem.Problem` in float32 on the CPU, drawn from PyTorch's global generator.
 A module that is trained returns its loss first. Operators are imported when a case runs: a broken one spoils no other.
+So are CLIP's encoders and whole models: where open_clip is missing, what lies behind the encoders can be measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from fastris import CRISConfig, reference
 from fastris.data.tokens import find_tokenizer
 from fastris.models import registry
-from fastris.models.base import ReferringModel
 from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
-from fastris.nn.clip import CLIPBackbone, DenseResNet
 from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.reference import AttentionWeights, FeedForwardWeights
 
 from .problem import Problem
+
+if TYPE_CHECKING:
+    from fastris.models.base import ReferringModel
 
 Preset = str | ModelConfig
 """A model: its name in the registry, or its configuration."""
@@ -138,6 +140,8 @@ def _feed_forward(own: Any, x: Tensor) -> Tensor:
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
+    from fastris.nn.clip import DenseResNet
+
     clip = _cris(preset).clip
     heads = clip.vision_width * 32 // 64
     encoder = DenseResNet(clip.vision_layers, clip.embed_dim, heads, clip.image_resolution, clip.vision_width)
@@ -146,6 +150,8 @@ def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
 
 def text_encoder(preset: Preset, words: int, lengths: Sequence[int], batch: int) -> Problem:
     """CLIP's text transformer: tokens (B, words) to every word and the sentence."""
+    from fastris.nn.clip import CLIPBackbone
+
     clip = dataclasses.asdict(_cris(preset).clip)
     backbone = CLIPBackbone(**{**clip, "vision_layers": (1, 1, 1, 1), "vision_width": 4})
     backbone.visual = nn.Identity()  # type: ignore[assignment]
