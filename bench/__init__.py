@@ -9,9 +9,10 @@
     cases/         what is measured (table.py), what is compared (arms.py), and how both are built
     timing/        rounds, an arm's numbers against float64 before its time counts, rooflines, traces
     report/        results.py reads files and says what is best; tables, pages, charts, what moved; docs.py fills pages
+    gpu_hour.py    what a GPU is needed for, as one command: ``python -m bench.gpu_hour``; hour/ has its steps
     modelled/      cards that nobody has measured: ``python -m bench.modelled.cards``
     studies/       questions of their own: looking once, the data loader, float16 sums
     results/       result files, one per device
 
-Imports run one way: command, memory, modelled and studies know report, which knows timing, which knows cases.
+Imports run one way: command, gpu_hour, memory, modelled and studies know report, which knows timing, which knows cases.
 """
