@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastris.runtime.cards import CARDS, Card
+
 from ..options import with_arguments
 from ..report.pages import CARDS_FORMAT, cards_page
 from ..report.results import save
@@ -31,48 +33,14 @@ BANDWIDTH_SHARE = 0.85
 LAUNCH_SECONDS = 5e-6
 
 
-@dataclass(frozen=True)
-class Card:
-    """A card as its vendor describes it.
-
-    ``products`` is the number of bf16 operations that a multiprocessor does per clock in dense matrix products with
-    float32 accumulation; at float32 it does 256. GeForce tensor cores accumulate in float32 at half of their fp16 rate.
-    """
-
-    name: str
-    multiprocessors: int
-    boost_ghz: float
-    products: int
-    bandwidth: float  # GB/s
-    memory: int  # GB
-    source: str
-
-    @property
-    def matrix_rate(self) -> float:
-        """Dense bf16 products with float32 accumulation, operations per second."""
-        return self.multiprocessors * self.products * self.boost_ghz * 1e9
-
-    @property
-    def wide_rate(self) -> float:
-        """float32 products outside the tensor cores, operations per second."""
-        return self.multiprocessors * 256 * self.boost_ghz * 1e9
-
-    def rates(self) -> Rates:
-        return Rates(
-            MATRIX_SHARE * self.matrix_rate,
-            MATRIX_SHARE * self.wide_rate,
-            BANDWIDTH_SHARE * self.bandwidth * 1e9,
-            LAUNCH_SECONDS,
-        )
-
-
-CARDS = (
-    Card("RTX 3060 12GB", 28, 1.777, 512, 360, 12, "NVIDIA GA102 whitepaper's table for GA10x, product page"),
-    Card("RTX 4070", 46, 2.475, 512, 504, 12, "NVIDIA Ada whitepaper's table for AD10x, product page"),
-    Card("RTX 4090", 128, 2.52, 512, 1008, 24, "NVIDIA Ada whitepaper, appendix A: 165.2 TFLOP/s"),
-    Card("RTX 5090", 170, 2.407, 512, 1792, 32, "NVIDIA RTX Blackwell whitepaper, appendix A: 209.5 TFLOP/s"),
-    Card("H200", 132, 1.83, 4096, 4800, 141, "NVIDIA H200 data sheet: 989 TFLOP/s dense, 4.8 TB/s"),
-)
+def rates(card: Card) -> Rates:
+    """What ``card`` is taken to reach."""
+    return Rates(
+        MATRIX_SHARE * card.matrix_rate,
+        MATRIX_SHARE * card.wide_rate,
+        BANDWIDTH_SHARE * card.bandwidth * 1e9,
+        LAUNCH_SECONDS,
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +71,7 @@ def model(folder: Path = RESULTS) -> dict[str, Any]:
                 "flops": sum(o["flops"] * o["count"] for o in operations),
                 "bytes": sum(o["bytes"] * o["count"] for o in operations),
                 "kernels": sum(o["count"] for o in operations),
-                "ms": {card.name: card.rates().milliseconds(operations) for card in CARDS},
+                "ms": {card.name: rates(card).milliseconds(operations) for card in CARDS},
             }
             for stage, operations in counted.items()
         }
@@ -134,7 +102,7 @@ def rates_of(result: Mapping[str, Any]) -> tuple[Callable[[traffic.Counted], flo
     about = result["machine"]
     for card in CARDS:
         if card.name.removesuffix(" 12GB") in about["device"]["name"]:
-            return card.rates().milliseconds, f"as assumed for the {card.name}"
+            return rates(card).milliseconds, f"as assumed for the {card.name}"
     if about["device"]["type"] != "cpu":
         return None
     ceilings, origin = result.get("ceilings"), "in the same run"

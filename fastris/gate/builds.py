@@ -6,8 +6,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from .scenarios import recorded
 
 CUDA_ARCHS = tuple(SHARED_LIMIT)
 HIP_ARCHS = {"gfx1100": 32, "gfx942": 64}
+# Their compilers' output differs from a sibling's, sm_86 and sm_100, in little more than its name: no rare scenario.
+SIBLINGS = (89, 103)
 ARCHS: tuple[int | str, ...] = (*CUDA_ARCHS, *HIP_ARCHS)
 
 
@@ -62,28 +63,19 @@ def named_launches(arch: int | str, dtype: torch.dtype) -> dict[str, Launch]:
     """
     found: dict[str, Launch] = {}
     programs = set()
-    for scenario, launch in _recorded(shared_class(shared_limit(arch)), dtype):
-        name = f"{kernel_name(launch.kernel)}: {scenario.name}"
-        for each, note in _with_alternatives(launch, dtype in scenario.tuned):
-            program = each.kernel, str(_specialised(each, arch)), each.config
-            if program not in programs:
-                programs.add(program)
-                found[_unused(name + note, found)] = each
+    for scenario, launch, tiles in _recorded(shared_class(shared_limit(arch)), dtype):
+        if arch in SIBLINGS and (scenario.rare or tiles):
+            continue
+        program = launch.kernel, str(_specialised(launch, arch)), launch.config
+        if program not in programs:
+            programs.add(program)
+            found[_unused(f"{kernel_name(launch.kernel)}: {scenario.name}{tiles}", found)] = launch
     return found
 
 
 @functools.cache
 def _recorded(shared: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(recorded(shared, dtype))
-
-
-def _with_alternatives(launch: Launch, tuned: bool) -> Iterator[tuple[Launch, str]]:
-    yield launch, ""
-    for config in launch.config.alternatives if tuned else ():
-        tiles = dict(config.blocks)
-        arguments = tuple((name, tiles.get(name, value)) for name, value in launch.arguments)
-        note = f" [{'x'.join(map(str, tiles.values()))}, {config.num_warps} warps, stages {config.num_stages}]"
-        yield replace(launch, arguments=arguments, config=config), note
 
 
 def _unused(name: str, names: dict[str, Launch]) -> str:
@@ -116,11 +108,6 @@ def compiled(name: str, launch: Launch, arch: int | str, dtype: torch.dtype) -> 
         shared_limit(arch),
     )
     return Compiled(build, launch, code)
-
-
-def builds(arch: int | str, dtype: torch.dtype) -> list[Build]:
-    """Every build of every kernel for one card and dtype."""
-    return [compiled(name, launch, arch, dtype).build for name, launch in named_launches(arch, dtype).items()]
 
 
 def shared_limit(arch: int | str) -> int:

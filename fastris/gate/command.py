@@ -1,7 +1,7 @@
 """``python -m fastris.kernels.gate``: build every kernel as it is launched, for every card, and read what it costs.
 
 It prints registers, shared memory and stack of each build and fails when one would not run well: more shared memory
-than a block may have, or registers spilled to the stack or to local memory.
+than a block may have, registers spilled to the stack or to local memory, or worse than the committed table of its card.
 """
 
 from __future__ import annotations
@@ -10,10 +10,19 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from .builds import ARCHS, Build, builds
+import torch
+
+from . import tables
+from .builds import ARCHS, Build, compiled, named_launches
+from .listing import LISTED, Row, listed
 from .scenarios import DTYPES
+
+Job = tuple[int | str, torch.dtype]
+CARDS: dict[str, int | str] = {arch if isinstance(arch, str) else f"sm_{arch}": arch for arch in ARCHS}
+Built = list[tuple[Build, Row | None]]
 
 
 def _row(build: Build) -> str:
@@ -23,23 +32,65 @@ def _row(build: Build) -> str:
     )
 
 
+def build_all(arch: int | str, dtype: torch.dtype, only: str = "") -> Built:
+    """Everything that is launched in ``dtype`` on a card, or what has ``only`` in its name, built and read."""
+    named = named_launches(arch, dtype)
+    made = (compiled(name, launch, arch, dtype) for name, launch in named.items() if only in name)
+    return [(each.build, listed(each)) for each in made]
+
+
+def in_processes(jobs: Sequence[Job], processes: int | None, only: str = "") -> Iterator[Built]:
+    """Each job's builds, in order. Fresh processes: a fork would inherit the threads of what was imported before."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(build_all, *zip(*jobs, strict=True), [only] * len(jobs))
+
+
+def interpreting(what: str) -> bool:
+    """Whether Triton is told to interpret and not to compile, with a line that says so."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    print(f"{what} compiles; unset TRITON_INTERPRET", file=sys.stderr)
+    return True
+
+
 def main() -> int:
-    """Print the table of all builds; exit status 1 when one does not fit."""
+    """Print the table of all builds; exit status 1 when one does not fit, or is worse than its card's table."""
     parser = argparse.ArgumentParser(prog="python -m fastris.kernels.gate", description=main.__doc__)
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="that compile at once (default: all cores)"
     )
-    processes = parser.parse_args().processes
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("the gate compiles; unset TRITON_INTERPRET", file=sys.stderr)
+    parser.add_argument(
+        "--refresh", action="store_true", help="write the tables of the cards anew, and compare nothing"
+    )
+    parser.add_argument("--card", choices=CARDS, action="append", help="as sm_90; may be repeated (default: all)")
+    arguments = parser.parse_args()
+    if interpreting("the gate"):
         return 2
     print(f"{'kernel':68} {'card':8} {'dtype':9} {'warps':>5} {'shared':>7} {'limit':>7} {'regs':>5} {'stack':>5}")
     failures = 0
-    jobs = [(arch, dtype) for arch in ARCHS for dtype in DTYPES]
-    # Fresh processes: a fork would inherit the threads of whatever was imported before.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for results in pool.map(builds, *zip(*jobs, strict=True)):
-            failures += sum(not result.fits for result in results)
-            print("\n".join(map(_row, results)), flush=True)
+    cards = arguments.card or list(CARDS)
+    rows: dict[str, list[Row]] = {card: [] for card in LISTED if card in cards}
+    jobs = [(CARDS[card], dtype) for card in CARDS if card in cards for dtype in DTYPES]
+    for built in in_processes(jobs, arguments.processes):
+        failures += sum(not build.fits for build, _ in built)
+        print("\n".join(_row(build) for build, _ in built), flush=True)
+        for build, row in built:
+            if row:
+                rows[build.arch].append(row)
+    if arguments.refresh:
+        tables.FOLDER.mkdir(exist_ok=True)
+        for card, found in rows.items():
+            tables.path_of(card).write_text(tables.text(card, found))
+    worse = 0 if arguments.refresh else _compared(rows)
     print(f"{failures} builds do not fit" if failures else "every build fits")
-    return 1 if failures else 0
+    return 1 if failures or worse else 0
+
+
+def _compared(rows: dict[str, list[Row]]) -> int:
+    """Print what got worse than the tables say; how many lines that were."""
+    count = 0
+    for card, found in rows.items():
+        failures, remarks = tables.compare(card, found)
+        count += len(failures)
+        print("\n".join([*failures, *remarks]), end="\n" if failures or remarks else "")
+    return count

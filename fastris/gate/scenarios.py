@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris import dispatch
-from fastris.kernels.configs import pretended_class
+from fastris.kernels.configs import kernel_name, pretended_class, replaced, watched
 from fastris.kernels.cross_attention import dropout_masks
 from fastris.kernels.launch import Launch, recording
 from fastris.models.cris.config import CRISConfig
@@ -40,7 +40,7 @@ class Scenario:
     """One way to use the library: ``run(dtype)`` launches what it launches, for each of ``dtypes``.
 
     ``classes`` are the shared-memory classes of cards that it concerns; in the dtypes ``tuned`` the alternatives of the
-    launch tables are built for it, too.
+    launch tables are built for it, too. What is ``rare`` is not built for a card whose code is another's: builds.py.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Scenario:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     classes: tuple[str, ...] = ("large", "small", "tiny")
     tuned: tuple[torch.dtype, ...] = ()
+    rare: bool = False
 
 
 def launches(scenario: Scenario, shared: str, dtype: torch.dtype) -> list[Launch]:
@@ -194,6 +195,7 @@ def _upsample(channels: int) -> Callable[[torch.dtype], None]:
 
 
 FLOAT32, FLOAT16, BFLOAT16 = ((dtype,) for dtype in DTYPES)
+TWO = FLOAT32 + BFLOAT16
 # What comes first names a build that several of them share. float16 and bfloat16 share their tiles: what is rare is
 # built for one of them.
 SCENARIOS = (
@@ -203,23 +205,42 @@ SCENARIOS = (
     Scenario("eval", _evaluate("cris_r50")),
     Scenario("eval R101", _evaluate("cris_r101")),
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
-    Scenario("demo", _train("tiny"), (torch.float32, torch.bfloat16)),
-    Scenario("demo eval", _evaluate("tiny"), (torch.float32, torch.bfloat16)),
-    Scenario("NCHW", _score(1, 3, 256, (104, 104)), (torch.float32, torch.bfloat16)),
-    Scenario("5x5 kernel", _score(1, 5, 256, (104, 104)), (torch.float32, torch.bfloat16)),
-    Scenario("3 kernels", _score(3, 3, 256, (104, 104)), BFLOAT16),
-    Scenario("odd map", _score(1, 3, 70, (13, 15)), (torch.float32, torch.float16)),
-    Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), (torch.float32, torch.bfloat16)),
-    Scenario("77 words", _long_sentences, (torch.float32, torch.bfloat16)),
-    Scenario("statistics", _upsample(64), (torch.float32, torch.bfloat16)),
-    Scenario("odd width", _upsample(70), (torch.float32, torch.bfloat16)),
-    Scenario("mask alone", _masks, FLOAT32),
+    Scenario("demo", _train("tiny"), BFLOAT16, rare=True),
+    Scenario("demo eval", _evaluate("tiny"), BFLOAT16, rare=True),
+    Scenario("NCHW", _score(1, 3, 256, (104, 104)), TWO, rare=True),
+    Scenario("5x5 kernel", _score(1, 5, 256, (104, 104)), TWO, rare=True),
+    Scenario("3 kernels", _score(3, 3, 256, (104, 104)), BFLOAT16, rare=True),
+    Scenario("odd map", _score(1, 3, 70, (13, 15)), FLOAT32, rare=True),
+    Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), BFLOAT16, rare=True),
+    Scenario("77 words", _long_sentences, TWO, rare=True),
+    Scenario("statistics", _upsample(64), TWO, rare=True),
+    Scenario("odd width", _upsample(70), TWO, rare=True),
+    Scenario("mask alone", _masks, FLOAT32, rare=True),
 )
 
 
-def recorded(shared: str, dtype: torch.dtype) -> Iterator[tuple[Scenario, Launch]]:
-    """Every launch of every scenario in ``dtype`` on cards of class ``shared``."""
+def recorded(shared: str, dtype: torch.dtype) -> Iterator[tuple[Scenario, Launch, str]]:
+    """Every launch of every scenario in ``dtype`` on cards of class ``shared``; of alternatives, with their tiles."""
     for scenario in SCENARIOS:
         if shared in scenario.classes and dtype in scenario.dtypes:
             for launch in launches(scenario, shared, dtype):
-                yield scenario, launch
+                yield scenario, launch, ""
+            if dtype in scenario.tuned:
+                for launch in _alternatives(scenario, shared, dtype):
+                    config = launch.config
+                    tiles = "x".join(str(size) for _, size in config.blocks)
+                    yield scenario, launch, f" [{tiles}, {config.num_warps} warps, stages {config.num_stages}]"
+
+
+def _alternatives(scenario: Scenario, shared: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """What is launched when each alternative of the launch tables replaces what it stands beside."""
+    with watched() as seen:
+        launches(scenario, shared, dtype)
+    for number in range(max(len(config.alternatives) for config in seen.values())):
+        others = {
+            choice: config.alternatives[number] for choice, config in seen.items() if number < len(config.alternatives)
+        }
+        with replaced(others):
+            for launch in launches(scenario, shared, dtype):
+                if any(each.kernel == kernel_name(launch.kernel) for each in others):
+                    yield launch

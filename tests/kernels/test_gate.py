@@ -50,7 +50,7 @@ def test_tile_past_the_shared_memory_of_a_consumer_card_is_caught():
 
 
 def test_spilled_registers_are_caught():
-    result = build(product(256, 4), 90)
+    result = build(product(128, 1), 90)
     assert result.stack > 0 and not result.fits
 
 

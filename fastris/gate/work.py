@@ -1,0 +1,149 @@
+"""What a launch has to do, whoever does it: numbers that it writes, products, and bytes that move at least once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fastris.kernels.configs import kernel_name
+from fastris.kernels.launch import Launch
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one launch.
+
+    Attributes:
+        outputs: numbers written.
+        products: multiply-adds of the matrix products, where the algebra asks for them; none for stencils.
+        bytes: of every tensor read or written, once.
+        padded: multiply-adds of one block's tiles, with what they have too much.
+        trips: how often a block goes round its loops, outermost first.
+        samples: of the batch.
+    """
+
+    outputs: int
+    products: int
+    bytes: int
+    padded: int
+    trips: tuple[int, ...]
+    samples: int
+
+
+def work(launch: Launch) -> Work:
+    """The work of a recorded launch. Raises KeyError for a kernel that is not in the table."""
+    return _WORK[kernel_name(launch.kernel)](_Sizes(launch))
+
+
+class _Sizes:
+    """A launch's arguments as attributes; ``size("x_ptr")`` is the bytes of an element, 0 where there is none."""
+
+    def __init__(self, launch: Launch):
+        self._arguments: Mapping[str, Any] = dict(launch.arguments)
+        self.blocks: int = prod(launch.grid)
+        self.first: int = launch.grid[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return self._arguments[name]
+
+    def size(self, *pointers: str) -> int:
+        return sum(self._arguments[each].dtype.itemsize for each in pointers if self._arguments[each] is not None)
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step)
+
+
+def _taps(a: _Sizes) -> Work:
+    samples = a.first // _up(a.pixels, a.BLOCK_P)
+    steps = _up(a.channels, a.BLOCK_C)
+    columns, outputs = a.columns, samples * a.columns * a.pixels
+    moved = samples * (a.channels * a.pixels * a.size("x_ptr") + 4 * columns * a.channels) + 4 * outputs
+    return Work(outputs, outputs * a.channels, moved, a.BLOCK_N * a.BLOCK_P * a.BLOCK_C * steps, (steps,), samples)
+
+
+def _shift(a: _Sizes) -> Work:
+    """The shift-add, with the loss or without."""
+    pixels = a.height * a.width
+    planes = a.first // _up(pixels, a.BLOCK)
+    maps = ("loss_ptr", "slope_ptr", "positive_ptr", "negative_ptr") if "loss_ptr" in a._arguments else ()
+    each = 4 * a.SIZE**2 + a.size("logits_ptr", *maps)
+    return Work(planes * pixels, 0, planes * pixels * each, 0, (), planes)
+
+
+def _features_gradient(a: _Sizes) -> Work:
+    samples, steps = a.first // _up(a.pixels, a.BLOCK_P), _up(a.columns, a.BLOCK_N)
+    outputs = samples * a.channels * a.pixels
+    small = samples * 4 * (a.columns // a.SIZE**2 * a.pixels + a.columns * a.channels)
+    padded = a.BLOCK_P * a.BLOCK_C * a.BLOCK_N * steps
+    return Work(outputs, outputs * a.columns, outputs * a.size("dx_ptr") + small, padded, (steps,), samples)
+
+
+def _kernel_gradient(a: _Sizes) -> Work:
+    outputs = a.first * a.columns * a.channels  # a partial sum of every chunk
+    features = a.batch * a.channels * a.pixels
+    moved = features * a.size("x_ptr") + 4 * (a.batch * a.columns // a.SIZE**2 * a.pixels + outputs)
+    padded = a.BLOCK_N * a.BLOCK_C * a.BLOCK_P * a.TILES
+    return Work(outputs, features * a.columns, moved, padded, (a.TILES,), a.batch)
+
+
+def _gather(a: _Sizes) -> Work:
+    maps, samples = a.pixels * a.channels, a.pixels // (a.height * a.width)
+    return Work(4 * maps, 0, maps * (4 * a.size("out_ptr") + 9 * a.size("taps_ptr")), 0, (), samples)
+
+
+def _adjoint(a: _Sizes) -> Work:
+    maps, samples = a.pixels * a.channels, a.pixels // (a.height * a.width)
+    return Work(9 * maps, 0, maps * (4 * a.size("dout_ptr") + 9 * a.size("dtaps_ptr")), 0, (), samples)
+
+
+def _weights(written: str, pixels: tuple[str, ...], words: str, read: tuple[str, ...]) -> Callable[[_Sizes], Work]:
+    """Kernels that multiply pixels by words: attention weights [rows, heads * words] are written."""
+
+    def count(a: _Sizes) -> Work:
+        samples, columns, steps = a.first // _up(a.rows, a.BLOCK_N), a.HEADS * a.WORDS, _up(a.DIM, a.BLOCK_D)
+        outputs = samples * a.rows * columns
+        wide = samples * a.rows * a.DIM * a.size(*pixels) + samples * columns * a.DIM * a.size(words)
+        moved = wide + outputs * a.size(written, *read)
+        padded = a.BLOCK_N * a.GROUP * a.WORDS * a.BLOCK_D * steps
+        return Work(outputs, outputs * a.DIM, moved, padded, (steps,), samples)
+
+    return count
+
+
+def _rows(pixels: tuple[str, ...], weights: str, words: str) -> Callable[[_Sizes], Work]:
+    """Kernels that multiply weights by words, twice: pixels [rows, DIM] are written."""
+
+    def count(a: _Sizes) -> Work:
+        samples = a.first // _up(a.rows, a.BLOCK_N)
+        outputs = samples * a.rows * a.DIM
+        moved = outputs * a.size(*pixels) + samples * a.COLUMNS * (a.rows * a.size(weights) + a.DIM * a.size(words))
+        trips = _up(a.DIM, a.BLOCK_D), _up(a.COLUMNS, a.BLOCK_K)
+        padded = 2 * a.BLOCK_N * a.BLOCK_D * a.BLOCK_K * prod(trips)
+        return Work(outputs, 2 * outputs * a.COLUMNS, moved, padded, trips, samples)
+
+    return count
+
+
+def _kept(a: _Sizes) -> Work:
+    return Work(a.count, 0, a.count, 0, (), 1)
+
+
+_BACKWARD = ("x_ptr", "upstream_ptr", "d_x_ptr", "query_ptr", "d_query_ptr")
+_WORK: dict[str, Callable[[_Sizes], Work]] = {
+    "similarity taps": _taps,
+    "similarity shift": _shift,
+    "similarity features gradient": _features_gradient,
+    "similarity kernel gradient": _kernel_gradient,
+    "contrastive loss": _shift,
+    "upsample_conv gather": _gather,
+    "upsample_conv adjoint": _adjoint,
+    "cross_attention scores": _weights("weights_ptr", ("x_ptr",), "keys_ptr", ()),
+    "cross_attention output": _rows(("x_ptr", "y_ptr"), "weights_ptr", "values_ptr"),
+    "cross_attention branch backward": _rows(("upstream_ptr", "d_gathered_ptr"), "weights_ptr", "values_ptr"),
+    "cross_attention weights backward": _weights("d_scores_ptr", ("d_gathered_ptr",), "values_ptr", ("weights_ptr",)),
+    "cross_attention query backward": _rows(_BACKWARD, "d_scores_ptr", "keys_ptr"),
+    "cross_attention kept": _kept,
+}
