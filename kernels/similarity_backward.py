@@ -25,16 +25,21 @@ from .configs import Config, choose, device_class
 from .launch import launch
 from .similarity_tiles import COLUMN_BLOCKS, SIZES, STAGES, column_block, similarity_flops
 
-# By bytes of an element. The only loop of the features' gradient is over columns, and mostly one step: no pipeline.
-FEATURES_CONFIGS = {
-    2: Config(
-        (("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 128)),
-        num_warps=4,
-        num_stages=1,
-        alternatives=(Config((("BLOCK_N", 16), ("BLOCK_C", 256), ("BLOCK_P", 32)), num_warps=4, num_stages=1),),
-    ),
-    4: Config((("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 64)), num_warps=4, num_stages=1),
-}
+# A program gathers its slopes once for all channels of its tile, so wide tiles of few pixels gather least: where a tile
+# of 64 channels gathers 16 slopes a thread for 64 results, one of 256 gathers 4. Narrower features, of which a wide
+# tile would be mostly empty, keep the tile of 64. The only loop is over columns, and mostly one step: no pipeline.
+WIDE_CHANNELS = 256
+
+
+def features_config(shared: str, dtype: torch.dtype, channels: int) -> Config:
+    """Launch of the features' gradient. AMD's registers hold half as many float32 products."""
+    tile = (("BLOCK_N", 16), ("BLOCK_C", 64), ("BLOCK_P", 64 if dtype is torch.float32 else 128))
+    narrow = Config(tile, num_warps=4, num_stages=1)
+    if channels <= WIDE_CHANNELS // 2:
+        return narrow
+    pixels = 16 if dtype is torch.float32 and shared == "tiny" else 32
+    tile = (("BLOCK_N", 16), ("BLOCK_C", WIDE_CHANNELS), ("BLOCK_P", pixels))
+    return Config(tile, num_warps=4, num_stages=1, alternatives=(narrow,))
 
 
 def kernel_config(shared: str, dtype: torch.dtype, columns: int) -> Config:
@@ -151,8 +156,8 @@ def _features_gradient(dlogits: Tensor, weight: Tensor, x: Tensor, size: int) ->
     if dx.numel():
         (batch, channels, pixels), (height, width) = x.shape, dlogits.shape[-2:]
         dlogits, weight = dlogits.contiguous(), weight.contiguous()
-        config = FEATURES_CONFIGS[x.element_size()]
-        config = choose(_features_gradient_kernel, config, x.device, x.dtype, batch * pixels)
+        config = features_config(device_class(x.device), x.dtype, channels)
+        config = choose(_features_gradient_kernel, config, x.device, x.dtype, batch * pixels, f"C{config['BLOCK_C']}")
         grid = (batch * triton.cdiv(pixels, config["BLOCK_P"]), triton.cdiv(channels, config["BLOCK_C"]))
         sizes = (channels, weight.shape[1], pixels, height, width, size, dot_precision(x.dtype))
         launch(_features_gradient_kernel, grid, dx, dlogits, weight, *dx.stride(), *sizes, config=config)

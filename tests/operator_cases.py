@@ -216,6 +216,7 @@ def every_problem() -> Iterator[Problem]:
     yield similarity_problem(PixelCase(2, 1, 5, 7, 5), kernels=True)
     yield similarity_problem(PixelCase(1, 4, 3, 5, 6), kernels=True)
     yield similarity_problem(PixelCase(1, 1, 70, 9, 15, pointwise=3), kernels=True)  # two tiles of channels, of pixels
+    yield similarity_problem(PixelCase(1, 1, 260, 9, 5, pointwise=3), kernels=True)  # and of wide tiles
     yield similarity_problem(PixelCase(2, 1, 3, 17, 16, size=5, pointwise=2), kernels=True)  # two partial sums
     yield similarity_problem(PixelCase(2, 2, 3, 1, 2, size=5, pointwise=3), kernels=True)
     yield similarity_problem(PixelCase(1, 2, 5, 2, 1, size=1, pointwise=2), kernels=True)
