@@ -30,12 +30,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .configs import Config, choose
 from .launch import launch
+from .upsample_conv_backward import ADJOINT, adjoint_kernel
+from .upsample_conv_tiles import SIZES, tile
 
 # A single sample is never divided, so one very large image may exceed this.
 MAX_TAPS_BYTES = 512 * 2**20
-
-# Another batch or picture compiles no other program; the channels' divisibility decides how wide loads are.
-SIZES = ("pixels", "height", "width")
 
 # By bytes of an element and whether C' is a multiple of 16. There is no shared memory to speak of, so one table serves
 # every card. 128 bytes of channels are one cache line. Where C' has another width each element has its own address, and
@@ -47,7 +46,6 @@ GATHER = {
     (2, False): Config((("BLOCK_P", 4), ("BLOCK_C", 64)), num_warps=8, num_stages=1),
     (4, False): Config((("BLOCK_P", 4), ("BLOCK_C", 32)), num_warps=4, num_stages=1),
 }
-ADJOINT = dict(GATHER)
 
 
 @triton.constexpr_function
@@ -63,26 +61,22 @@ def is_used(tap, low):
 
 
 @triton.jit
-def _tile(pixels, height, width, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's pixels [BLOCK_P, 1] of all samples in one row, their y and x, channels [1, BLOCK_C], and mask."""
-    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (pixel < pixels) & (channel < channels)
-    return pixel.to(tl.int64), pixel // width % height, pixel % width, channel, mask
+def _steps(y, height, line):
+    """Elements from pixel y to the one before and to the one behind, 0 where the interpolation clamps its border."""
+    return tl.where(y > 0, -1, 0) * line, tl.where(y < height - 1, 1, 0) * line
 
 
 @triton.jit
-def _sum_along_y(taps_ptr, column, y, height, width, channels, channel, mask, TAP_X: tl.constexpr):
+def _sum_along_y(column, steps_y, y, height, channels, mask, TAP_X: tl.constexpr):
     """Taps (0..2, TAP_X) of one column of low-resolution pixels, interpolated to output rows 2y and 2y + 1."""
     above, below = y > 0, y < height - 1
     even = tl.zeros(mask.shape, tl.float32)
     odd = tl.zeros(mask.shape, tl.float32)
-    for tap in tl.static_range(3):
-        for low in tl.static_range(-1, 2):
+    for low in tl.static_range(-1, 2):
+        source = column + steps_y[0] if low < 0 else (column + steps_y[1] if low > 0 else column)
+        for tap in tl.static_range(3):
             if is_used(tap, low):
-                line = tl.minimum(tl.maximum(y + low, 0), height - 1) - y  # the interpolation clamps its border
-                row = (column + line.to(tl.int64) * width) * 9 + 3 * tap + TAP_X
-                value = tl.load(taps_ptr + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+                value = tl.load(source + (3 * tap + TAP_X) * channels, mask=mask, other=0.0).to(tl.float32)
                 if bilinear_weight(0, tap, low) > 0:  # the convolution pads with zeros: tap 0 of row 0 sees none
                     even += bilinear_weight(0, tap, low) * (tl.where(above, value, 0.0) if tap == 0 else value)
                 if bilinear_weight(1, tap, low) > 0:
@@ -106,17 +100,20 @@ def _gather_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out[2y + i, 2x + j, c'] for the four i, j of every pixel, and the moments (4, tiles, C') of the tiles."""
-    pixel, y, x, channel, mask = _tile(pixels, height, width, channels, BLOCK_P, BLOCK_C)
+    pixel, y, x, channel, mask = tile(pixels, height, width, channels, BLOCK_P, BLOCK_C)
     start = tl.zeros([1, BLOCK_C], tl.float32)
     if HAS_BIAS:
         start += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     start = tl.broadcast_to(start, [BLOCK_P, BLOCK_C])
     top_left, top_right, bottom_left, bottom_right = start, start, start, start
-    for tap in tl.static_range(3):
-        for low in tl.static_range(-1, 2):
+    steps_y = _steps(y, height, width.to(tl.int64) * (9 * channels))
+    steps_x = _steps(x, width, 9 * channels)
+    here = taps_ptr + (pixel * (9 * channels) + channel)
+    for low in tl.static_range(-1, 2):
+        column = here + steps_x[0] if low < 0 else (here + steps_x[1] if low > 0 else here)
+        for tap in tl.static_range(3):
             if is_used(tap, low):
-                column = pixel + (tl.minimum(tl.maximum(x + low, 0), width - 1) - x)
-                top, bottom = _sum_along_y(taps_ptr, column, y, height, width, channels, channel, mask, tap)
+                top, bottom = _sum_along_y(column, steps_y, y, height, channels, mask, tap)
                 if bilinear_weight(0, tap, low) > 0:
                     inside = x > 0 if tap == 0 else x >= 0
                     top_left += bilinear_weight(0, tap, low) * tl.where(inside, top, 0.0)
@@ -125,12 +122,13 @@ def _gather_kernel(
                     inside = x < width - 1 if tap == 2 else x >= 0
                     top_right += bilinear_weight(1, tap, low) * tl.where(inside, top, 0.0)
                     bottom_right += bilinear_weight(1, tap, low) * tl.where(inside, bottom, 0.0)
-    corner = 4 * pixel - 2 * x  # output (2y, 2x): over pixel line * width + x lies 2 line * 2 width + 2x
-    top_left = _store(out_ptr + corner * channels + channel, top_left, mask)
-    top_right = _store(out_ptr + (corner + 1) * channels + channel, top_right, mask)
-    corner += 2 * width
-    bottom_left = _store(out_ptr + corner * channels + channel, bottom_left, mask)
-    bottom_right = _store(out_ptr + (corner + 1) * channels + channel, bottom_right, mask)
+    # output (2y, 2x): over pixel line * width + x lies 2 line * 2 width + 2x
+    corner = out_ptr + (4 * pixel - 2 * x) * channels + channel
+    top_left = _store(corner, top_left, mask)
+    top_right = _store(corner + channels, top_right, mask)
+    corner += 2 * width.to(tl.int64) * channels
+    bottom_left = _store(corner, bottom_left, mask)
+    bottom_right = _store(corner + channels, bottom_right, mask)
     if HAS_STATS:
         count = (4 * tl.minimum(pixels - tl.program_id(0) * BLOCK_P, BLOCK_P)).to(tl.float32)
         total = tl.where(mask, top_left + top_right + bottom_left + bottom_right, 0.0)
@@ -156,55 +154,6 @@ def _store(pointer, value, mask):
     rounded = value.to(pointer.dtype.element_ty)
     tl.store(pointer, rounded, mask=mask)
     return rounded.to(tl.float32)
-
-
-@triton.jit
-def _reach(y, height):
-    """Weights of pixel y in the upsampled positions 2y - 1 .. 2y + 2; the image's border is clamped."""
-    first, last = y == 0, y == height - 1
-    inner_first, inner_last = tl.where(first, 1.0, 0.75), tl.where(last, 1.0, 0.75)
-    return tl.where(first, 0.0, 0.25), inner_first, inner_last, tl.where(last, 0.0, 0.25)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _adjoint_kernel(
-    dtaps_ptr,
-    dout_ptr,
-    pixels,
-    height,
-    width,
-    channels,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dtaps[y, x, t, c']: tap t takes upsampled position u to output u + 1 - t, so 4x4 outputs used it, rows first."""
-    pixel, y, x, channel, mask = _tile(pixels, height, width, channels, BLOCK_P, BLOCK_C)
-    weight_y = _reach(y, height)
-    weight_x = _reach(x, width)
-    corner = 4 * pixel - 2 * x  # output (2y, 2x)
-    for tap_y in tl.static_range(3):
-        left = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        middle = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        right = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        for column in tl.static_range(-2, 4):
-            has_column = mask & (2 * x + column >= 0) & (2 * x + column < 2 * width)
-            total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            for k in tl.static_range(4):
-                row = 2 * y + k - tap_y
-                inside = has_column & (row >= 0) & (row < 2 * height)
-                index = corner + (k - tap_y) * 2 * width + column
-                value = tl.load(dout_ptr + index * channels + channel, mask=inside, other=0.0).to(tl.float32)
-                total += weight_y[k] * value
-            if column >= 0:
-                left += weight_x[column] * total
-            if column >= -1 and column <= 2:
-                middle += weight_x[column + 1] * total
-            if column <= 1:
-                right += weight_x[column + 2] * total
-        target = dtaps_ptr + (pixel * 9 + 3 * tap_y) * channels + channel
-        tl.store(target, left.to(dtaps_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + channels, middle.to(dtaps_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + 2 * channels, right.to(dtaps_ptr.dtype.element_ty), mask=mask)
 
 
 def _parts(x: Tensor, channels: int) -> Iterator[slice]:
@@ -279,13 +228,13 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weigh
     matrix = _tap_matrix(weight)
     dx = _empty_image(x, x.shape[1]) if need_x else x.new_empty(0)
     dmatrix = torch.zeros(matrix.shape, dtype=torch.float32, device=x.device) if need_weight else None
-    config = _config(_adjoint_kernel, ADJOINT, x, channels)
+    config = _config(adjoint_kernel, ADJOINT, x, channels)
     for part in _parts(x, channels) if dout.numel() else ():
         rows = _rows(x[part])
         dtaps = torch.empty((rows.shape[0], matrix.shape[0]), dtype=x.dtype, device=x.device)
         sizes = (rows.shape[0], height, width, channels)
         grid = _grid(config, sizes[0], channels)
-        launch(_adjoint_kernel, grid, dtaps, _rows(dout[part]), *sizes, config=config)
+        launch(adjoint_kernel, grid, dtaps, _rows(dout[part]), *sizes, config=config)
         if need_x:
             torch.mm(dtaps, matrix, out=_rows(dx[part]))
         if dmatrix is not None:
