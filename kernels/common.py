@@ -35,14 +35,38 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-@triton.jit
-def uniform_from_index(seed, index):
-    """One uniform number in [0, 1) per logical int64 ``index``, from Philox: the same for any tiling.
+@triton.constexpr_function
+def drop_threshold(probability):
+    """Random bits below this drop an element, with ``probability`` to 2^-32."""
+    return min(round(probability * 2**32), 2**32 - 1)
 
-    The index's upper half goes into the counter's second word, so that streams past 2^32 elements do not repeat.
+
+@triton.jit
+def philox_of_four(seed, index):
+    """The four random uint32 of a group of four elements that follow each other, from its int64 ``index`` alone.
+
+    The index's upper half goes into the counter's second word, so that streams past 2^32 groups do not repeat.
     """
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     zero = low * 0
-    bits, _, _, _ = tl.philox(seed, low, high, zero, zero)
-    return tl.uint_to_uniform_float(bits)
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def drop_bits(seed, index, PROBABILITY: tl.constexpr):
+    """int32 [M, G] whose four lowest bits say which elements of a group are dropped, from its index [M, G]."""
+    first, second, third, fourth = philox_of_four(seed, index)
+    if PROBABILITY >= 1:
+        return tl.full(first.shape, 15, tl.int32)
+    BELOW: tl.constexpr = drop_threshold(PROBABILITY)
+    low = tl.where(first < BELOW, 1, 0) | tl.where(second < BELOW, 2, 0)
+    return low | tl.where(third < BELOW, 4, 0) | tl.where(fourth < BELOW, 8, 0)
+
+
+@triton.jit
+def spread_bits(bits):
+    """Whether each element of the groups [M, G] is dropped: [M, 4 * G]. The same for any tiling."""
+    even = tl.interleave((bits & 1) != 0, (bits & 4) != 0)
+    odd = tl.interleave((bits & 2) != 0, (bits & 8) != 0)
+    return tl.interleave(even, odd)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .common import dot_precision, uniform_from_index
+from .common import dot_precision, drop_bits, drop_threshold, philox_of_four, spread_bits
 from .configs import Config, choose, device_class
 from .cross_attention_backward import FEWER_ROWS, ROWS, branch_backward, query_backward
 from .cross_attention_tiles import (
@@ -39,9 +39,10 @@ from .cross_attention_tiles import (
     POST_WEIGHT,
     WEIGHTS_SEED,
     as_rows,
-    branch_kept,
+    branch_bits,
     gather,
     head_group,
+    kept_scale,
     load_query,
     load_tile,
     load_vector,
@@ -101,10 +102,11 @@ def _scores_kernel(
     bias = tl.load(key_bias_ptr + sample * HEADS * WORDS + column, mask=inside, other=float("-inf"))
     weights = softmax_by_head(scores + bias[None, :], GROUP, WORDS, BLOCK_N)
     if DROPOUT > 0:
-        head, word = column // WORDS, column % WORDS
-        index = ((sample * HEADS + head)[None, :] * rows + row[:, None]) * WORDS + word[None, :]
-        uniform = uniform_from_index(tl.load(seeds_ptr + WEIGHTS_SEED), index)
-        weights = tl.where(uniform < DROPOUT, -weights, weights)
+        group = tl.program_id(1) * GROUP * (WORDS // 4) + tl.arange(0, GROUP * WORDS // 4)  # four words each
+        head, word = group // (WORDS // 4), group % (WORDS // 4)
+        index = ((sample * HEADS + head)[None, :] * rows + row[:, None]) * (WORDS // 4) + word[None, :]
+        dropped = spread_bits(drop_bits(tl.load(seeds_ptr + WEIGHTS_SEED), index, DROPOUT))
+        weights = tl.where(dropped, -weights, weights)
 
     pixel = sample * rows + row
     store_tile(weights_ptr + pixel * HEADS * WORDS, weights, present, column, HEADS * WORDS)
@@ -143,7 +145,8 @@ def _output_kernel(
                 branch = (gathered - mean[:, None]) * rstd[:, None] * load_vector(affine_ptr, POST_WEIGHT, channel, DIM)
                 branch += load_vector(affine_ptr, POST_BIAS, channel, DIM)
                 if DROPOUT > 0:
-                    branch *= branch_kept(seeds_ptr, sample, rows, row, channel, DIM, DROPOUT)
+                    bits = branch_bits(seeds_ptr, sample, rows, row, start, DIM, DROPOUT, BLOCK_D)
+                    branch *= kept_scale(bits, DROPOUT)
                 x = load_tile(x_ptr + row_offset, present, channel, DIM)
                 store_tile(y_ptr + row_offset, x + branch, present, channel, DIM)
     tl.store(statistics_ptr + pixel * 4 + POST, mean, mask=present)
@@ -151,11 +154,18 @@ def _output_kernel(
 
 
 @triton.jit(do_not_specialize=("count",))
-def _kept_kernel(kept_ptr, seeds_ptr, count, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """A dropout mask by itself, for tests: the index is the element's place in a contiguous tensor."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    uniform = uniform_from_index(tl.load(seeds_ptr + WHICH), index)
-    tl.store(kept_ptr + index, tl.where(uniform < DROPOUT, 0, 1), mask=index < count)
+def _kept_kernel(
+    kept_ptr, seeds_ptr, count, WIDTH: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A dropout mask by itself, for tests: element by element, in a contiguous tensor of rows of WIDTH."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = element % WIDTH
+    draws = philox_of_four(tl.load(seeds_ptr + WHICH), element // WIDTH * ((WIDTH + 3) // 4) + place // 4)
+    even, odd = tl.where(place % 4 < 2, draws[0], draws[2]), tl.where(place % 4 < 2, draws[1], draws[3])
+    bits = tl.where(place % 2 == 0, even, odd)
+    THRESHOLD: tl.constexpr = drop_threshold(DROPOUT)
+    kept = bits >= THRESHOLD if DROPOUT < 1 else bits < 0
+    tl.store(kept_ptr + element, kept, mask=element < count)
 
 
 @torch.library.custom_op("fastris::cross_attention", mutates_args=())
@@ -283,5 +293,5 @@ def dropout_masks(
 def _kept(seeds: Tensor, which: tl.constexpr, shape: tuple[int, ...], dropout: float) -> Tensor:
     kept = torch.empty(shape, dtype=torch.uint8, device=seeds.device)
     grid = (triton.cdiv(kept.numel(), KEPT["BLOCK"]),)
-    launch(_kept_kernel, grid, kept, seeds, kept.numel(), WHICH=which, DROPOUT=dropout, config=KEPT)
+    launch(_kept_kernel, grid, kept, seeds, kept.numel(), WIDTH=shape[-1], WHICH=which, DROPOUT=dropout, config=KEPT)
     return kept.bool()

@@ -29,10 +29,11 @@ from .cross_attention_tiles import (
     POST,
     POST_WEIGHT,
     as_rows,
-    branch_kept,
+    branch_bits,
     gather,
     head_group,
     in_layout_of,
+    kept_scale,
     load_statistics,
     load_tile,
     load_vector,
@@ -89,6 +90,8 @@ def _branch_backward_kernel(
     partial_ptr += tl.program_id(0).to(tl.int64) * 3 * DIM
     level = tl.zeros((BLOCK_N,), tl.float32)
     slope = tl.zeros((BLOCK_N,), tl.float32)
+    ONE_DRAW: tl.constexpr = DIM <= 16 * BLOCK_D  # then the first walk's steps leave their mask, four bits each
+    masks = tl.zeros((BLOCK_N, BLOCK_D // 4), tl.int64)
     for walk in tl.static_range(2):
         for start in range(0, DIM, BLOCK_D):
             channel = start + tl.arange(0, BLOCK_D)
@@ -99,7 +102,12 @@ def _branch_backward_kernel(
             normed = (gathered - mean[:, None]) * rstd[:, None]
             d_branch = load_tile(upstream_rows, present, channel, DIM)
             if DROPOUT > 0:
-                d_branch *= branch_kept(seeds_ptr, sample, rows, row, channel, DIM, DROPOUT)
+                if walk == 0 or not ONE_DRAW:
+                    bits = branch_bits(seeds_ptr, sample, rows, row, start, DIM, DROPOUT, BLOCK_D)
+                    masks |= bits.to(tl.int64) << (start // BLOCK_D * 4)
+                else:
+                    bits = (masks >> (start // BLOCK_D * 4)).to(tl.int32)
+                d_branch *= kept_scale(bits, DROPOUT)
             d_normed = d_branch * load_vector(affine_ptr, POST_WEIGHT, channel, DIM)
             if walk == 0:
                 level += tl.sum(d_normed, axis=1)

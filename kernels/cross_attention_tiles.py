@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import uniform_from_index
+from .common import drop_bits, spread_bits
 
 # Rows of the (5, D) float32 tensor that holds every vector of the sub-layer.
 NORM_WEIGHT, NORM_BIAS, OUT_BIAS, POST_WEIGHT, POST_BIAS = (tl.constexpr(i) for i in range(5))
@@ -124,12 +124,19 @@ def softmax_by_head(scores, GROUP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def branch_kept(seed_ptr, sample, rows, row, channel, DIM: tl.constexpr, DROPOUT: tl.constexpr):
-    """What dropout multiplies the branch by, [rows, channels]: 0 or 1 / (1 - p), from (sample, row, channel) alone."""
-    index = (sample * rows + row)[:, None] * DIM + channel[None, :]
-    uniform = uniform_from_index(tl.load(seed_ptr + BRANCH_SEED), index)
+def branch_bits(seed_ptr, sample, rows, row, start, DIM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which of the branch's BLOCK_D channels from ``start`` on are dropped, from (sample, row, channel) alone: bits
+    [rows, BLOCK_D / 4] of :func:`.common.drop_bits`. Every row begins with a group of its own."""
+    group = start // 4 + tl.arange(0, BLOCK_D // 4)
+    index = (sample * rows + row)[:, None] * ((DIM + 3) // 4) + group[None, :]
+    return drop_bits(tl.load(seed_ptr + BRANCH_SEED), index, DROPOUT)
+
+
+@triton.jit
+def kept_scale(bits, DROPOUT: tl.constexpr):
+    """What dropout multiplies [rows, channels] by, from their bits: 0 or 1 / (1 - p)."""
     scale: tl.constexpr = 1.0 / (1.0 - DROPOUT) if DROPOUT < 1.0 else 0.0
-    return tl.where(uniform < DROPOUT, 0.0, scale)
+    return tl.where(spread_bits(bits), 0.0, scale)
 
 
 @triton.jit

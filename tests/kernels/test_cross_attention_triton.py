@@ -6,6 +6,8 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from bounds import assert_path_same, assert_same, run_with_gradients
 from cross_attention_cases import Case, masked_formula
 from operator_cases import poison
@@ -17,11 +19,14 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 to run the kernels on a CPU", allow_module_level=True)
 
 from fastris.kernels import cross_attention as kernels  # noqa: E402
+from fastris.kernels.common import drop_bits  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 SMALL = Case(2, 3, 4, 32, 2, real=(4, 2))
 DROPPING = Case(1, 33, 5, 64, 2, real=(4,))
+ODD_DROPPING = Case(2, 3, 4, 66, 2, real=(4, 3))  # a row's last draw serves two channels
+WIDE_DROPPING = Case(1, 2, 2, 576, 2, real=(2,))  # too many float32 tiles for one draw in the backward pass
 
 
 def inputs_of(case: Case, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -92,7 +97,15 @@ def test_with_dropout_every_element_is_written_and_every_run_gives_the_same_bits
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.0, 0.3), (0.4, 0.0), (0.4, 0.3)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_equals_the_formula_under_the_kernels_masks(dropout, attention_dropout, dtype):
-    case = DROPPING
+    assert_formula_under_masks(DROPPING, dropout, attention_dropout, dtype)
+
+
+@pytest.mark.parametrize("case", [ODD_DROPPING, WIDE_DROPPING], ids=str)
+def test_masks_are_the_same_at_any_width_in_both_passes(case):
+    assert_formula_under_masks(case, 0.4, 0.3, torch.float32)
+
+
+def assert_formula_under_masks(case: Case, dropout: float, attention_dropout: float, dtype: torch.dtype) -> None:
     inputs = {name: tensor.to(dtype) for name, tensor in inputs_of(case).items()}
     torch.manual_seed(3)
     ours = case.call("triton", dropout=dropout, attention_dropout=attention_dropout, training=True)
@@ -118,7 +131,23 @@ def test_dropout_masks_are_bernoulli_and_independent(dropout):
         for axis in range(mask.ndim):
             product = mask.narrow(axis, 1, mask.shape[axis] - 1) * mask.narrow(axis, 0, mask.shape[axis] - 1)
             assert abs(product.mean()) < 5 * dropout * (1 - dropout) / product.numel() ** 0.5, axis
+        for distance in (2, 3, 4):  # four neighbours come of one draw
+            product = mask[..., distance:] * mask[..., :-distance]
+            assert abs(product.mean()) < 5 * dropout * (1 - dropout) / product.numel() ** 0.5, distance
     assert not torch.equal(branch, kernels.dropout_masks(seeds + 1, (2, 4, 16, 64), 67, dropout, dropout)[1])
+
+
+@triton.jit
+def _bits_kernel(bits_ptr, first):
+    place = tl.arange(0, 64)
+    tl.store(bits_ptr + place, drop_bits(7, first.to(tl.int64) + place, 0.5))
+
+
+def test_masks_do_not_repeat_past_two_to_the_32_draws():
+    first, second = (torch.empty(64, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    _bits_kernel[(1,)](first, 3)
+    _bits_kernel[(1,)](second, 3 + 2**32)
+    assert (first == second).float().mean() < 0.3  # one in sixteen by chance
 
 
 def test_dropping_everything_leaves_the_residual():
