@@ -90,7 +90,12 @@ _pretended_class: str | None = None
 
 
 def kernel_name(kernel: Any) -> str:
-    """``_taps_kernel`` of similarity.py is "similarity taps"; a file and its _backward file share their first word."""
+    """``_taps_kernel`` of similarity.py is "similarity taps"; a file and its _backward file share their first word.
+
+    A setting that no kernel takes, as "upsample_conv parts", is its own name.
+    """
+    if isinstance(kernel, str):
+        return kernel
     operator = kernel.fn.__module__.rpartition(".")[2].removesuffix("_backward")
     name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel").replace("_", " ")
     return f"{operator} {name}"

@@ -9,7 +9,7 @@ where a(u, y) is the bilinear weight of pixel y at u, 0 for u outside [0, 2H). I
 pixel y use seven (tap, pixel) pairs, so one quad of outputs costs 49 loads; one at a time they would cost 36 each.
 
 Shapes: x (B, C, H, W) and out (B, C', 2H, 2W), both read and written as pixels by channels (channels_last); taps
-(n, H, W, 9, C') for n samples at a time, so that it stays below MAX_TAPS_BYTES. Kept for backward: x and weight.
+(n, H, W, 9, C') for n samples at a time, so that it stays below PART_BYTES. Kept for backward: x and weight.
 
 Bytes saved: the 2H x 2W input of the convolution (written by the interpolation, read by the convolution, kept for
 backward, float32 under autocast) never exists. Backward is the adjoint gather, which writes each element of d(taps)
@@ -33,8 +33,9 @@ from .launch import launch
 from .upsample_conv_backward import ADJOINT, adjoint_kernel
 from .upsample_conv_tiles import SIZES, tile
 
-# A single sample is never divided, so one very large image may exceed this.
-MAX_TAPS_BYTES = 512 * 2**20
+# Taps at a time, in bytes, for both passes. Parts of about the L2's size may still be there when the gather reads them,
+# for more launches. A single sample is never divided, so one very large image may exceed this.
+PARTS = Config((("PART_BYTES", 512 * 2**20),), alternatives=(Config((("PART_BYTES", 48 * 2**20),)),))
 
 # By bytes of an element and whether C' is a multiple of 16. There is no shared memory to speak of, so one table serves
 # every card. 128 bytes of channels are one cache line. Where C' has another width each element has its own address, and
@@ -158,8 +159,9 @@ def _store(pointer, value, mask):
 
 def _parts(x: Tensor, channels: int) -> Iterator[slice]:
     """Slices of the batch whose tap images stay below the bound; with it, pixels stay below 2^31."""
-    per_sample = 9 * channels * x.shape[2] * x.shape[3] * x.element_size()
-    step = max(1, MAX_TAPS_BYTES // max(1, per_sample))
+    pixels = x.shape[2] * x.shape[3]
+    config = choose("upsample_conv parts", PARTS, x.device, x.dtype, x.shape[0] * pixels)
+    step = max(1, config["PART_BYTES"] // max(1, 9 * channels * pixels * x.element_size()))
     return (slice(first, first + step) for first in range(0, x.shape[0], step))
 
 

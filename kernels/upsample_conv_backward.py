@@ -14,9 +14,10 @@ import triton.language as tl
 from .configs import Config
 from .upsample_conv_tiles import SIZES, tile
 
-# As the gather's table. An element's nine sums live in registers together, so fewer elements share a thread.
+# As the gather's table. An element's nine sums live in registers together, so fewer warps share a block.
+_MORE_WARPS = (Config((("BLOCK_P", 16), ("BLOCK_C", 64)), num_warps=8, num_stages=1),)
 ADJOINT = {
-    (2, True): Config((("BLOCK_P", 8), ("BLOCK_C", 64)), num_warps=4, num_stages=1),
+    (2, True): Config((("BLOCK_P", 8), ("BLOCK_C", 64)), num_warps=4, num_stages=1, alternatives=_MORE_WARPS),
     (4, True): Config((("BLOCK_P", 16), ("BLOCK_C", 32)), num_warps=4, num_stages=1),
     (2, False): Config((("BLOCK_P", 2), ("BLOCK_C", 64)), num_warps=4, num_stages=1),
     (4, False): Config((("BLOCK_P", 4), ("BLOCK_C", 32)), num_warps=4, num_stages=1),

@@ -55,14 +55,20 @@ def test_output_is_channels_last_and_gradients_have_their_shapes():
     assert output.shape == (2, 4, 4, 6) and output.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_parts_of_the_batch_change_nothing(monkeypatch):
+def test_parts_of_the_batch_are_a_setting_that_changes_nothing():
     from fastris.kernels import upsample_conv
+    from fastris.kernels.configs import Config, replaced, watched
 
     inputs = make_inputs((3, 4, 16, 2, 1), torch.float32)
-    whole = run_with_gradients(stats_by_kernels, inputs)
-    monkeypatch.setattr(upsample_conv, "MAX_TAPS_BYTES", 2 * 9 * 16 * 2 * 4)
-    assert len(list(upsample_conv._parts(inputs["x"], 16))) == 2
-    for name, value in run_with_gradients(stats_by_kernels, inputs).items():
+    with watched() as seen:
+        whole = run_with_gradients(stats_by_kernels, inputs)
+    choice = next(choice for choice in seen if choice.kernel == "upsample_conv parts")
+    assert seen[choice]["PART_BYTES"] == 512 * 2**20
+    assert [config["PART_BYTES"] for config in seen[choice].alternatives] == [48 * 2**20]
+    with replaced({choice: Config((("PART_BYTES", 2 * 9 * 16 * 2 * 4),))}):
+        assert len(list(upsample_conv._parts(inputs["x"], 16))) == 2
+        in_parts = run_with_gradients(stats_by_kernels, inputs)
+    for name, value in in_parts.items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)
 
 
