@@ -303,14 +303,22 @@ def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor |
 
 def _setup_stats_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[0], output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, dout: Tensor, dmean: Tensor, dvar: Tensor):
-    """d mean / d out = 1 / N and d var / d out = 2 (out - mean) / N for the N outputs of a channel."""
+def _stats_backward(ctx, dout: Tensor | None, dmean: Tensor | None, dvar: Tensor | None):
+    """d mean / d out = 1 / N and d var / d out = 2 (out - mean) / N for the N outputs of a channel.
+
+    A BatchNorm that gives the whole gradient of ``out`` itself leaves the other two out, and nothing is added.
+    """
     out, mean = ctx.saved_tensors[2:]
     count = out.numel() // out.shape[1]
-    slope = (2 * dvar[:, None, None] * (out - mean[:, None, None]) + dmean[:, None, None]) / count
-    return _backward(ctx, (dout + slope).to(out.dtype))
+    total = torch.zeros_like(out) if dout is None else dout
+    if dvar is not None:
+        total = total + 2 * dvar[:, None, None] * (out - mean[:, None, None]) / count
+    if dmean is not None:
+        total = total + dmean[:, None, None] / count
+    return _backward(ctx, total.to(out.dtype))
 
 
 upsample2x_conv3x3.register_autograd(_backward, setup_context=_setup_context)

@@ -98,6 +98,11 @@ def upsample2x_conv3x3_stats(
     return output, mean, var
 
 
+def statistics_come_free(x: Tensor) -> bool:
+    """Whether :func:`upsample2x_conv3x3_stats` of ``x`` takes them from the pass that writes the output."""
+    return resolve("upsample2x_conv3x3", x.device, compute_dtype(x)) == "triton"
+
+
 def _check(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensors(operator, x=x, weight=weight, bias=bias)
     check_shape(operator, "x", x, ("B", "C", "H", "W"))

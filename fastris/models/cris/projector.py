@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.blocks import conv_layer
+from fastris.nn.upsample_norm import upsampled_and_normed
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.similarity import text_to_pixel_similarity
-from fastris.ops.upsample_conv import upsample2x_conv3x3
 
 
 class Projector(nn.Module):
@@ -128,7 +128,7 @@ def score(vis: Any, text: Any, reading: Reading, x: Tensor, word: Tensor) -> Any
 def _features(vis: Any, x: Tensor) -> Tensor:
     """The map before the last 1x1 convolution, (B, C, 4h, 4w)."""
     for convolution, norm, activation in (vis[1], vis[3]):
-        x = activation(norm(upsample2x_conv3x3(x, convolution.weight, convolution.bias)))
+        x = activation(upsampled_and_normed(x, convolution, norm))
     return x
 
 
