@@ -90,8 +90,10 @@ def _branch_backward_kernel(
     partial_ptr += tl.program_id(0).to(tl.int64) * 3 * DIM
     level = tl.zeros((BLOCK_N,), tl.float32)
     slope = tl.zeros((BLOCK_N,), tl.float32)
-    ONE_DRAW: tl.constexpr = DIM <= 16 * BLOCK_D  # then the first walk's steps leave their mask, four bits each
+    ONE_DRAW: tl.constexpr = DIM <= 32 * BLOCK_D  # then the first walk's steps leave their mask, four bits each
+    TWO_WORDS: tl.constexpr = DIM > 16 * BLOCK_D
     masks = tl.zeros((BLOCK_N, BLOCK_D // 4), tl.int64)
+    more_masks = masks
     for walk in tl.static_range(2):
         for start in range(0, DIM, BLOCK_D):
             channel = start + tl.arange(0, BLOCK_D)
@@ -102,11 +104,16 @@ def _branch_backward_kernel(
             normed = (gathered - mean[:, None]) * rstd[:, None]
             d_branch = load_tile(upstream_rows, present, channel, DIM)
             if DROPOUT > 0:
+                place = start // BLOCK_D % 16 * 4
+                first_word = start < 16 * BLOCK_D
                 if walk == 0 or not ONE_DRAW:
                     bits = branch_bits(seeds_ptr, sample, rows, row, start, DIM, DROPOUT, BLOCK_D)
-                    masks |= bits.to(tl.int64) << (start // BLOCK_D * 4)
+                    word = bits.to(tl.int64) << place
+                    masks |= tl.where(first_word, word, 0) if TWO_WORDS else word
+                    more_masks |= tl.where(first_word, 0, word) if TWO_WORDS else word
                 else:
-                    bits = (masks >> (start // BLOCK_D * 4)).to(tl.int32)
+                    word = tl.where(first_word, masks, more_masks) if TWO_WORDS else masks
+                    bits = (word >> place).to(tl.int32)
                 d_branch *= kept_scale(bits, DROPOUT)
             d_normed = d_branch * load_vector(affine_ptr, POST_WEIGHT, channel, DIM)
             if walk == 0:

@@ -110,10 +110,10 @@ def _gather_kernel(
     steps_y = _steps(y, height, width.to(tl.int64) * (9 * channels))
     steps_x = _steps(x, width, 9 * channels)
     here = taps_ptr + (pixel * (9 * channels) + channel)
-    for low in tl.static_range(-1, 2):
-        column = here + steps_x[0] if low < 0 else (here + steps_x[1] if low > 0 else here)
-        for tap in tl.static_range(3):
+    for tap in tl.static_range(3):
+        for low in tl.static_range(-1, 2):
             if is_used(tap, low):
+                column = here + steps_x[0] if low < 0 else (here + steps_x[1] if low > 0 else here)
                 top, bottom = _sum_along_y(column, steps_y, y, height, channels, mask, tap)
                 if bilinear_weight(0, tap, low) > 0:
                     inside = x > 0 if tap == 0 else x >= 0
