@@ -99,7 +99,7 @@ def cross_attention(
         return output.transpose(0, 1)
     if not training:
         dropout = attention_dropout = 0.0
-    if padding_mask is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if padding_mask is not None and path == "torch" and x.device.type == "cpu" and not torch.compiler.is_compiling():
         text, text_positions, padding_mask = _trim(text, text_positions, padding_mask)
     words, dim = text.shape[1:]
     absorb = num_heads * words < dim and (path == "torch" or words <= MAX_KERNEL_WORDS)

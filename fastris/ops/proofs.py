@@ -64,14 +64,16 @@ def prove_contrastive(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
-    """The up-convolution, alone without a bias, and with one and the statistics of its output."""
+    """The up-convolution: alone, with the statistics of its output as in training, and with these and a bias."""
     channels, height = _sizes(device)[:2]
     inputs = _channels_last(_drawn({"x": (2, channels, height, 3)}, device, 1.0))
     inputs |= _drawn({"weight": (channels, channels, 3, 3), "bias": (channels,)}, device, (9 * channels) ** -0.5)
 
     def both(impl: str, sources: Inputs) -> tuple[Tensor, ...]:
-        alone = upsample2x_conv3x3(sources["x"], sources["weight"], impl=impl)
-        return alone, *upsample2x_conv3x3_stats(**sources, impl=impl)
+        x, weight = sources["x"], sources["weight"]
+        alone = upsample2x_conv3x3(x, weight, impl=impl)
+        with_statistics = upsample2x_conv3x3_stats(x, weight, impl=impl)
+        return alone, *with_statistics, *upsample2x_conv3x3_stats(**sources, impl=impl)
 
     _hold(lambda **x: both("triton", x), lambda **x: both("reference", x), inputs, dtype)
 

@@ -100,7 +100,7 @@ def upsample2x_conv3x3_stats(
 
 def statistics_come_free(x: Tensor) -> bool:
     """Whether :func:`upsample2x_conv3x3_stats` of ``x`` takes them from the pass that writes the output."""
-    return resolve("upsample2x_conv3x3", x.device, compute_dtype(x)) == "triton"
+    return resolve("upsample2x_conv3x3", x.device, compute_dtype(x), batch=x.shape[0]) == "triton"
 
 
 def _check(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -64,11 +64,11 @@ def test_integers_are_specialised_as_triton_does_at_launch(rows):
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Launch]:
-    """What the quick scenarios launch on a consumer card in bfloat16."""
+    """What a step and an evaluation of CRIS-RN50 launch on a consumer card in bfloat16."""
     return {
         f"{scenario.name}: {kernel_name(each.kernel)}": each
         for scenario in scenarios.SCENARIOS
-        if scenario.name.startswith(("demo", "odd"))
+        if scenario.name in ("train", "eval")
         for each in scenarios.launches(scenario, "small", torch.bfloat16)
     }
 
@@ -79,17 +79,17 @@ def test_training_launches_every_operator_that_has_kernels(small):
 
 
 def test_autocast_leaves_the_residual_in_float32_as_on_cuda(small):
-    arguments = dict(small["demo: cross_attention scores"].arguments)
+    arguments = dict(small["train: cross_attention scores"].arguments)
     assert arguments["x_ptr"].dtype is torch.float32 and arguments["keys_ptr"].dtype is torch.bfloat16
 
 
 def test_training_wants_no_gradient_of_the_positions(small):
-    assert dict(small["demo: cross_attention query backward"].arguments)["d_query_ptr"] is None
+    assert dict(small["train: cross_attention query backward"].arguments)["d_query_ptr"] is None
 
 
 def test_evaluation_draws_no_dropout_and_has_no_backward(small):
-    evaluated = {name: dict(each.arguments) for name, each in small.items() if name.startswith("demo eval")}
-    assert evaluated["demo eval: cross_attention scores"]["DROPOUT"] == 0
+    evaluated = {name: dict(each.arguments) for name, each in small.items() if name.startswith("eval")}
+    assert evaluated["eval: cross_attention scores"]["DROPOUT"] == 0
     assert not any("backward" in name or "gradient" in name or "adjoint" in name for name in evaluated)
 
 
@@ -121,8 +121,8 @@ def test_cards_of_every_class_get_their_own_tiles():
 
 
 def test_each_program_is_built_once(monkeypatch):
-    demo = tuple(each for each in scenarios.SCENARIOS if each.name in ("demo", "demo eval"))
-    monkeypatch.setattr(scenarios, "SCENARIOS", (*demo, *demo))
+    both = tuple(each for each in scenarios.SCENARIOS if each.name in ("train", "eval"))
+    monkeypatch.setattr(scenarios, "SCENARIOS", (*both, *both))
     builds._recorded.cache_clear()
     try:
         names = builds.named_launches(86, torch.bfloat16)
@@ -130,4 +130,4 @@ def test_each_program_is_built_once(monkeypatch):
         builds._recorded.cache_clear()
     programs = [(each.kernel, str(builds._specialised(each, 86)), each.config) for each in names.values()]
     assert len(set(programs)) == len(programs) > 10
-    assert "cross_attention query backward: demo" in names
+    assert "cross_attention query backward: train" in names

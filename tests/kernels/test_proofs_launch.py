@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from fastris.kernels.configs import kernel_name  # noqa: E402
 from fastris.kernels.launch import Launch, Pointer  # noqa: E402
 from fastris.ops import proofs  # noqa: E402
 from fastris.testing import run_with_gradients  # noqa: E402
-
-cross_attention = sys.modules["fastris.ops.cross_attention"]  # the package has a function of that name
 
 
 def run_once(fast, published, inputs, dtype, draws, *, autocast=None, rounding=None) -> None:
@@ -42,9 +39,6 @@ def launched(scenario: Scenario, dtype: torch.dtype) -> set[tuple]:
 def test_whatever_training_and_evaluation_launch_is_proved(monkeypatch, dtype):
     monkeypatch.setattr(proofs, "_sizes", lambda device: proofs.ON_A_GPU)
     monkeypatch.setattr(proofs, "assert_path_same", run_once)
-    monkeypatch.setattr(
-        cross_attention, "_trim", lambda *text: text
-    )  # a GPU keeps the words behind the longest sentence
     cpu, proved = torch.device("cpu"), set()
     for proof in proofs.PROOFS.values():
         proved |= launched(Scenario("proof", lambda dtype, proof=proof: proof(cpu, dtype)), dtype)
