@@ -29,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .common import dot_precision, drop_bits, drop_threshold, philox_of_four, spread_bits
 from .configs import Config, choose, device_class
-from .cross_attention_backward import FEWER_ROWS, ROWS, branch_backward, query_backward
+from .cross_attention_backward import ROWS, branch_backward, query_backward
 from .cross_attention_tiles import (
     BRANCH_SEED,
     NORM,
@@ -66,9 +66,6 @@ SCORES = {
     ("small", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
     ("tiny", 4): Config((("BLOCK_N", 16), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
 }
-# On cards with room the output takes shorter steps: with 128 columns it spilled on sm_90 for the longest sentences.
-_SHORTER_STEPS = (("BLOCK_N", 32), ("BLOCK_D", 64), ("BLOCK_K", 64))
-OUTPUT = {**ROWS, ("large", 2): Config(_SHORTER_STEPS, num_warps=8, num_stages=2, alternatives=FEWER_ROWS)}
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -198,7 +195,7 @@ def _forward(
         weights, statistics, x, positions, keys, key_bias, affine, seeds, *x.stride()[:2], rows, eps,
         HEADS=heads, WORDS=words, GROUP=group, DROPOUT=attention_dropout, **common, config=config,
     )  # fmt: skip
-    config = choose(_output_kernel, OUTPUT[kind], x.device, keys.dtype, batch * rows)
+    config = choose(_output_kernel, ROWS[kind], x.device, keys.dtype, batch * rows)
     launch(
         _output_kernel, (batch * triton.cdiv(rows, config["BLOCK_N"]),),
         y, statistics, x, weights, values, affine, seeds, *x.stride()[:2], rows, eps,

@@ -170,8 +170,10 @@ def _sentences(words: int, dim: int) -> Callable[[torch.dtype], None]:
         weights = AttentionWeights(vector(), vector(), *projections, vector(), vector(), vector())
         x, text = _leaf(2, rows, dim, dtype=dtype), _leaf(2, words, dim, dtype=dtype)
         tables = _leaf(rows, dim, dtype=dtype), _leaf(words, dim, dtype=dtype)
-        options = {"dropout": 0.1, "attention_dropout": 0.1, "training": True}
-        cross_attention(x, text, *tables, None, weights, heads, **options).sum().backward()
+        answer = cross_attention(
+            x, text, *tables, None, weights, heads, dropout=0.1, attention_dropout=0.1, training=True
+        )
+        answer.sum().backward()
 
     return run
 
