@@ -78,7 +78,8 @@ def _tiles_are_used(index: int, tuning: Tuning) -> bool:
     try:
         _use_tiles(index, tuning.tiles)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _tell(files.own_file(tuning.identity.gpu), f"is damaged: its tiles are not those of these kernels ({error})")
+        path = _own_file(tuning.identity.gpu) or files.CARDS
+        _tell(path, f"is damaged: its tiles are not those of these kernels ({error})")
         return False
     return True
 
@@ -86,8 +87,17 @@ def _tiles_are_used(index: int, tuning: Tuning) -> bool:
 def find_tuning(gpu: str) -> Tuning | None:
     """The measurements of a GPU model that hold here. A file of the user's that does not is told once."""
     here = files.identity_of(gpu)
-    own = _believed(files.own_file(gpu), here, ("gpu", "torch", "triton", "driver", "kernels"), told=True)
+    path = _own_file(gpu)
+    own = path and _believed(path, here, ("gpu", "torch", "triton", "driver", "kernels"), told=True)
     return own or _believed(files.CARDS / files.file_name(gpu), here, ("gpu", "kernels"), told=False)
+
+
+def _own_file(gpu: str) -> Path | None:
+    """The user's file; None for a user without a home folder, who has none."""
+    try:
+        return files.own_file(gpu)
+    except ValueError:
+        return None
 
 
 def forget() -> None:

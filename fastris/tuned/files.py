@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastris.operators import OPERATORS
-from fastris.runtime.plain import json_text
+from fastris.runtime.plain import json_text, why_no_file
 from fastris.runtime.storage import replacing
 from fastris.tuned.sizes import BUCKETS, PRECISIONS
 
@@ -93,10 +93,14 @@ class Tuning:
 
 def read(path: Path) -> Tuning:
     """The file's content. Raises OSError, or ValueError for anything that :meth:`Tuning.write` would not write."""
-    if path.stat().st_size > MOST_BYTES:
+    if why := why_no_file(path.stat().st_mode):  # a pipe would be waited for
+        raise ValueError(f"it {why}")
+    with path.open("rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
         raise ValueError("it is too large")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT}")
         identity = Identity(**{name: _text(value) for name, value in content["identity"].items()})
@@ -104,6 +108,8 @@ def read(path: Path) -> Tuning:
         return Tuning(identity, {row.key: row for row in rows}, dict(map(_tile, content["tiles"].items())))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except OverflowError:
+        raise ValueError("it holds a number that is too large") from None
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"something is missing or of another kind ({error})") from None
 
@@ -148,14 +154,24 @@ def file_name(gpu: str) -> str:
 
 
 def cache_folder() -> Path:
-    """FASTRIS_CACHE_DIR, or the folder "fastris" where the platform keeps what can be made again."""
+    """FASTRIS_CACHE_DIR, or the folder "fastris" where the platform keeps what can be made again.
+
+    Raises ValueError where the folder is a user's without one, as a container may run it.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:
+        mend = "name a folder, without ~, in the variable FASTRIS_CACHE_DIR"
+        raise ValueError(f"there is no home folder to keep measurements in ({error}); {mend}") from None
+
+
+def _cache_folder() -> Path:
     if own := os.environ.get("FASTRIS_CACHE_DIR"):
         return Path(own).expanduser()
-    home = Path("~").expanduser()
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fastris"
-    usual = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "fastris"
+        return Path(os.environ.get("LOCALAPPDATA") or Path("~/AppData/Local").expanduser()) / "fastris"
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(usual).expanduser()) / "fastris"
 
 
 def identity_of(gpu: str) -> Identity:

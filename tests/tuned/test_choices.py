@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,7 @@ def damaged(content: dict, change) -> bytes:
         lambda content: content["identity"].update(torch=3),
         lambda content: content["rows"][0].update(torch=float("nan")),
         lambda content: content["rows"][0].update(torch="fast"),
+        lambda content: content["rows"][0].update(torch=10**400),
         lambda content: content["rows"][0].update(triton=-1.0),
         lambda content: content["rows"][0].update(takes_triton="yes"),
         lambda content: content["rows"][0].update(operator="no_such"),
@@ -173,6 +175,16 @@ def test_file_that_is_no_such_thing_is_passed_over(gpu, content):
     own_file(GPU).parent.mkdir(parents=True)
     own_file(GPU).write_bytes(content)
     with pytest.warns(UserWarning, match="Run `fastris tune`"):
+        assert prefers()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_would_be_read_without_end_is_passed_over(gpu, kind):
+    path = own_file(GPU)
+    path.parent.mkdir(parents=True)
+    {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    with pytest.warns(UserWarning, match=f"it is a {kind}.*Run `fastris tune`"):
         assert prefers()
 
 
@@ -203,6 +215,21 @@ def test_folder_follows_the_platform_and_the_users_word(monkeypatch, tmp_path):
     assert files.cache_folder() == tmp_path / ".cache" / "fastris"
     monkeypatch.setenv("FASTRIS_CACHE_DIR", "~/mine")
     assert files.cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("named", ["", "~no-such-user/cache"])
+def test_user_without_a_home_folder_breaks_no_run_and_is_told_what_to_name(gpu, monkeypatch, named):
+    class HomelessPath(type(files.CARDS)):
+        def expanduser(self):
+            raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(files, "Path", HomelessPath)
+    monkeypatch.setenv("FASTRIS_CACHE_DIR", named)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    assert prefers()
+    with pytest.raises(ValueError, match=r"no home folder .* the variable FASTRIS_CACHE_DIR"):
+        own_file(GPU)
 
 
 def test_batch_and_preference_decide_before_any_proof(monkeypatch):
