@@ -110,7 +110,9 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    kinds = {"starts": list, "steps": dict, "fingerprint": dict}
+    own = isinstance(content, dict) and content.get("format") == FORMAT
+    if not own or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} was not written by this command; choose another folder")
     return content
 

@@ -31,6 +31,24 @@ FINISHED = ("ok", "failed", "skipped")
 
 def run(out: Path, minutes: float, device: str, only: Sequence[str], again: Sequence[str]) -> int:
     """Do the steps that are not finished. Returns the exit code. Raises ValueError or OSError for what cannot begin."""
+    with _termination_as_interrupt():
+        try:
+            hour = _begun(out, minutes, device, only, again)
+        except KeyboardInterrupt:
+            print("\nstopped before the first step", flush=True)
+            return 130
+        try:
+            hour.take_up(again)
+            hour.do([step for step in STEPS if not only or step.name in only], 60 * minutes)
+            print("\n" + hour.save())
+        except KeyboardInterrupt:
+            hour.interrupted()
+            return 130
+    return int(any(entry["status"] == "failed" for entry in hour.content["steps"].values()))
+
+
+def _begun(out: Path, minutes: float, device: str, only: Sequence[str], again: Sequence[str]) -> _Hour:
+    """The folder as it is, with this start written down."""
     out.mkdir(parents=True, exist_ok=True)
     old = record.load(out)
     mark = record.fingerprint(record.probe(device))
@@ -40,15 +58,7 @@ def run(out: Path, minutes: float, device: str, only: Sequence[str], again: Sequ
         content["steps"].pop(name, None)
     hour = _Hour(out, content, mark, device)
     hour.save()  # a folder that cannot be written is better known now
-    with _termination_as_interrupt():
-        try:
-            hour.take_up()
-            hour.do([step for step in STEPS if not only or step.name in only], 60 * minutes)
-        except KeyboardInterrupt:
-            hour.interrupted()
-            return 130
-    print("\n" + hour.save())
-    return int(any(entry["status"] == "failed" for entry in content["steps"].values()))
+    return hour
 
 
 def _content(out: Path, old: dict[str, Any] | None, mark: dict[str, Any]) -> dict[str, Any]:
@@ -65,16 +75,21 @@ def _content(out: Path, old: dict[str, Any] | None, mark: dict[str, Any]) -> dic
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM, as a machine that takes its time back sends it, ends the run as Ctrl-C does."""
+    """SIGTERM, as a machine that takes its time back sends it, ends the run as Ctrl-C does.
+
+    Afterwards both signals mean what they meant before.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Hour:
@@ -93,12 +108,16 @@ class _Hour:
         record.write_text(self.out / record.SUMMARY, text)
         return text
 
-    def take_up(self) -> None:
-        """Keep what a step had when the start before was ended without a chance to write it down."""
+    def take_up(self, again: Sequence[str]) -> None:
+        """Keep what a step had when the start before was ended without a chance to write it down, but those ``again``.
+
+        Here and below the page goes when results.json has it: whatever ends this process, one of them holds it.
+        """
         left = record.read_json(self.now)
-        self.now.unlink(missing_ok=True)
-        if left and record.is_current(left["step"], left, self.mark):
+        if left and left["step"] not in again and record.is_current(left["step"], left, self.mark):
             self._keep(left["step"], left, "cut", "the start before was ended in the middle of it", 0.0)
+            self.save()
+        self.now.unlink(missing_ok=True)
 
     def do(self, steps: Sequence[Step], seconds: float) -> None:
         """Do what is not finished in ``seconds``: what a step leaves of its box goes to those after it."""
@@ -114,14 +133,16 @@ class _Hour:
             spare = left - start * len(waiting)
             box = start + spare * waiting[0].share / sum(step.share for step in waiting)
             self._do(waiting.pop(0), box)
-            self.save()
 
     def interrupted(self) -> None:
+        """Keep what the step under way has; Ctrl-C is heard no more."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         left = record.read_json(self.now)
-        self.now.unlink(missing_ok=True)
-        if left:
+        if left and self.content["steps"].get(left["step"], {}).get("status") not in FINISHED:
             self._keep(left["step"], left, "cut", "Ctrl-C", 0.0)
         self.save()
+        self.now.unlink(missing_ok=True)
         print(f"\nstopped; {self.out / record.SUMMARY} has what was done. The same command goes on from there.")
 
     def _do(self, step: Step, box: float) -> None:
@@ -136,6 +157,7 @@ class _Hour:
         status, why = _verdict(left, ended)
         self._keep(step.name, left, status, why, before.get("seconds", 0.0) + seconds, box)
         self.content["steps"][step.name]["tail"] = _shortened(self.log, printed)
+        self.save()
         self.now.unlink(missing_ok=True)
         print(f"      {status} after {seconds:.0f} s" + (f": {why}" if why else ""), flush=True)
 

@@ -190,6 +190,52 @@ def test_what_a_killed_start_had_measured_is_taken_up(fake):
     assert statuses(fake.steps()["other"]) == {"a": "ok", "b": "ok", "c": "ok"}
 
 
+def test_a_step_to_be_done_anew_takes_nothing_up(fake):
+    fake.do("fine")
+    mark = json.loads((fake.out / record.RESULTS).read_text())["fingerprint"]
+    page = {"step": "fine", "fingerprint": mark, "items": {"a": {"status": "ok", "mine": 1}}, "item": "b"}
+    record.write_json(fake.out / record.NOW, {**page, "since": 0.0, "left_out": [], "skipped": ""})
+    fake.do("fine", again=("fine",))
+    assert fake.steps()["fine"]["items"]["a"] == {"status": "ok"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_whatever_moment_ends_the_run_the_measurements_are_in_a_file(fake, monkeypatch, begun):
+    """As by the power, when the page of the step under way goes: results.json must have it by then."""
+    kept, unlink = [], Path.unlink
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        if path.name == record.NOW and path.exists():
+            kept.append({name: statuses(step) for name, step in fake.steps().items()})
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    fake.do("interrupt" if begun else "fine")
+    assert kept == [{"interrupt": {"a": "ok"}} if begun else {"fine": {"a": "ok", "b": "ok", "c": "ok"}}]
+
+
+def test_ctrl_c_pressed_twice_loses_nothing(fake, monkeypatch, capsys):
+    keep = runner._Hour._keep
+
+    def impatient(*arguments) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        keep(*arguments)
+
+    monkeypatch.setattr(runner._Hour, "_keep", impatient)
+    assert fake.do("interrupt") == 130
+    assert statuses(fake.steps()["interrupt"]) == {"a": "ok"}
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_ctrl_c_before_the_first_step_is_told_without_a_traceback(fake, monkeypatch, capsys):
+    def interrupted(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "probe", interrupted)
+    assert fake.do("fine") == 130
+    assert "stopped before the first step" in capsys.readouterr().out
+
+
 def test_output_without_end_keeps_its_beginning_and_its_end(tmp_path):
     log = tmp_path / "log.txt"
     log.write_bytes(b"before\n" + b"first" + b"x" * 2 * runner.LOG_BYTES + b"last")
@@ -225,6 +271,7 @@ def test_the_folder_holds_at_most_eight_files():
         (["out=FILE"], "FILE"),
         (["out=FILE/below"], "FILE"),
         (["out=FOREIGN"], "was not written by this command; choose another folder"),
+        (["out=HALF"], "was not written by this command; choose another folder"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
@@ -233,6 +280,8 @@ def test_a_mistake_is_told_in_one_line_with_exit_code_2(arguments, message, tmp_
     (tmp_path / "FILE").write_text("")
     (tmp_path / "FOREIGN").mkdir()
     (tmp_path / "FOREIGN" / record.RESULTS).write_text("[]")
+    (tmp_path / "HALF").mkdir()
+    (tmp_path / "HALF" / record.RESULTS).write_text('{"format": 1}')
     assert gpu_hour.main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
