@@ -3,8 +3,9 @@
 On CUDA a candidate's calls are captured into one CUDA graph, and replays of it are timed by events: the host's launches
 are out of the figure. Each call has buffers of its own, together more than the device's cache holds
 (:func:`buffers_needed`), so that a call finds nothing in the cache that the last round left there. Candidates take
-turns, so that a clock that drifts drifts for all. What cannot be captured is timed launch by launch, which the
-:class:`Timing` says, and on a CPU a clock stands in for the events.
+turns, so that a clock that drifts drifts for all. Where one of them cannot be captured all are timed launch by
+launch, since launches are much of a small call's time; the :class:`Timing` says so. On a CPU a clock stands in for
+the events.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Timing:
         seconds: the median over rounds, each the mean of its calls.
         spread: half the distance between the quartiles, as a fraction of the median: the noise.
         rounds: how many there were.
-        how: "graph", "launches" (CUDA work that could not be captured), or "clock" (not on CUDA).
+        how: "graph", "launches" (CUDA work that, or whose rival, could not be captured), or "clock" (not on CUDA).
     """
 
     seconds: float
@@ -79,6 +80,9 @@ def time_rivals(
         clock: for a device that is not CUDA: the seconds since some moment.
     """
     runs = {name: _Run(calls, device, clock) for name, calls in rivals.items()}
+    if any(run.how == "launches" for run in runs.values()):
+        for run in runs.values():
+            run.launch()
     found: dict[str, list[float]] = {name: [run.once()] for name, run in runs.items()}
     longest = max(times[0] * len(runs[name].calls) for name, times in found.items())
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / max(longest, 1e-9))))
@@ -103,6 +107,7 @@ class _Run:
             raise ValueError("calls must hold at least one call, got none")
         self.calls, self.clock, self.how = calls, clock, "clock"
         self.device = device
+        self.graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
             self._make()
             self._make()
@@ -127,16 +132,25 @@ class _Run:
         torch.cuda.synchronize()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device_index]
+        unharmed = generator.clone_state()
         try:
             with torch.cuda.graph(graph):
                 self._make()
         except RuntimeError:  # work that waits for the device, for one
+            # What PyTorch leaves behind: the capture's stream (before 2.15), and random numbers that wait for its end.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(unharmed)
             torch.cuda.synchronize()
             return None
         graph.replay()
         torch.cuda.synchronize()
         return graph
+
+    def launch(self) -> None:
+        """From now on call by call, and no graph."""
+        self.graph, self.how = None, "launches"
 
     def once(self) -> float:
         """Seconds that one call takes, on average over one of each."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,10 +94,66 @@ def test_an_error_of_the_work_is_raised():
         time_calls([], CPU)
 
 
+class FakeCuda:
+    """What the timing asks of torch.cuda; a capture fails where ``fails`` is set when it ends, as PyTorch 2.11 does."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.fails, self.replays = SimpleNamespace(name="usual", device_index=0), False, 0
+        generator = SimpleNamespace(
+            clone_state=lambda: "before the capture",
+            graphsafe_set_state=lambda state: setattr(self, "restored", state),
+        )
+        self.restored = None
+        self.stream.wait_stream = lambda other: None
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.0)
+        graph = SimpleNamespace(replay=lambda: setattr(self, "replays", self.replays + 1))
+        for name, value in {
+            "device": lambda device: nullcontext(),
+            "stream": lambda stream: nullcontext(),
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "Event": lambda enable_timing: event,
+            "CUDAGraph": lambda: graph,
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "synchronize": lambda: None,
+            "default_generators": (generator,),
+            "graph": self.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def capture(self, graph):
+        usual, self.stream = self.stream, SimpleNamespace(name="the capture's own")
+        yield
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.stream = usual
+
+
+def test_one_that_cannot_be_captured_has_its_rivals_launched_too_and_leaves_nothing_behind(monkeypatch):
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+
+    def waits() -> None:
+        cuda.fails = True
+
+    def works() -> None:
+        cuda.fails = False
+
+    assert time_calls([works], device).how == "graph" and cuda.restored is None
+    cuda.replays = 0
+    timings = time_rivals({"works": [works], "waits": [waits]}, device, seconds=0.01)
+    assert {name: timing.how for name, timing in timings.items()} == {"works": "launches", "waits": "launches"}
+    assert cuda.replays == 1, "once, after its capture; what is timed is alike for both"
+    assert cuda.stream.name == "usual" and cuda.restored == "before the capture"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_are_replayed_on_a_gpu_and_what_waits_for_it_is_launched():
     device = torch.device("cuda")
     x = [torch.randn(256, 256, device=device, requires_grad=True) for _ in range(2)]
     assert time_calls([lambda y=y: torch.autograd.grad((y @ y).sum(), y) for y in x], device).how == "graph"
-    assert time_calls([lambda y=y: y.sum().item() for y in x], device).how == "launches"
+    stream = torch.cuda.current_stream()
+    assert time_calls([lambda y=y: (torch.rand_like(y) + y).sum().item() for y in x], device).how == "launches"
+    assert torch.cuda.current_stream() == stream
+    assert 0 < torch.rand(9, device=device).mean().item() < 1, "random numbers outlive a capture that failed"
