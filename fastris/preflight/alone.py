@@ -19,17 +19,27 @@ def run_alone(function: Callable[[torch.device, torch.dtype], None], device: tor
     back: random number generators, default dtype, deterministic algorithms, float16 sums.
     """
     raised: list[BaseException] = []
+    begun, ended = threading.Event(), threading.Event()
 
     def work() -> None:
+        begun.set()
         try:
             with torch.enable_grad(), _current(device):
                 function(device, dtype)
         except BaseException as error:
             raised.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=work, name="fastris-proof")
     with _kept(device):
-        thread.start()
+        try:
+            thread.start()
+            ended.wait()  # Thread.join takes a thread for ended once Ctrl-C has interrupted it
+        except BaseException:
+            if begun.wait(1.0):
+                ended.wait()  # as long as the proof runs, nothing can be put back
+            raise
         thread.join()
     if raised:
         raise raised[0]

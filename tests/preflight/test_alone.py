@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +78,22 @@ def test_error_of_a_proof_reaches_the_caller_who_finds_all_as_it_was():
     with pytest.raises(KeyError, match="float16"):
         run_alone(proof, CPU, torch.float16)
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize("late", [0.0, 0.2])
+def test_ctrl_c_waits_for_the_proof_so_that_all_is_as_it_was(late):
+    def proof(device, dtype):
+        time.sleep(late)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        torch.manual_seed(99)
+
+    torch.manual_seed(1)
+    drawn = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        run_alone(proof, CPU, torch.float32)
+    time.sleep(0.3)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_proof_may_differentiate_where_its_caller_may_not():
