@@ -197,6 +197,7 @@ def _failure(operator: str, device: torch.device, dtype: torch.dtype, requested:
     try:
         found = preflight.settled[operator, device.index, dtype]
     except KeyError:
+        tuned.tuning_of(preflight.index_of(device))  # with its tiles: they are what is proved
         found = preflight.verdict(operator, device, dtype)
     if found is None or (found is preflight.POSTPONED and requested == "triton"):
         return None
@@ -231,7 +232,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels run on CUDA (on a CPU only under TRITON_INTERPRET=1)"
-    return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+    return _device_obstacle(device)
 
 
 @contextmanager
@@ -245,6 +246,12 @@ def every_device_has_triton() -> Iterator[None]:
         _every_device_has_triton = before
 
 
+def prove(operator: str, device: torch.device, dtype: torch.dtype) -> preflight.Failure | None:
+    """What is wrong with the kernels as they are launched on ``device``, or None; proved now unless it is known."""
+    tuned.tuning_of(preflight.index_of(device))
+    return preflight.prove(operator, device, dtype)
+
+
 def unproved_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no proof of the kernels is wanted on ``device`` in ``dtype``, or None where the first use makes one."""
     if (obstacle := triton_obstacle(device, dtype)) is not None:
@@ -254,8 +261,17 @@ def unproved_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return "Triton's interpreter is for tests, which run it on purpose" if _interpreting else None
 
 
-def _device_obstacle(index: int) -> str | None:
+@_constant
+def _device_obstacle(device: torch.device) -> str | None:
+    """Of a GPU; there are fake tensors of such that are not there."""
+    if device.index in _device_obstacles:
+        return _device_obstacles[device.index]
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU here"
+    index = preflight.index_of(device)
     if index not in _device_obstacles:
+        if index >= torch.cuda.device_count():
+            return f"PyTorch finds no {device} here"
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
         too_old = torch.version.hip is None and capability < MIN_CAPABILITY

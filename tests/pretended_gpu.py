@@ -39,6 +39,7 @@ def pretended_gpu(failing: Callable[[str, torch.dtype], None] | None = None) -> 
         mock.patch.object(dispatch, "triton_obstacle", lambda device, dtype: None),
         mock.patch.object(dispatch, "_interpreting", False),
         mock.patch.object(dispatch, "_taken", set()),
+        mock.patch.object(dispatch.tuned, "tuning_of", lambda index: None),
         mock.patch.object(dispatch.tuned, "preference", lambda *asked: dispatch.tuned.Preference(True, "pretended")),
         mock.patch.dict(verdicts.settled, clear=True),
         mock.patch.dict(verdicts._proofs, {name: proofs.of(name) for name in operators}),

@@ -133,13 +133,12 @@ def _kernels(device: str) -> dict[str, str]:
     import torch
 
     import fastris.ops  # noqa: F401 - makes the proofs known
-    from fastris import dispatch, preflight
+    from fastris import dispatch
 
-    found = {}
     gpu, found = torch.device(device), dict[str, str]()
     for name in (operator.name for operator in OPERATORS.values() if operator.kernels):
         for dtype in dispatch.KERNEL_DTYPES:
-            wrong = dispatch.unproved_obstacle(gpu, dtype) or preflight.prove(name, gpu, dtype)
+            wrong = dispatch.unproved_obstacle(gpu, dtype) or dispatch.prove(name, gpu, dtype)
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = str(wrong or "right")
     return found
 

@@ -21,16 +21,16 @@ def agree_on_kernels(device: torch.device, dtypes: Iterable[torch.dtype]) -> Non
 
     Raises RuntimeError, in all of them, where ``FASTRIS_IMPL=triton`` asks for kernels that failed.
     """
-    requested = dispatch.requested_impl()
     own: Verdicts = {}
     with distributed.together():
+        requested = dispatch.requested_impl()
         for dtype in dtypes if requested in ("auto", "triton") else ():
             obstacle = dispatch.unproved_obstacle(device, dtype)
             for name in (operator.name for operator in OPERATORS.values() if operator.kernels):
                 if requested == "auto" and not obstacle and not dispatch.ever_pays(name, device, dtype):
                     continue
                 failed = preflight.Failure(obstacle, "give all processes GPUs of one kind") if obstacle else None
-                own[name, dtype] = failed or preflight.prove(name, device, dtype)
+                own[name, dtype] = failed or dispatch.prove(name, device, dtype)
     together = _agreed(distributed.gather(own))
     with distributed.together():
         for (name, dtype), failure in together.items():

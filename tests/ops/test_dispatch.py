@@ -252,3 +252,16 @@ def test_backward_in_another_thread_and_block_follows_the_forward(impl):
             thread.join()
 
     assert torch.equal(gradient(elsewhere), gradient(torch.Tensor.backward))
+
+
+@pytest.mark.parametrize(("name", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:7", 2)])
+def test_gpu_that_is_not_there_breaks_nothing_where_its_tensors_are_fake(monkeypatch, name, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(dispatch, "_missing_triton", None)
+    monkeypatch.setattr(dispatch, "_device_obstacles", {})
+    device = torch.device(name)
+    assert resolve("cross_attention", device, torch.float32) == "torch"
+    assert "PyTorch finds no" in {operator: why for operator, _, why in chosen_paths(device)}["cross_attention"]
+    with pytest.raises(RuntimeError, match=r'impl="triton" cannot run: PyTorch finds no'):
+        resolve("cross_attention", device, torch.float32, "triton")

@@ -211,3 +211,15 @@ def test_other_processes_than_the_main_one_stay_silent(monkeypatch):
 def test_every_operator_with_kernels_has_a_proof():
     with_kernels = {name for name, operator in dispatch.OPERATORS.items() if operator.kernels}
     assert set(PROOFS) == with_kernels
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "prove"])
+def test_measured_tiles_are_in_use_before_anything_is_proved(monkeypatch, impl):
+    order = []
+    with pretended_gpu(lambda operator, dtype: order.append("proof")):
+        monkeypatch.setattr(dispatch.tuned, "tuning_of", lambda index: order.append("tiles"))
+        if impl == "prove":
+            dispatch.prove(OPERATOR, CPU, torch.float32)
+        else:
+            resolve(OPERATOR, CPU, torch.float32, impl)
+    assert order == ["tiles", "proof"]
