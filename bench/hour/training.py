@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastris.runtime import graph_timing
+
 from ..cases.arms import ARMS, Arm, compiled_or_failed
 from ..cases.problem import Problem
 from ..timing.harness import Step, is_out_of_memory, release, timed
@@ -110,9 +112,7 @@ def captured(problem: Problem, step: Step) -> tuple[Callable[[], object], dict[s
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = graph_timing.captured(step)
     return graph.replay, {"peak_bytes": torch.cuda.max_memory_allocated()}
 
 

@@ -94,6 +94,26 @@ def time_rivals(
     return {name: _summed_up(times, runs[name].how) for name, times in found.items()}
 
 
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """One call of ``work``, which has run before, as a CUDA graph on the current device.
+
+    Raises what it raises, and RuntimeError where it cannot be captured. Then nothing of the capture is left: PyTorch
+    would leave random numbers that wait for its end, which no operator could draw, and before 2.15 its stream.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[stream.device_index]
+    unharmed = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(unharmed)
+        torch.cuda.synchronize()
+        raise
+    return graph
+
+
 def _summed_up(times: list[float], how: str) -> Timing:
     low, middle, high = statistics.quantiles(times, n=4)
     return Timing(middle, (high - low) / 2 / middle if middle else 0.0, len(times), how)
@@ -132,17 +152,9 @@ class _Run:
         torch.cuda.synchronize()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        generator = torch.cuda.default_generators[stream.device_index]
-        unharmed = generator.clone_state()
         try:
-            with torch.cuda.graph(graph):
-                self._make()
+            graph = captured(self._make)
         except RuntimeError:  # work that waits for the device, for one
-            # What PyTorch leaves behind: the capture's stream (before 2.15), and random numbers that wait for its end.
-            torch.cuda.set_stream(stream)
-            generator.graphsafe_set_state(unharmed)
-            torch.cuda.synchronize()
             return None
         graph.replay()
         torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_kernels_that_fail_in_one_process_and_were_asked_for_end_all():
     main, other = run_processes(paths_of_a_process, 2, "triton")
     assert main.startswith('RuntimeError: cross_attention: impl="triton" cannot run: in process 1 of the run there was')
     assert other.startswith("StoppedElsewhere: process 0 of 2 ended the run: RuntimeError: cross_attention")
+
+
+def with_a_wrong_path_in_the_second(impl: str) -> None:
+    with (
+        distributed.joined(CPU, 1),
+        mock.patch.object(dispatch, "_process_impl", "fast" if distributed.rank() else impl),
+    ):
+        agree_on_kernels(CPU, [torch.float32])
+
+
+def test_a_wrong_path_in_one_process_ends_all_and_lets_nobody_wait():
+    main, other = run_processes(with_a_wrong_path_in_the_second, 2, "auto")
+    assert other.startswith("ValueError: the environment variable FASTRIS_IMPL must be one of")
+    assert main.startswith("StoppedElsewhere: process 1 of 2 ended the run: ValueError: the environment variable")
 
 
 def evaluate_in_the_main_process() -> str:
