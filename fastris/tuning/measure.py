@@ -9,6 +9,7 @@ import torch
 
 from fastris.kernels.configs import Choice, Config
 from fastris.operators import OPERATORS
+from fastris.runtime.storage import first_line
 from fastris.tuned.files import Row, Tuning
 from fastris.tuned.sizes import BUCKETS, MIDDLE, PRECISIONS
 from fastris.tuning.bench import Arm, Bench, Tiles
@@ -21,6 +22,10 @@ TILES_ARE_SOUGHT_IN = ("bfloat16", "float16", "float32")
 
 Job = tuple[str, str]
 """Operator and precision."""
+
+
+class Unusable(RuntimeError):
+    """No kernels run on this machine, whatever the operator."""
 
 
 @dataclass
@@ -49,18 +54,29 @@ def jobs(tuning: Tuning) -> list[Job]:
 
 
 def measure(plan: Plan) -> list[Job]:
-    """Do the jobs until the plan's time is over, and return those that were not begun."""
-    left = jobs(plan.tuning)
+    """Do the jobs until the plan's time is over, and return those that were not begun, and those that failed.
+
+    Raises RuntimeError where the machine lets no kernels run: that is mended, and not measured.
+    """
+    left, failed = jobs(plan.tuning), list[Job]()
     while left and plan.clock() < plan.end:
         share = (plan.end - plan.clock()) / len(left)
         operator, precision = left.pop(0)
-        _do(plan, operator, precision, plan.clock() + share)
+        try:
+            _do(plan, operator, precision, plan.clock() + share)
+        except Unusable:
+            raise
+        except Exception as error:  # of one operator; anything may go wrong in a compiler, a driver and a GPU
+            failed.append((operator, precision))
+            plan.say(f"  {precision:<16} {operator:<31} failed: {type(error).__name__}: {first_line(error)}")
         plan.save()
-    return left
+    return failed + left
 
 
 def _do(plan: Plan, operator: str, precision: str, end: float) -> None:
     failure = plan.bench.prove(operator, precision, {})
+    if failure is not None and failure.everywhere:
+        raise Unusable(f"there is nothing to tune: {failure}")
     tiles: dict[Choice, Config] = {}
     if failure is None:
         tiles = _better_tiles(plan, operator, precision, end)
@@ -115,8 +131,21 @@ def _faster(plan: Plan, operator: str, precision: str, now: Tiles, other: dict[C
     if plan.bench.prove(operator, precision, other) is not None:
         return dict(now)
     arms = {"now": Arm("triton", now), "other": Arm("triton", other)}
-    found = plan.bench.time(operator, precision, BUCKETS[MIDDLE], arms)
+    try:
+        found = plan.bench.time(operator, precision, BUCKETS[MIDDLE], arms)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # right on few pixels, and still not fit for many
+        why = f"{type(error).__name__}: {first_line(error)}"
+        plan.say(f"  {precision:<16} {operator:<31} passed over {_new(now, other)}: {why}")
+        return dict(now)
     return other if found["other"].faster_than(found["now"], LEAST_TILE_GAIN) else dict(now)
+
+
+def _new(now: Tiles, other: Tiles) -> str:
+    """The tiles of ``other`` that are not those of ``now``."""
+    new = {choice: config for choice, config in other.items() if now.get(choice) != config}
+    return ", ".join(f"{choice.text()} {config.as_dict()}" for choice, config in new.items())
 
 
 def _known_tiles(tuning: Tuning, launched: dict[Choice, Config]) -> dict[Choice, Config]:

@@ -24,8 +24,8 @@ from fastris.kernels.configs import Choice, Config
 from fastris.tuning.bench import Arm
 
 GPU = "Made-up GPU 9000"
-FAST, SLOW, WRONG = (Config((("BLOCK", size),)) for size in (64, 16, 7))
-TABLE = Config((("BLOCK", 32),), alternatives=(SLOW, WRONG, FAST))
+FAST, SLOW, WRONG, BREAKS = (Config((("BLOCK", size),)) for size in (64, 16, 7, 9))
+TABLE = Config((("BLOCK", 32),), alternatives=(SLOW, WRONG, BREAKS, FAST))
 UP = "upsample2x_conv3x3"
 
 
@@ -41,6 +41,8 @@ class FakeBench:
         self.calls: list[tuple] = []
         self.wrong: set[tuple[str, str]] = set()
         self.full: set[int] = set()
+        self.breaking: int | None = None
+        self.no_compiler = False
         self.torch_seconds = dict.fromkeys(BUCKETS.values(), 2e-3)
         self.spread = 0.001
         self.interrupt_after: int | None = None
@@ -56,6 +58,8 @@ class FakeBench:
 
     def prove(self, operator, precision, tiles):
         self._spend("prove", operator, precision, *tiles.values())
+        if self.no_compiler:
+            return Failure("Triton found no C compiler", "install one", everywhere=True)
         if (operator, precision) in self.wrong or WRONG in tiles.values():
             return Failure("their numbers are wrong", "report it")
         return None
@@ -66,6 +70,8 @@ class FakeBench:
 
     def time(self, operator, precision, batch, arms: dict[str, Arm]):
         self._spend("time", operator, precision, batch)
+        if batch == self.breaking or BREAKS in [config for arm in arms.values() for config in arm.tiles.values()]:
+            raise RuntimeError("a kernel crashed\nand more")
         if batch in self.full:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {name: Timing(self._seconds(batch, arm), self.spread, 9, "graph") for name, arm in arms.items()}
@@ -138,6 +144,30 @@ def test_wrong_kernels_are_timed_by_the_torch_path_alone(bench, capsys):
     assert row.triton is None and not row.takes_triton and "numbers are wrong" in row.note
     assert "not proved" in capsys.readouterr().out
     assert kept().rows[UP, "bfloat16", LARGE].takes_triton
+
+
+def test_tiles_that_break_where_there_are_many_pixels_are_told_and_passed_over(bench, capsys):
+    assert cli.main(["tune"]) == 0
+    told = f"passed over {UP} kernel//bfloat16/1024 {BREAKS.as_dict()}: RuntimeError: a kernel crashed\n"
+    assert told in capsys.readouterr().out
+    assert kept().tiles[f"{UP} kernel//bfloat16/1024"] == FAST.as_dict(), "those behind it are tried all the same"
+
+
+def test_an_operator_that_fails_is_told_and_the_others_are_measured(bench, capsys):
+    bench.breaking = 64
+    assert cli.main(["tune"]) == 0
+    printed = capsys.readouterr().out
+    jobs = 4 * len(tuned.PRECISIONS)
+    assert printed.count("failed: RuntimeError: a kernel crashed\n") == jobs and f"0 of {jobs} measured" in printed
+    assert (UP, "bfloat16", MIDDLE) in kept().rows, "what was measured before is kept"
+
+
+def test_a_machine_that_lets_no_kernel_run_is_told_and_nothing_is_kept_against_them(bench, capsys):
+    bench.no_compiler = True
+    assert cli.main(["tune"]) == 2
+    told = capsys.readouterr().err
+    assert told == "fastris tune: there is nothing to tune: Triton found no C compiler (to mend it: install one)\n"
+    assert not kept().rows and len(bench.calls) == 1
 
 
 def test_batch_that_does_not_fit_is_left_to_the_table(bench, capsys):
