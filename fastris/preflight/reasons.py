@@ -21,6 +21,9 @@ REPORT = "nothing in your code; please report it with what `fastris doctor` prin
 RESTART = "start again with FASTRIS_IMPL=torch: after this error the process cannot use the GPU any more"
 LIBRARY = "run ldconfig as root, or set TRITON_LIBCUDA_PATH to the folder that holds libcuda.so.1"
 
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+"""Errors of a folder that cannot be written to, or that is none."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -90,12 +93,21 @@ def _by_type(error: BaseException, device: torch.device) -> Failure | None:
         return _compiler_failed(error)
     if isinstance(error, FileNotFoundError) and "ldconfig" in str(error.filename):
         return Failure("Triton found no ldconfig, by which it looks for libcuda.so.1", LIBRARY, True)
-    if isinstance(error, FileNotFoundError) and (compiler := os.environ.get("CC")) and error.filename == compiler:
+    compiler = os.environ.get("CC")
+    if isinstance(error, FileNotFoundError) and compiler and error.filename == compiler:
         return Failure(f"there is no C compiler {compiler}, which the variable CC names", COMPILER, True)
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and compiler and error.filename == compiler:
+        why = f"the C compiler {compiler}, which the variable CC names, cannot be run ({error.strerror})"
+        return Failure(why, COMPILER, True)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
         told = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         mend = "set TRITON_CACHE_DIR to a folder that can be written to and has space"
         return Failure(f"Triton cannot write what it compiles ({told})", mend, True)
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        mend = "set TRITON_CACHE_DIR to a folder of a file system that is not mounted noexec"
+        return Failure(f"what Triton compiles cannot be loaded from where it keeps it ({_line(error)})", mend, True)
+    if isinstance(error, ImportError) and "libcuda" in str(error):
+        return Failure("the driver's library libcuda.so.1 cannot be loaded", LIBRARY, True)
     if isinstance(error, ImportError):
         return Failure(f"Triton cannot be imported ({_line(error)})", "pip install --force-reinstall triton", True)
     return None

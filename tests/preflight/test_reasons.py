@@ -50,6 +50,14 @@ def test_compiler_that_cc_names_in_vain(build, monkeypatch):
     assert found.everywhere and "/no/such/gcc, which the variable CC names" in found.reason
 
 
+def test_compiler_that_may_not_be_run(build, monkeypatch, tmp_path):
+    (tmp_path / "gcc").write_text("no program")
+    monkeypatch.setenv("CC", str(tmp_path / "gcc"))
+    found = explained(build)
+    assert found.everywhere and f"{tmp_path}/gcc, which the variable CC names, cannot be run" in found.reason
+    assert "CC" in found.mend and "CACHE" not in found.mend
+
+
 def test_missing_headers_of_python(build, monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme=None: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "false")  # fails as gcc does without the header
@@ -92,6 +100,14 @@ def test_shared_memory_that_the_card_does_not_have():
         (FileNotFoundError(errno.ENOENT, "No such file", "/sbin/ldconfig"), "no ldconfig", "TRITON_LIBCUDA_PATH"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/.triton"), "/root/.triton", "TRITON_CACHE_DIR"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left", "TRITON_CACHE_DIR"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/file/x"), "/a/file/x", "TRITON_CACHE_DIR"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a/file"), "/a/file", "TRITON_CACHE_DIR"),
+        (
+            ImportError("/home/me/.triton/cache/x/driver.so: failed to map segment from shared object"),
+            "cannot be loaded",
+            "noexec",
+        ),
+        (ImportError("libcuda.so.1: cannot open shared object file"), "libcuda.so.1", "ldconfig"),
         (ImportError("libtriton.so: cannot open"), "cannot be imported", "pip install"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "no memory left", "free memory"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "outside its memory", "FASTRIS_IMPL"),
