@@ -9,6 +9,8 @@ from fastris.version import __version__
 
 # Public name -> module that defines it. Imported on first use, so that `import fastris` costs next to nothing.
 _LAZY = {
+    "AlignFormer": "fastris.models.alignformer.model",
+    "AlignFormerConfig": "fastris.models.alignformer.config",
     "CRIS": "fastris.models.cris.model",
     "CRISConfig": "fastris.models.cris.config",
     "CLIPConfig": "fastris.models.cris.config",
@@ -24,6 +26,8 @@ _LAZY = {
 
 __all__ = [
     "CRIS",
+    "AlignFormer",
+    "AlignFormerConfig",
     "CLIPConfig",
     "CRISConfig",
     "ImageFeatures",
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from fastris.dropin.patch import patch, unpatch
     from fastris.inference.folding import for_inference
     from fastris.inference.segmenter import Segmenter
+    from fastris.models.alignformer.config import AlignFormerConfig
+    from fastris.models.alignformer.model import AlignFormer
     from fastris.models.cris.config import CLIPConfig, CRISConfig
     from fastris.models.cris.model import CRIS, ImageFeatures
     from fastris.runtime.float16_sums import allow_fp16_accumulation

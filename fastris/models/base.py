@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastris.models.arguments import check_is_tensor, check_mask
 from fastris.models.config import ModelConfig
 from fastris.models.pretrained import SAFETENSORS, load_pretrained
 from fastris.models.state_dicts import Adopted
@@ -24,6 +25,9 @@ from fastris.runtime.safetensors_files import write_safetensors
 
 HEAD = "head"
 """The parameter group that trains at the full learning rate; all others train at ``lr_multi`` times that rate."""
+
+NO_DECAY = ", no decay"
+"""What the name of a parameter group ends with where weight decay leaves it alone; its learning rate is the same."""
 
 M = TypeVar("M", bound="ReferringModel")
 
@@ -114,7 +118,11 @@ class ReferringModel(
         return F.binary_cross_entropy_with_logits(logits, target), logits
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by group: "head" trains at the full learning rate, every other at ``lr_multi`` times it."""
+        """The parameters by group: "head" trains at the full learning rate, every other at ``lr_multi`` times it.
+
+        A name that ends with :data:`NO_DECAY` belongs to the group before it, without weight decay. A parameter in no
+        group is never updated.
+        """
         return {HEAD: list(self.parameters())}
 
     def check_training(self, expressions: int) -> None:
@@ -206,23 +214,3 @@ def _flatten_expressions(word: Tensor, mask: Tensor | None) -> tuple[Tensor | No
     if mask is not None and mask.ndim == 5:
         mask = mask.flatten(0, 1)
     return index, word.flatten(0, 1), mask
-
-
-def check_is_tensor(name: str, value: Any) -> None:
-    """Raise TypeError, naming the argument, unless ``value`` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
-
-
-def check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
-    """Raise ValueError or TypeError unless ``mask`` is a floating-point (E, 1, H, W) tensor, E = ``expressions``."""
-    if mask is None:
-        raise ValueError("mask (B, 1, H, W) is needed in training mode; call model.eval() to segment without one")
-    check_is_tensor("mask", mask)
-    if mask.ndim != 4 or mask.shape[:2] != (expressions, 1):
-        each = "" if expressions == images else f" ({expressions // max(1, images)} expressions per image)"
-        raise ValueError(f"mask must be ({expressions}, 1, H, W){each}, got {tuple(mask.shape)}")
-    if not mask.is_floating_point():
-        raise TypeError(f"mask must be floating point in [0, 1], got {mask.dtype}; convert it with mask.float()")
-    if not mask.shape[2] * mask.shape[3]:
-        raise ValueError(f"mask must have pixels, got {tuple(mask.shape)}")

@@ -102,10 +102,10 @@ def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any
         model = kind(config)
     own = model.state_dict()
     report = compare(weights.tensors, own, weights.source)
+    if strict and not report.fits:
+        raise WeightsError(misfit_message(report, kind.encoder_of(weights.tensors), kind.encoder_of(own)), report)
     if report.fits and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
         model = model.to_empty(device="cpu")  # the weights hold every value, so none needs initialising
-    elif strict:
-        raise WeightsError(misfit_message(report, kind.encoder_of(weights.tensors), kind.encoder_of(own)), report)
     else:
         model = kind(config)
     load_into(model, weights, strict)

@@ -37,6 +37,12 @@ SYSTEMS: dict[str, System] = {
         ("cris_r50", "cris_r101", "tiny"),
         "fastris.dropin.cris.table:PARTS",
     ),
+    "alignformer": System(
+        "alignformer",
+        "fastris.models.alignformer.model:AlignFormer",
+        "fastris.models.alignformer.config:AlignFormerConfig",
+        ("alignformer_swin_b", "alignformer_tiny"),
+    ),
 }
 DEFAULT = "cris"
 """The system of files that name none: published checkpoints, and configurations older than the ``system`` key."""

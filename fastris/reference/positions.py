@@ -26,6 +26,26 @@ def sine_positions_2d(height: int, width: int, dim: int, device: torch.device | 
     return torch.cat([x, y], dim=-1).reshape(height * width, dim)
 
 
+def sine_positions_of_box(height: int, width: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Position table (height*width, dim) on a grid whose sides both measure 2 pi, as DETR's (arXiv 2005.12872).
+
+    Pixel i of n is at ``2 pi (i + 1) / (n + 1e-6)``; the first half of the channels codes y, the second half x; channel
+    i of those n_c divides by ``10000^(2 floor(i / 2) / n_c)``, sine and cosine in turn. In float32.
+    """
+    if dim % 4:
+        raise ValueError(f"dim must be divisible by 4 to hold sine and cosine of x and of y, got {dim}")
+
+    def table(length: int) -> Tensor:
+        place = (torch.arange(length, dtype=torch.float32, device=device) + 1) / (length + 1e-6) * (2 * math.pi)
+        divisor = 10000 ** (torch.arange(0, dim // 2, 2, dtype=torch.float32, device=device) / (dim // 2))
+        angle = place[:, None] / divisor
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+    y = table(height)[:, None, :].expand(height, width, dim // 2)
+    x = table(width)[None, :, :].expand(height, width, dim // 2)
+    return torch.cat([y, x], dim=-1).reshape(height * width, dim)
+
+
 def append_coordinates(x: Tensor) -> Tensor:
     """CoordConv's input: (B, C, H, W) -> (B, C+2, H, W), with x and then y running over [-1, 1]."""
     batch, _, height, width = x.shape

@@ -36,6 +36,9 @@ MAX_BYTES = 16 << 20  # RN101's training state takes 0.2 MB, OpenAI's RN50x64 le
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 64
 
+_OPTIONS = frozenset({"argparse Namespace"})
+"""Classes besides TorchScript's whose objects are read as Records: released training states carry their options so."""
+
 _LEAVES = frozenset({str, int, float, bool, type(None), bytes, Tensor})
 
 
@@ -135,7 +138,7 @@ def _check_tree(value: Any, left: list[int], path: tuple[Any, ...]) -> None:
 
 def _global(machine: Machine, name: str) -> None:
     known = KNOWN.get(name)
-    if known is None and name.startswith("__torch__"):
+    if known is None and (name.startswith("__torch__") or name in _OPTIONS):
         known = Record(name.replace(" ", "."))
     elif known is None:
         path = name.replace(" ", ".")[:200]

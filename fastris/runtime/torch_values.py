@@ -54,7 +54,7 @@ class Storage(NamedTuple):
 
 @dataclass
 class Record:
-    """A TorchScript object: the name of its class and its state. None of its code has been executed."""
+    """An object of TorchScript or argparse: its class's name and its state. None of its code has been executed."""
 
     kind: str
     state: Any = None

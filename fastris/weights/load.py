@@ -144,10 +144,10 @@ def _read_file(path: Path, source: str = "") -> Weights:
 
 
 def _from_checkpoint(content: Any, source: str) -> Weights:
-    """Unwrap ``{"state_dict": ..., "config": ...}``, as published and as fastris writes it, or take a state dict."""
+    """Unwrap ``{"state_dict": ..., "config": ...}``, as fastris writes it, ``{"model": ...}``, or take a state dict."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{source} holds a {type(content).__name__}; it must hold a dict with 'state_dict', or one")
-    state = content.get("state_dict", content)
+    state = next((content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), content)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         names = ", ".join(str(key)[:80] for key in list(content)[:10])
         raise ValueError(f"{source} must hold a dict with 'state_dict', or a state dict; its entries are: {names}")

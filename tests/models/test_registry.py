@@ -8,15 +8,18 @@ import sys
 import pytest
 from model_helpers import small_config
 
-from fastris import CRIS, CRISConfig
+from fastris import CRIS, AlignFormerConfig, CRISConfig
 from fastris.models import registry
 from fastris.models.registry import System
 
 
 def test_every_preset_is_built_by_name_configuration_or_mapping():
-    assert registry.presets() == ["cris_r50", "cris_r101", "tiny"] == list(CRISConfig.presets)
-    for name in registry.presets():
-        assert registry.preset(name) == CRISConfig.preset(name)
+    kinds = (CRISConfig, AlignFormerConfig)
+    named = ["cris_r50", "cris_r101", "tiny", "alignformer_swin_b", "alignformer_tiny"]
+    assert registry.presets() == named == [name for kind in kinds for name in kind.presets]
+    for kind in kinds:
+        for name in kind.presets:
+            assert registry.preset(name) == kind.preset(name)
     tiny = CRISConfig.preset("tiny")
     for what in ("tiny", tiny, tiny.to_dict()):
         model = registry.create(what)
@@ -27,7 +30,8 @@ def test_unknown_names_are_told_with_the_known_ones():
     for ask in (registry.preset, CRISConfig.preset, registry.create):
         with pytest.raises(ValueError, match="unknown model 'tine'; choose from cris_r50, cris_r101, tiny"):
             ask("tine")
-    with pytest.raises(ValueError, match="config: it is of the system 'magnet', and known are cris; register it first"):
+    known = "and known are cris, alignformer; register it first"
+    with pytest.raises(ValueError, match=f"config: it is of the system 'magnet', {known}"):
         registry.read_config({"system": "magnet", "input_size": 416, "word_len": 17}, "config")
 
 
@@ -45,7 +49,7 @@ def test_names_that_are_taken_are_refused(monkeypatch):
     for name, preset in (("cris", "mine"), ("mine", "tiny")):
         with pytest.raises(ValueError, match=r"brings names that are taken: (cris|tiny); rename them"):
             registry.register(System(name, "mine:Model", "mine:Config", (preset,)))
-    assert list(registry.SYSTEMS) == ["cris"]
+    assert list(registry.SYSTEMS) == ["cris", "alignformer"]
 
 
 def test_names_and_configurations_are_known_without_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from weight_samples import randomised, save_archive, small_clip
 
 from fastris.__main__ import main
 from fastris.runtime.storage import load_torch, save_atomic
+from fastris.runtime.torch_values import Record
 from fastris.weights.load import read_weights
 
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
@@ -210,6 +212,13 @@ def test_hostile_pickle_is_one_line_and_costs_neither_time_nor_memory(name, tmp_
         assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
 
     assert peak_of(read) < 700 << 20
+
+
+def test_options_beside_weights_are_read_as_values_and_not_as_an_object(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "args": Namespace(window=12, lr=0.1)}, tmp_path / "state.pth")
+    args = load_torch(tmp_path / "state.pth")["args"]
+    assert type(args) is Record and args.state == {"window": 12, "lr": 0.1}
+    assert list(read_weights(tmp_path / "state.pth").tensors) == ["w"]
 
 
 def test_memo_of_two_billion_places_costs_one(tmp_path):

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastris.dispatch import requested_impl
-from fastris.models.base import HEAD, ReferringModel, check_is_tensor, check_mask
+from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
+from fastris.models.base import HEAD, ReferringModel
 from fastris.models.cris import keys
 from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
@@ -121,8 +121,8 @@ class CRIS(ReferringModel, tags=["cris"]):
         """Encode the text and run neck and decoder: the pixel map (E, D, h, w) and the sentences' states (E, S)."""
         _check_features(features)
         _check_tokens(tokens, self.config)
-        _check_index(index, len(features.f3), len(tokens))
-        tokens = _without_shared_padding(tokens)
+        check_index(index, len(features.f3), len(tokens))
+        tokens = without_shared_padding(tokens)
         words, state = self.backbone.encode_text(tokens)
         fused = recomputed([self.neck], self.recompute, self._fuse, state, *features.select(index))
         decoded = self.decoder(fused, words, tokens == 0)
@@ -178,78 +178,14 @@ class CRIS(ReferringModel, tags=["cris"]):
         return f"{self.config.title} on {keys.architecture(self.state_dict())}"
 
 
-def _without_shared_padding(tokens: Tensor) -> Tensor:
-    """Cut off the last columns of token ids (E, L) that are padding in every sentence.
-
-    This is exact: CLIP's text encoder is causal, so no word attends to what follows it, and the decoder masks padding.
-    It is done on a CPU only, where reading the ids does not wait for a device, and not on the reference path, while
-    compiling or under PyTorch's fake tensors, which have no values.
-    """
-    if tokens.device.type != "cpu" or not _has_values(tokens) or requested_impl() == "reference":
-        return tokens
-    used = tokens.ne(0).any(dim=0).nonzero()
-    return tokens[:, : int(used.max()) + 1 if len(used) else 1]
-
-
 def _check_features(features: Any) -> None:
     if not isinstance(features, ImageFeatures):
         raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
 
 
 def _check_images(images: Tensor, weights: torch.dtype) -> None:
-    check_is_tensor("img", images)
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"img must be (B, 3, H, W), got {tuple(images.shape)}")
-    height, width = images.shape[-2:]
-    if height % 32 or width % 32 or not height or not width:
-        raise ValueError(
-            f"img is {height}x{width} pixels, but height and width must be multiples of 32; "
-            "letterbox it first (fastris.data.letterbox)"
-        )
-    if not images.is_floating_point():
-        raise TypeError(f"img must be floating point and normalised with CLIP's mean and std, got {images.dtype}")
-    if not len(images):
-        raise ValueError(f"img holds no images, got {tuple(images.shape)}; give at least one")
-    casts = torch.is_autocast_enabled(images.device.type) and torch.float64 not in (images.dtype, weights)
-    if images.dtype != weights and not casts:
-        raise TypeError(
-            f"img is {images.dtype} but the model's weights are {weights}; convert it with img.to({weights}), or run "
-            "float32 weights under torch.autocast"
-        )
+    check_images(images, weights, "CLIP's", multiple=32)
 
 
 def _check_tokens(tokens: Tensor, config: CRISConfig) -> None:
-    check_is_tensor("word", tokens)
-    if tokens.ndim != 2:
-        raise ValueError(f"word must be token ids (B, L), got {tuple(tokens.shape)}")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"word must hold integer token ids, int64 or int32, got {tokens.dtype}; use word.long()")
-    if not 1 <= tokens.shape[1] <= config.clip.context_length:
-        raise ValueError(
-            f"word has {tokens.shape[1]} tokens a sentence, but CLIP knows positions for 1 to "
-            f"{config.clip.context_length}; cut it with fastris.data.tokens.tokenize(sentences, word_len)"
-        )
-    if tokens.numel() and tokens.device.type == "cpu" and _has_values(tokens):
-        low, high, last = int(tokens.min()), int(tokens.max()), config.clip.vocab_size - 1
-        if low < 0 or high > last:
-            raise ValueError(f"word must hold token ids 0 to {last}, got {low} to {high}; tokenize for this model")
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
-def _check_index(index: Tensor | None, images: int, expressions: int) -> None:
-    if index is None:
-        if images != expressions:
-            raise ValueError(
-                f"there are {images} images and {expressions} expressions; pass index (E,) to say which image each "
-                "expression belongs to"
-            )
-        return
-    if index.shape != (expressions,) or index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"index must be int64 of shape ({expressions},), got {index.dtype} of shape {tuple(index.shape)}"
-        )
-    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < images:
-        raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
+    check_tokens(tokens, config.clip.context_length, config.clip.vocab_size, "CLIP knows positions for")

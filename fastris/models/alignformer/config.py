@@ -1,0 +1,237 @@
+"""AlignFormer's configuration: the sizes of its text encoder, image encoder and decoders, and the published preset."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fastris.models.config import ModelConfig
+from fastris.models.inputs import Inputs
+from fastris.models.limits import SIZES, check_fields, check_parameters, whole_numbers
+from fastris.options.values import shown
+
+HEADS = 8
+"""Heads of every attention of the two decoders."""
+NORM_GROUPS = 32
+"""Groups of the pixel decoder's GroupNorms."""
+LEVELS, POINTS = 3, 4
+"""Maps of the deformable attention, and its samples in each of them."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+BEHAVIOURS = ("intended", "compat")
+
+BERT_TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 32,
+}
+
+ALIGNFORMER_PRESETS: dict[str, dict[str, Any]] = {
+    "alignformer_swin_b": {},
+    "alignformer_tiny": {
+        "bert": BERT_TINY,
+        "vocabulary": "built-in",
+        "embed_dim": 24,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
+        "window": 6,
+        "drop_path": 0.0,
+        "conv_dim": 64,
+        "pixel_layers": 2,
+        "pixel_ffn": 128,
+        "word_ffn": 128,
+        "query_layers": 3,
+        "query_ffn": 128,
+        "input_size": 96,
+    },
+}
+"""``alignformer_swin_b`` as released; ``alignformer_tiny`` is for the built-in scenes on a laptop's CPU."""
+
+_BERT_LIMITS = {
+    "vocab_size": 1_000_000,
+    "hidden_size": 16384,
+    "num_hidden_layers": 128,
+    "num_attention_heads": 1024,
+    "intermediate_size": 131072,
+    "max_position_embeddings": 4096,
+    "type_vocab_size": 1024,
+}
+_MAX_BLOCKS = 128  # of one stage of Swin; its largest has 18
+
+
+@dataclass
+class BERTConfig:
+    """Sizes of the text encoder, under the names of BERT's own configuration. The defaults are BERT-base-uncased's."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self, _BERT_LIMITS, "bert.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"bert.hidden_size ({self.hidden_size}) must be divisible by bert.num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> BERTConfig:
+        """Build from a plain mapping. Raises ValueError, naming the keys, where some are unknown."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(str(key)[:40] for key in set(mapping) - set(names))
+        if unknown:
+            raise ValueError(f"bert has unknown keys {', '.join(unknown[:10])}; its keys are {', '.join(names)}")
+        return cls(**mapping)
+
+
+@dataclass
+class AlignFormerConfig(ModelConfig):
+    """Dimensions of an AlignFormer; the defaults are those of the released Swin-B weights.
+
+    ``window`` is the side in patches of Swin's windows, ``conv_dim`` the width of the pixel decoder, ``drop_path`` the
+    chance of leaving out the last Swin block (the first is never left out). ``vocabulary`` is where the WordPiece
+    vocabulary comes from: a vocab.txt, a Hugging Face id, or ``built-in``, the words of the built-in scenes.
+    ``word_len`` counts [CLS] and [SEP].
+
+    ``behaviour`` is ``compat``, which computes what the released code does for its weights, or ``intended``: sentences
+    are trimmed (which changes nothing), a sentence of one token attends to exactly zero, and a new model's gates start
+    closed. Raises ValueError, naming the fields, where the sizes do not fit together.
+    """
+
+    system: ClassVar[str] = "alignformer"
+    title: ClassVar[str] = "AlignFormer"
+    published: ClassVar[str] = "arXiv 2301.06429, in the code released as LGFormer"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = ALIGNFORMER_PRESETS
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "backbone", "classifier")
+    not_in_shapes: ClassVar[tuple[str, ...]] = ("vocabulary", "drop_path", "input_size", "behaviour")
+    limits: ClassVar[Mapping[str, int]] = {
+        "embed_dim": 4096,
+        "window": 64,
+        "conv_dim": 16384,
+        "pixel_layers": 128,
+        "pixel_ffn": 131072,
+        "word_ffn": 131072,
+        "query_layers": 128,
+        "query_ffn": 131072,
+    }
+
+    bert: BERTConfig = field(default_factory=BERTConfig)
+    vocabulary: str = "google-bert/bert-base-uncased"
+    word_len: int = 20
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 12
+    drop_path: float = 0.3
+    conv_dim: int = 256
+    pixel_layers: int = 6
+    pixel_ffn: int = 1024
+    word_ffn: int = 2048
+    query_layers: int = 6
+    query_ffn: int = 2048
+    input_size: int = 480
+    behaviour: str = "intended"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bert, Mapping):
+            self.bert = BERTConfig.from_dict(self.bert)
+        if not isinstance(self.bert, BERTConfig):
+            raise ValueError(f"bert must be a BERTConfig or a mapping of its fields, got {shown(self.bert)}")
+        self.depths = whole_numbers("depths", self.depths, 4, _MAX_BLOCKS)
+        self.num_heads = whole_numbers("num_heads", self.num_heads, 4, 1024)
+        check_fields(self, {**self.limits, **SIZES})
+        self._validate()
+        check_parameters(self.parameter_counts())
+
+    def _validate(self) -> None:
+        for stage, heads in enumerate(self.num_heads):
+            if self.widths[stage] % heads:
+                raise ValueError(
+                    f"num_heads[{stage}] ({heads}) must divide the stage's width ({self.widths[stage]}), which is "
+                    f"{2**stage} times embed_dim"
+                )
+        if self.conv_dim % NORM_GROUPS:
+            raise ValueError(f"conv_dim must be a multiple of {NORM_GROUPS}, got {self.conv_dim}")
+        if self.bert.hidden_size % HEADS:
+            raise ValueError(f"bert.hidden_size must be a multiple of {HEADS}, got {self.bert.hidden_size}")
+        if not 3 <= self.word_len <= self.bert.max_position_embeddings:
+            raise ValueError(
+                f"word_len must be between 3 and bert.max_position_embeddings ({self.bert.max_position_embeddings}), "
+                f"got {self.word_len}"
+            )
+        number = isinstance(self.drop_path, (int, float)) and not isinstance(self.drop_path, bool)
+        if not number or not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {shown(self.drop_path)}")
+        if self.behaviour not in BEHAVIOURS:
+            raise ValueError(f"behaviour must be one of {', '.join(BEHAVIOURS)}, got {shown(self.behaviour)}")
+        if not isinstance(self.vocabulary, str) or not self.vocabulary:
+            raise ValueError(f"vocabulary must be a vocab.txt or a Hugging Face id, got {shown(self.vocabulary)}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of Swin's four stages."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
+    @property
+    def text_width(self) -> int:
+        """Width of BERT's states, of the words in every stage, and of the centre embedding."""
+        return self.bert.hidden_size
+
+    @property
+    def inputs(self) -> Inputs:  # type: ignore[override]  # a class attribute elsewhere; here the vocabulary decides
+        """ImageNet's statistics, and WordPiece with the configured vocabulary."""
+        return Inputs(IMAGENET_MEAN, IMAGENET_STD, f"wordpiece:{self.vocabulary}")
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the text encoder, the image encoder with its fusions, the pixel decoder and the centre embedding."""
+        bert, text, width = self.bert, self.text_width, self.conv_dim
+        layer = 4 * text * text + 2 * text * bert.intermediate_size
+        tables = bert.vocab_size + bert.max_position_embeddings + bert.type_vocab_size
+        blocks = sum(12 * depth * size**2 for depth, size in zip(self.depths, self.widths, strict=True))
+        heads = sum(depth * each for depth, each in zip(self.depths, self.num_heads, strict=True))
+        mergings = sum(8 * size**2 for size in self.widths[:-1])
+        fusions = sum(8 * size**2 + 7 * text**2 + 3 * size * text for size in self.widths)
+        pixel = 2 * width**2 + 2 * width * self.pixel_ffn + HEADS * LEVELS * POINTS * 3 * width
+        words = 2 * width**2 + 2 * width * text + 2 * width * self.word_ffn
+        query = 2 * text**2 + 2 * width * text + 2 * text * self.query_ffn
+        return {
+            "bert.hidden_size, bert.num_hidden_layers, bert.vocab_size": bert.num_hidden_layers * layer + tables * text,
+            "embed_dim, depths, window": blocks + mergings + fusions + heads * (2 * self.window) ** 2,
+            "conv_dim, pixel_layers, pixel_ffn, word_ffn": self.pixel_layers * (pixel + words) + 10 * width**2,
+            "query_layers, query_ffn": self.query_layers * query + 3 * text**2 + text * width,
+        }
+
+    def in_words(self) -> str:
+        """The model and its encoder, such as ``AlignFormer, Swin-B``."""
+        return f"{self.title}, {swin_name(self.embed_dim, self.depths)}"
+
+    def without_weights(self) -> str:
+        """Says that the published recipe starts from Swin's and BERT's own weights, where the sizes are theirs."""
+        if self.bert != BERTConfig() or swin_name(self.embed_dim, self.depths).startswith("a "):
+            return ""
+        return "BERT and Swin start from random weights, which is not the published recipe"
+
+
+_SWINS: dict[tuple[int, tuple[int, ...]], str] = {
+    (96, (2, 2, 6, 2)): "Swin-T",
+    (96, (2, 2, 18, 2)): "Swin-S",
+    (128, (2, 2, 18, 2)): "Swin-B",
+    (192, (2, 2, 18, 2)): "Swin-L",
+}
+
+
+def swin_name(embed_dim: int, depths: tuple[int, ...]) -> str:
+    """The name of the Swin of these sizes: Swin-T, -S, -B or -L, else its sizes."""
+    return _SWINS.get((embed_dim, depths), f"a Swin of width {embed_dim} and depths {'-'.join(map(str, depths))}")

@@ -1,0 +1,211 @@
+"""AlignFormer (arXiv 2301.06429, in the code released as LGFormer): pixels grouped round a centre made of language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastris import reference
+from fastris.models.alignformer import keys
+from fastris.models.alignformer.config import AlignFormerConfig, swin_name
+from fastris.models.alignformer.pixel_decoder import PixelDecoder, Words
+from fastris.models.alignformer.query_decoder import QueryDecoder
+from fastris.models.alignformer.swin import SwinWithWords
+from fastris.models.alignformer.text import TextEncoder
+from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
+from fastris.models.base import HEAD, NO_DECAY, Pixels, ReferringModel
+
+POS_WEIGHT = 1.1
+"""Weight of the object's pixels in the loss."""
+SMALLEST_TRAINED = 32
+"""Sides in pixels up to which the last stage is a single pixel, which an instance norm over pixels makes zero."""
+
+
+class Scored(NamedTuple):
+    """What a batch's phrases came to.
+
+    Attributes:
+        features: the map (E, D, H/4, W/4) that is scored.
+        kernels: (E, J, D), of the J embeddings from the first to the last; ``bias`` (E, J).
+        logits: (E, J, H/4, W/4).
+    """
+
+    features: Tensor
+    kernels: Tensor
+    bias: Tensor
+    logits: Tensor
+
+
+class Classifier(nn.Module):
+    """The two decoders, and the kernel that each centre embedding becomes."""
+
+    def __init__(self, config: AlignFormerConfig):
+        super().__init__()
+        width, pixel_width = config.text_width, config.conv_dim
+        self.pix_dec = PixelDecoder(
+            config.widths,
+            pixel_width,
+            width,
+            config.word_len,
+            config.pixel_layers,
+            config.pixel_ffn,
+            config.word_ffn,
+        )
+        self.txt_proj = nn.Linear(width, width)
+        self.dynamic_conv_gen_body = QueryDecoder(width, pixel_width, config.query_layers, config.query_ffn)
+        self.dynamic_conv_gen_head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixel_width + 1)
+        )
+
+    def sentence(self, words: Words) -> Tensor:
+        """The first centre (B, 1, T): the projected mean of a sentence's valid words, its marks included."""
+        mask = words.valid.to(words.states.dtype)[..., None]
+        mean = (mask * words.states).sum(1) / mask.sum(1).clamp_min(1e-6)
+        return self.txt_proj(mean)[:, None]
+
+    def forward(self, maps: tuple[Tensor, ...], words: Words, all_outputs: bool) -> Scored:
+        """Score every pixel by the centres: all of them, or the last only."""
+        levels, features = self.pix_dec(maps, words)
+        centres = self.dynamic_conv_gen_body(self.sentence(words), levels)
+        made = self.dynamic_conv_gen_head(torch.cat(centres if all_outputs else centres[-1:], dim=1))
+        kernels, bias = made[..., :-1], made[..., -1]
+        logits = reference.text_to_pixel_similarity(features.to(kernels.dtype), kernels[..., None, None], bias)
+        return Scored(features, kernels, bias, logits)
+
+
+class AlignFormer(ReferringModel, tags=["alignformer"]):
+    """AlignFormer with the released state-dict keys and values.
+
+    Words and pixels change each other between the image encoder's stages, so an image is encoded anew for each phrase:
+    :meth:`encode_image` returns the pixels. ``model(img, word, mask)`` answers as :class:`ReferringModel` says, with
+    logits of the image's own size (B, 1, H, W); images may have any size, and are released for 480x480, squashed.
+    Token ids are BERT's, 0 is padding; L may be up to ``word_len``.
+
+    Attributes:
+        instance_contrast: weight of the instance contrast in the loss, see
+            :func:`fastris.reference.region_contrast`; 0, as released, leaves it out.
+    """
+
+    config_class = AlignFormerConfig
+    shares_image = False
+    instance_contrast = 0.0
+
+    config: AlignFormerConfig
+
+    def __init__(self, config: AlignFormerConfig):
+        super().__init__(config)
+        config = self.config
+        self.text_encoder = TextEncoder(config.bert)
+        self.backbone = SwinWithWords(
+            config.embed_dim,
+            config.depths,
+            config.num_heads,
+            config.window,
+            config.drop_path,
+            config.text_width,
+            intended=config.behaviour == "intended",
+        )
+        self.classifier = Classifier(config)
+
+    def encode_image(self, images: Tensor) -> Pixels:
+        """The images (B, 3, H, W) as they are, normalised as ImageNet's, after their checks."""
+        check_images(images, self.classifier.txt_proj.weight.dtype, "ImageNet's")
+        return Pixels(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """BERT's states (E, L, T) of token ids (E, L), those of padding included."""
+        check_tokens(tokens, self.config.word_len, self.config.bert.vocab_size, "this model takes")
+        return self.text_encoder(tokens, tokens != 0)
+
+    def segment(self, features: Pixels, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Logits (E, 1, H, W) of the expressions ``tokens`` (E, L) about images; ``index`` (E,) as for all models."""
+        scored = self.score(features, tokens, index, all_outputs=False)
+        return _resized(scored.logits, features.images.shape[-2:])
+
+    def loss(
+        self, features: Pixels, tokens: Tensor, mask: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (loss, logits (E, 1, H, W) of the last embedding).
+
+        The loss is the *sum*, over all embeddings, of the mean binary cross-entropy at the images' size, with weight
+        1.1 on the object; plus ``instance_contrast`` times the contrast of the last kernel. Raises ValueError for
+        images of 32 pixels and less on both sides, whose last stage is one pixel.
+        """
+        check_mask(mask, len(features.images), len(tokens))
+        size = features.images.shape[-2:]
+        if max(size) <= SMALLEST_TRAINED:
+            raise ValueError(
+                f"img is {size[0]}x{size[1]} pixels, of which the last stage sees one, and its instance norm needs "
+                f"more to train; give images with a side of more than {SMALLEST_TRAINED} pixels"
+            )
+        scored = self.score(features, tokens, index)
+        logits = _resized(scored.logits, size)
+        target = reference.resize_target(mask, size).to(logits.dtype).expand_as(logits)
+        weight = torch.full((), POS_WEIGHT, dtype=logits.dtype, device=logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight) * logits.shape[1]
+        if self.instance_contrast:
+            kernel = scored.kernels[:, -1]
+            contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=index)
+            loss = loss + self.instance_contrast * contrast
+        return loss, logits[:, -1:]
+
+    def score(self, features: Pixels, tokens: Tensor, index: Tensor | None = None, all_outputs: bool = True) -> Scored:
+        """What all (or only the last) of the embeddings make of the images; arguments as for :meth:`segment`."""
+        images = _checked(features).images
+        check_index(index, len(images), len(tokens))
+        tokens = self._fitted(tokens)
+        words = self.encode_text(tokens)
+        valid = tokens != 0
+        encoded = self.backbone(features.select(index).images, words, valid)
+        return self.classifier(encoded.maps, Words(encoded.words, valid), all_outputs)
+
+    def _fitted(self, tokens: Tensor) -> Tensor:
+        """Released: padded to ``word_len``. Intended: trimmed to the longest sentence, which changes no result."""
+        check_tokens(tokens, self.config.word_len, self.config.bert.vocab_size, "this model takes")
+        if self.config.behaviour == "compat":
+            return F.pad(tokens, (0, self.config.word_len - tokens.shape[1]))
+        return without_shared_padding(tokens)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All but BERT's embeddings, which are never updated, as released.
+
+        Without weight decay are, of the image encoder, the norms and the tables of relative positions; all other
+        biases decay. One learning rate is for all.
+        """
+        groups: dict[str, list[nn.Parameter]] = {HEAD: [], HEAD + NO_DECAY: []}
+        for name, parameter in self.named_parameters():
+            if name.startswith("text_encoder.embeddings."):
+                continue
+            exempt = name.startswith("backbone.") and ("norm" in name or "relative_position_bias_table" in name)
+            groups[HEAD + NO_DECAY if exempt else HEAD].append(parameter)
+        return groups
+
+    @classmethod
+    def infer_config(cls, state: Mapping[str, Tensor]) -> AlignFormerConfig:
+        """See :func:`fastris.models.alignformer.keys.infer_config`."""
+        return keys.infer_config(state)
+
+    @classmethod
+    def encoder_of(cls, state: Mapping[str, Tensor]) -> str:
+        """The name of the Swin that these weights belong to."""
+        return keys.architecture(state)
+
+    def in_words(self) -> str:
+        """The model and its encoder, such as ``AlignFormer on Swin-B``."""
+        return f"{self.config.title} on {swin_name(self.config.embed_dim, self.config.depths)}"
+
+
+def _checked(features: object) -> Pixels:
+    if not isinstance(features, Pixels):
+        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
+    return features
+
+
+def _resized(logits: Tensor, size: torch.Size) -> Tensor:
+    """(E, J, h, w) at the images' size, in float32 where they came in half precision."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.interpolate(wide, tuple(size), mode="bilinear", align_corners=False)

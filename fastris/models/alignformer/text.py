@@ -1,0 +1,60 @@
+"""AlignFormer's text encoder: BERT, made of the pieces of the optional library ``transformers``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastris.models.alignformer.config import BERTConfig
+
+MASKED = -10000.0
+"""Added to the scores of padded keys, as BERT does; as good as minus infinity."""
+_STD = 0.02
+
+
+class TextEncoder(nn.Module):
+    """BERT without a pooler, under its own names: token ids (B, L) to states (B, L, T).
+
+    Raises ImportError, saying how to install it, where ``transformers`` is not installed.
+    """
+
+    def __init__(self, sizes: BERTConfig):
+        super().__init__()
+        config, embeddings, encoder = _pieces(sizes)
+        self.embeddings = embeddings(config)
+        self.encoder = encoder(config)
+        self.apply(_initialise)
+
+    def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """The states of all tokens; no token attends to one that is not ``valid`` (B, L)."""
+        embedded = self.embeddings(input_ids=tokens)
+        mask = (1.0 - valid.to(embedded.dtype))[:, None, None, :] * MASKED
+        return self.encoder(embedded, attention_mask=mask)[0]
+
+
+def _pieces(sizes: BERTConfig) -> tuple[Any, Any, Any]:
+    """The library's configuration of these sizes, and its classes of BERT's two parts."""
+    try:
+        config: Any = importlib.import_module("transformers").BertConfig
+        pieces = importlib.import_module("transformers.models.bert.modeling_bert")
+    except ImportError as error:
+        raise ImportError(
+            "transformers is needed for AlignFormer's text encoder, BERT, and cannot be imported "
+            f"({' '.join(str(error).split())[:200]}): pip install 'fastris[alignformer]'"
+        ) from error
+    # Eager attention is BERT's own arithmetic, and takes any additive mask.
+    return config(**vars(sizes), attn_implementation="eager"), pieces.BertEmbeddings, pieces.BertEncoder
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's own initialisation: matrices and embeddings normal, biases zero, padding's embedding zero."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
