@@ -16,7 +16,7 @@ from fastris.commands.train_options import TrainConfig, model_keys
 from fastris.data import ReferringDataset, load_split
 from fastris.data.samples import EpochSampler, digest
 from fastris.models import registry
-from fastris.models.base import HEAD, ReferringModel
+from fastris.models.base import ReferringModel, is_head
 from fastris.models.config import ModelConfig
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
@@ -217,7 +217,7 @@ def make_run(options: TrainConfig, precision: Precision, model: ReferringModel, 
     """Model, optimizer, schedule and loss scaler, with what identifies the run."""
     optimizer = make_optimizer(options, model, precision.device)
     quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
-    first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if group["name"] != HEAD}
+    first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if not is_head(group["name"])}
     data = describe_data(train_set, used_references(options, train_set))
     return Run(
         folder=options.folder,
@@ -234,7 +234,7 @@ def make_run(options: TrainConfig, precision: Precision, model: ReferringModel, 
 def make_optimizer(options: TrainConfig, model: ReferringModel, device: torch.device) -> Adam:
     """Adam over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
     groups = model.parameter_groups()
-    rates = {name: options.base_lr if name == HEAD else options.base_lr * options.lr_multi for name in groups}
+    rates = {name: options.base_lr if is_head(name) else options.base_lr * options.lr_multi for name in groups}
     return build_optimizer(groups, rates, options.weight_decay, fused=bool(options.fused) and device.type == "cuda")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from fastris.data import wordpiece
 from fastris.data.base import MAX_CHARACTERS
 
 START, END, PAD = 49406, 49407, 0
@@ -18,8 +19,8 @@ class TokenBatch(NamedTuple):
     """Token ids of N sentences.
 
     Attributes:
-        tokens: (N, L) int64: start, the sentence's byte pairs, end, zeros.
-        truncated: per sentence, whether it was longer than L and lost its last byte pairs.
+        tokens: (N, L) int64: start, the sentence's pieces, end, zeros.
+        truncated: per sentence, whether it was longer than L and lost its last pieces.
     """
 
     tokens: torch.Tensor
@@ -73,18 +74,48 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
     return TokenBatch(tokens, truncated)
 
 
+def tokenize_wordpiece(
+    sentences: str | Sequence[str], word_len: int, vocabulary: str = wordpiece.PUBLISHED
+) -> TokenBatch:
+    """Encode sentences with BERT's WordPiece; arguments, result and errors as for :func:`tokenize`.
+
+    Every row is [CLS], the sentence's pieces, [SEP], then zeros, cut at `word_len` as released: a sentence of
+    `word_len - 1` pieces loses its [SEP] and no word. `vocabulary` as for :func:`fastris.data.wordpiece.word_piece`.
+    """
+    if isinstance(sentences, str):
+        sentences = [sentences]
+    if word_len < 3:
+        raise ValueError(f"word_len={word_len} must be 3 or more: start, one or more words, end")
+    splitter = wordpiece.word_piece(vocabulary)
+    tokens = torch.full((len(sentences), word_len), PAD, dtype=torch.int64)
+    truncated = []
+    for row, sentence in enumerate(sentences):
+        name = f"sentences[{row}]"
+        _check_text(name, sentence)
+        pieces = splitter.pieces(sentence)
+        _check_pieces(name, sentence, pieces, (PAD, splitter.start, splitter.end))
+        ids = [splitter.start, *pieces, splitter.end][:word_len]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        truncated.append(len(pieces) > word_len - 1)
+    return TokenBatch(tokens, truncated)
+
+
 Tokenizer: TypeAlias = Callable[[str | Sequence[str], int], TokenBatch]
 """(sentences, L) -> tokens (N, L) padded with 0, and the flags of those that were cut, as :func:`tokenize`."""
 
-TOKENIZERS: dict[str, Tokenizer] = {"clip": tokenize}
+TOKENIZERS: dict[str, Callable[..., TokenBatch]] = {"clip": tokenize, "wordpiece": tokenize_wordpiece}
 """Tokenizers by name; a model names its own in :class:`fastris.models.inputs.Inputs`."""
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer ``name``. Raises ValueError, listing the known names, for an unknown one."""
-    if name not in TOKENIZERS:
-        raise ValueError(f"tokenizer {name!r} is unknown; known are {', '.join(TOKENIZERS)}: add it to TOKENIZERS")
-    return TOKENIZERS[name]
+    """The tokenizer ``name``; of ``name:vocabulary``, with that vocabulary as its argument.
+
+    Raises ValueError, listing the known names, for an unknown one.
+    """
+    kind, _, vocabulary = name.partition(":")
+    if kind not in TOKENIZERS:
+        raise ValueError(f"tokenizer {kind!r} is unknown; known are {', '.join(TOKENIZERS)}: add it to TOKENIZERS")
+    return partial(TOKENIZERS[kind], vocabulary=vocabulary) if vocabulary else TOKENIZERS[kind]
 
 
 def check_sentence(sentence: str) -> None:
@@ -93,15 +124,23 @@ def check_sentence(sentence: str) -> None:
 
 
 def _checked_words(name: str, sentence: str) -> tuple[int, ...]:
+    _check_text(name, sentence)
+    words = _encode(sentence)
+    _check_pieces(name, sentence, words, (START, END))
+    return words
+
+
+def _check_text(name: str, sentence: str) -> None:
     if not isinstance(sentence, str):
         raise TypeError(f"{name} is {type(sentence).__name__}, but must be a string")
     if len(sentence) > MAX_CHARACTERS:
         raise ValueError(f"{name} has {len(sentence)} characters, but may have {MAX_CHARACTERS}; give a short phrase")
     if any("\ud800" <= character <= "\udfff" for character in sentence):
         raise ValueError(f"{name}={sentence!r} holds half of a character (a lone surrogate); write it anew")
-    words = _encode(sentence)
-    if not words:
+
+
+def _check_pieces(name: str, sentence: str, pieces: Sequence[int], marks: Sequence[int]) -> None:
+    if not pieces:
         raise ValueError(f"{name}={sentence!r} holds no word; give an expression that names the object")
-    if START in words or END in words:
+    if not set(marks).isdisjoint(pieces):
         raise ValueError(f"{name}={sentence!r} spells a mark of the vocabulary (start or end of text); leave it out")
-    return words

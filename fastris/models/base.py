@@ -202,6 +202,11 @@ class ReferringModel(
         write_safetensors(Path(save_directory) / SAFETENSORS, self.state_dict(), {})
 
 
+def is_head(group: str) -> bool:
+    """Whether a parameter group of this name trains at the full learning rate."""
+    return group.removesuffix(NO_DECAY) == HEAD
+
+
 def _flatten_expressions(word: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Flatten (B, K, ...) expressions to (index (E,), word (E, L), mask (E, 1, H, W)), E = B*K.
 

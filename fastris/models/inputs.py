@@ -15,7 +15,7 @@ class Inputs:
 
     Attributes:
         mean, std: of each channel (red, green, blue), for pixels in [0, 1]; the letterbox's border has the mean colour.
-        tokenizer: a name in :data:`fastris.data.tokens.TOKENIZERS`.
+        tokenizer: a name in :data:`fastris.data.tokens.TOKENIZERS`, or name:vocabulary.
     """
 
     mean: tuple[float, float, float] = CLIP_MEAN

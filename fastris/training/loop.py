@@ -177,7 +177,7 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     image = image.contiguous(memory_format=run.layout)
     parts = plan.accumulate
     total_loss = total_iou = torch.zeros((), device=device)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)  # also of parameters that no group updates
     run.statistics.keep()
     for number, part in enumerate(zip(image.chunk(parts), tokens.chunk(parts), mask.chunk(parts), strict=True), 1):
         with run.keeping_gradients_here(more_to_come=number < parts):
@@ -196,7 +196,7 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     applied = math.isfinite(loss) and (math.isfinite(norm_) or run.scaler.is_enabled())
     if applied:
         if plan.max_norm:
-            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), plan.max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(_updated(run), plan.max_norm, norm)
         run.scaler.step(run.optimizer)
     else:
         run.statistics.restore()
@@ -205,8 +205,14 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
 
 
 def _gradient_norm(run: Run) -> Tensor:
-    gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in _updated(run) if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
+
+
+def _updated(run: Run) -> list[Tensor]:
+    """The parameters in a group of the optimizer, in the model's order; the loss scaler has unscaled only these."""
+    grouped = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in run.model.parameters() if id(parameter) in grouped]
 
 
 def _record(batch_size: int, run: Run, result: StepResult, started: float) -> StepRecord:

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastris.models.base import NO_DECAY
+
 
 def build_optimizer(
     groups: Mapping[str, Sequence[nn.Parameter]],
@@ -20,6 +22,7 @@ def build_optimizer(
 
     Args:
         groups: a model's parameters by the name of their group; each group of the optimizer has it as its "name".
+            Weight decay leaves those alone whose name ends with :data:`fastris.models.base.NO_DECAY`.
         rates: learning rate by the same names.
         fused: update all weights in one kernel; the same numbers up to rounding, without temporary copies of them.
 
@@ -31,7 +34,15 @@ def build_optimizer(
             f"the model's parameter groups {', '.join(missing)} have no learning rate; there are rates for "
             f"{', '.join(rates)}"
         )
-    named = [{"name": name, "params": list(group), "lr": rates[name]} for name, group in groups.items()]
+    named = [
+        {
+            "name": name,
+            "params": list(group),
+            "lr": rates[name],
+            "weight_decay": 0.0 if name.endswith(NO_DECAY) else weight_decay,
+        }
+        for name, group in groups.items()
+    ]
     return Adam(named, weight_decay=weight_decay, fused=True if fused else None)
 
 

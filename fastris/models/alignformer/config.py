@@ -162,8 +162,8 @@ class AlignFormerConfig(ModelConfig):
                     f"num_heads[{stage}] ({heads}) must divide the stage's width ({self.widths[stage]}), which is "
                     f"{2**stage} times embed_dim"
                 )
-        if self.conv_dim % NORM_GROUPS:
-            raise ValueError(f"conv_dim must be a multiple of {NORM_GROUPS}, got {self.conv_dim}")
+        if self.conv_dim % NORM_GROUPS or self.conv_dim == NORM_GROUPS:  # a group of one channel has no norm
+            raise ValueError(f"conv_dim must be a multiple of {NORM_GROUPS}, and larger, got {self.conv_dim}")
         if self.bert.hidden_size % HEADS:
             raise ValueError(f"bert.hidden_size must be a multiple of {HEADS}, got {self.bert.hidden_size}")
         if not 3 <= self.word_len <= self.bert.max_position_embeddings:

@@ -71,6 +71,9 @@ class Stage(nn.Module):
         self.res_gate = Gate(width, starts_closed=intended)
         self.sym_res_gate = Gate(text_width, starts_closed=intended)
         self.downsample = PatchMerging(width) if merges else None
+        if not merges:  # nothing reads what the last gates let pass, and several processes wait for every gradient
+            self.res_gate.requires_grad_(False)
+            self.sym_res_gate.requires_grad_(False)
 
     def fuse(self, x: Tensor, words: Tensor, valid: Tensor) -> Residuals:
         """The residuals of a map (B, H, W, C) behind the blocks, its pixels row by row, and of its words (B, L, T)."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastris.models.alignformer.config import BERTConfig
+from fastris.runtime.extras import need
 
 MASKED = -10000.0
 """Added to the scores of padded keys, as BERT does; as good as minus infinity."""
@@ -18,7 +18,7 @@ _STD = 0.02
 class TextEncoder(nn.Module):
     """BERT without a pooler, under its own names: token ids (B, L) to states (B, L, T).
 
-    Raises ImportError, saying how to install it, where ``transformers`` is not installed.
+    Raises MissingExtra, saying how to install it, where ``transformers`` is not installed.
     """
 
     def __init__(self, sizes: BERTConfig):
@@ -37,14 +37,9 @@ class TextEncoder(nn.Module):
 
 def _pieces(sizes: BERTConfig) -> tuple[Any, Any, Any]:
     """The library's configuration of these sizes, and its classes of BERT's two parts."""
-    try:
-        config: Any = importlib.import_module("transformers").BertConfig
-        pieces = importlib.import_module("transformers.models.bert.modeling_bert")
-    except ImportError as error:
-        raise ImportError(
-            "transformers is needed for AlignFormer's text encoder, BERT, and cannot be imported "
-            f"({' '.join(str(error).split())[:200]}): pip install 'fastris[alignformer]'"
-        ) from error
+    purpose = "for AlignFormer's text encoder, BERT"
+    config = need("transformers", "alignformer", purpose).BertConfig
+    pieces = need("transformers.models.bert.modeling_bert", "alignformer", purpose)
     # Eager attention is BERT's own arithmetic, and takes any additive mask.
     return config(**vars(sizes), attn_implementation="eager"), pieces.BertEmbeddings, pieces.BertEncoder
 
