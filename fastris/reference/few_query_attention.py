@@ -56,7 +56,7 @@ def separate_attention(
 ) -> Tensor:
     """Attention of ``query`` (B, Q, D) over ``key`` (B, N, K) and ``value`` (B, N, V): (B, Q, D).
 
-    ``padding_mask`` (B, N) is True at keys that are padding; a row of nothing else gives NaN, as in PyTorch.
+    ``padding_mask`` (B, N) is True at keys that are padding; a row of nothing else gives what PyTorch makes of it.
     """
     output, _ = F.multi_head_attention_forward(
         query.transpose(0, 1),

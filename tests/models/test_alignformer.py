@@ -15,6 +15,7 @@ from fastris import AlignFormerConfig, Segmenter
 from fastris.commands.train import TrainConfig, train
 from fastris.evaluation.evaluate import evaluate
 from fastris.models import registry
+from fastris.models.alignformer.pixel_decoder import Words
 from fastris.training.optim import build_optimizer
 from fastris.weights.load import load_model
 
@@ -137,6 +138,27 @@ def test_one_word_and_nothing_but_padding_stay_finite_with_their_gradients(lengt
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_sentence_of_nothing_but_padding_is_heard_as_zeros_on_every_device():
+    model = small()
+    decoder = model.classifier.pix_dec
+    torch.nn.init.normal_(decoder.transformer.encoder.cross_attn_layers[0].cross_attn.in_proj_bias)
+    maps = [torch.randn(1, width, 8 >> n, 8 >> n) for n, width in enumerate(model.config.widths[1:])]
+    silent, zeros = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 4, 32)
+    found = decoder.decode_levels(maps, Words(zeros, silent))
+    torch.testing.assert_close(found, decoder.decode_levels(maps, Words(zeros, ~silent)))
+
+
+def test_bfloat16_autocast_stays_close_and_the_loss_is_float32():
+    model = small().train()
+    images, tokens, mask = batch()
+    with torch.no_grad():
+        _, _, exact = model(images, tokens, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _, loss = model(images, tokens, mask)
+    assert loss.dtype == logits.dtype == torch.float32
+    assert abs(float(loss / exact) - 1) < 0.05
 
 
 def test_empty_whole_and_other_sized_masks_have_a_loss():

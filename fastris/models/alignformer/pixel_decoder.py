@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         """(B, M, D) to (B, M, D); ``positions`` (M, D) with their level's embedding, ``places`` (M, 2)."""
         keys = words.states + self.key_embed.weight[: words.states.shape[1]]
         padding = ~words.valid
-        padding = padding & ~padding.all(dim=1, keepdim=True)  # a sentence of nothing but padding: no NaN
+        padding = padding & ~padding.all(dim=1, keepdim=True)  # nothing but padding: its zeros are heard
         for look, listen in zip(self.layers, self.cross_attn_layers, strict=True):
             y = look(y, positions, sizes, places)
             weights = listen.cross_attn.weights()
