@@ -21,6 +21,7 @@ class EvalConfig(DataOptions):
       cris      threshold 0.35, at each image's own size, as CRIS published
       cgformer  threshold 0.5, otherwise the same
       lavt      threshold 0.5, at 480 x 480, where every image weighs the same in oIoU
+      alignformer  as lavt, for models that squash the image to 480 x 480
       gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
     """
 

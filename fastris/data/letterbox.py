@@ -1,4 +1,4 @@
-"""The published letterbox: an affine warp of an image into a square, and its inverse."""
+"""How an image becomes a model's square, and back: CRIS's letterbox, or squashed without regard to its shape."""
 
 from __future__ import annotations
 
@@ -61,15 +61,12 @@ class Letterbox:
             (3, S, S) float32 on the CPU.
         """
         import cv2
-        import torch
 
         rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
         border = [mean * 255 for mean in inputs.mean]
         square = (self.size, self.size)
         warped = cv2.warpAffine(rgb, self.matrix, square, flags=cv2.INTER_CUBIC, borderValue=border)
-        mean, std = torch.tensor(inputs.mean).view(3, 1, 1), torch.tensor(inputs.std).view(3, 1, 1)
-        pixels = torch.from_numpy(warped).permute(2, 0, 1).float().contiguous()
-        return pixels.div_(255).sub_(mean).div_(std)
+        return _normalised(warped, inputs)
 
     def warp_mask(self, mask: np.ndarray) -> torch.Tensor:
         """Warp a mask with linear interpolation and a border of zeros: soft at the edges, in steps of 1/255.
@@ -113,6 +110,64 @@ class Letterbox:
         return np.ascontiguousarray(array)
 
 
+@dataclass(frozen=True)
+class Squash(Letterbox):
+    """The image resized to the whole square; other than a letterbox's, pixel *centres* correspond. See `squash`."""
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """(2, 3) float64: the image's (x, y, 1) to the square's (x, y), in pixels."""
+        return _scaling(self.size / self.width, self.size / self.height)
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """(2, 3) float64: the square's (x, y, 1) to the image's (x, y), in pixels."""
+        return _scaling(self.width / self.size, self.height / self.size)
+
+    def warp_image(self, rgb: np.ndarray, inputs: Inputs = CLIP_INPUTS) -> torch.Tensor:
+        """Resize an image as Pillow does (bilinear, averaging where it shrinks), then normalise it.
+
+        Args:
+            rgb: (H, W, 3) uint8.
+            inputs: the mean and standard deviation of each channel, by default CLIP's.
+
+        Returns:
+            (3, S, S) float32 on the CPU.
+        """
+        from PIL import Image
+
+        rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
+        square = Image.fromarray(rgb).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return _normalised(np.array(square), inputs)
+
+    def warp_mask(self, mask: np.ndarray) -> torch.Tensor:
+        """Resize a mask (H, W) bool by nearest neighbour: (1, S, S) float32, 0 or 1, on the CPU."""
+        import torch
+
+        mask = self._checked("mask", mask, (self.height, self.width), np.bool_)
+        rows, columns = (((np.arange(self.size) + 0.5) * side / self.size).astype(int) for side in mask.shape)
+        return torch.from_numpy(mask[np.ix_(rows, columns)]).float()[None]
+
+    def unwarp(self, probabilities: np.ndarray) -> np.ndarray:
+        """Resize a map (S, S) float32 of the square to the image's (H, W), linearly."""
+        import cv2
+
+        probabilities = self._checked("probabilities", probabilities, (self.size, self.size), np.float32)
+        return cv2.resize(probabilities, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+
+
+def _scaling(x: float, y: float) -> np.ndarray:
+    return np.array([[x, 0, 0.5 * x - 0.5], [0, y, 0.5 * y - 0.5]])
+
+
+def _normalised(rgb: np.ndarray, inputs: Inputs) -> torch.Tensor:
+    import torch
+
+    mean, std = torch.tensor(inputs.mean).view(3, 1, 1), torch.tensor(inputs.std).view(3, 1, 1)
+    pixels = torch.from_numpy(rgb).permute(2, 0, 1).float().contiguous()
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
 def letterbox(height: int, width: int, size: int) -> Letterbox:
     """The warp that scales an image to fit a square, keeping its shape, and centres it there.
 
@@ -126,10 +181,34 @@ def letterbox(height: int, width: int, size: int) -> Letterbox:
     Source: `getTransformMat` in the published `utils/dataset.py`. OpenCV 4 rounds the coordinates of a warp to 1/32
     pixel, OpenCV 5 does not: between the two, pixels and soft edges of masks differ by up to about 4 of 255 levels.
     """
+    _check_sides(height, width, size)
+    return Letterbox(int(height), int(width), int(size))
+
+
+def squash(height: int, width: int, size: int) -> Squash:
+    """The resize of an image to the whole square, whatever its shape, as most systems but CRIS do it.
+
+    Arguments and errors as for :func:`letterbox`.
+    """
+    _check_sides(height, width, size)
+    return Squash(int(height), int(width), int(size))
+
+
+FITS = {"letterbox": letterbox, "squash": squash}
+"""Ways of an image into a square by name; a model names its own in :class:`fastris.models.inputs.Inputs`."""
+
+
+def to_square(height: int, width: int, size: int, inputs: Inputs) -> Letterbox:
+    """The model's own way of an image of `height` x `width` pixels into its square. Raises ValueError."""
+    if inputs.fit not in FITS:
+        raise ValueError(f"fit {inputs.fit!r} is unknown; known are {', '.join(FITS)}: add it to FITS")
+    return FITS[inputs.fit](height, width, size)
+
+
+def _check_sides(height: int, width: int, size: int) -> None:
     for name, side in (("height", height), ("width", width), ("size", size)):
         if not 1 <= side <= CV2_LIMIT:
             raise ValueError(
                 f"{name}={side} pixels must lie in 1..{CV2_LIMIT} (OpenCV's limit for warps); "
                 "shrink or crop the image first"
             )
-    return Letterbox(int(height), int(width), int(size))

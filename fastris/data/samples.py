@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from fastris.data.base import ReferringDataset
-from fastris.data.letterbox import letterbox
+from fastris.data.letterbox import to_square
 from fastris.data.tokens import TokenBatch, find_tokenizer
 from fastris.models.inputs import CLIP_INPUTS, Inputs
 
@@ -102,7 +102,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
         sentences = self.dataset.reference(index).sentences
         sentence = sentences[digest(self.seed, int(self._epoch), index) % len(sentences)]
         image = self.dataset.image(index)
-        warp = letterbox(image.shape[0], image.shape[1], self.input_size)
+        warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
         return {
             "image": warp.warp_image(image, self.inputs),
             "tokens": self.tokenize(sentence).tokens[0],
@@ -171,7 +171,7 @@ class EvalSamples(Dataset[dict[str, Any]]):
             expressions += [(index, number, sentence) for number, sentence in enumerate(chosen)]
         tokens = self.tokenize([sentence for *_, sentence in expressions]).tokens
         image = self.dataset.image(group[0])
-        warp = letterbox(image.shape[0], image.shape[1], self.input_size)
+        warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
         return {
             "image": warp.warp_image(image, self.inputs),
             "letterbox": warp,

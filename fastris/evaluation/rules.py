@@ -1,8 +1,8 @@
 """How logits become a mask and a mask becomes a score: the published evaluation rules, by name.
 
 Published numbers of referring segmentation differ by these rules alone, so every score names its own. What the rules
-share, and what is no part of them: the model's input is CRIS's letterboxed square, and the sentences scored are the
-caller's choice. What they differ in, and where that is written down:
+share, and what is no part of them: the model's input is its own square (CRIS's is letterboxed), and the sentences
+scored are the caller's choice. What they differ in, and where that is written down:
 
 ========  =======================================  ====================  =========  ======  =====================
 rule      from the model's map to the scored one   scored at             threshold  Pr@X    no target, or union 0
@@ -14,6 +14,8 @@ lavt      logits, bilinear to the square, linear   480 x 480, the image  0.5    
 cgformer  as cris                                  the image's own size  0.5        IoU>X   IoU 0
 gres      logits, bilinear (corners not aligned)   480 x 480, the image  0.5        IoU>=X  IoU 1 if seen, else 0
           to the square, linear inverse letterbox  stretched
+align-    logits, bilinear (corners not aligned)   480 x 480, the image  0.5        IoU>=X  IoU 0
+former    to the square, which is 480 x 480        squashed
 ========  =======================================  ====================  =========  ======  =====================
 
 oIoU is the sum of intersections over the sum of unions in all of them; at 480 x 480 every image weighs the same in it,
@@ -21,8 +23,9 @@ at the images' own sizes large images weigh more. cris and cgformer add 1e-6 pix
 
 Sources: CRIS `engine/engine.py` (`inference`); LAVT-RIS `test.py`, `transforms.py` (`Resize` shrinks the truth to the
 network's 480 x 480 too, by nearest neighbour) and `lib/_utils.py`; CGFormer `engine/engine.py` (`inference`); ReLA
-`gres_model/evaluation/refer_evaluation.py` and `GRES.py`. Those three stretch the image to the network's square where
-CRIS letterboxes it; the inverse letterbox stands for that. ReLA draws its truth from polygons at 480 x 480, and a head
+`gres_model/evaluation/refer_evaluation.py` and `GRES.py`; the released code of LGFormer, AlignFormer's later version.
+The last four stretch the image to the network's square where CRIS letterboxes it; the inverse letterbox stands for
+that, and a model that squashes its images needs none. ReLA draws its truth from polygons at 480 x 480, and a head
 of its own says that there is no target; here the truth is resized by nearest neighbour, and a mask of fewer than 50
 pixels says so, as the GRES paper (CVPR 2023) does for networks without such a head.
 """
@@ -147,6 +150,7 @@ RULES = {
     "lavt": Rule(0.5, "logit", "bilinear", True, 480, 0.0, True, None, "LAVT (CVPR 2022)"),
     "cgformer": Rule(0.5, "probability", "bicubic", True, None, 1e-6, False, None, "CGFormer (CVPR 2023)"),
     "gres": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, 50, "ReLA / GRES (CVPR 2023)"),
+    "alignformer": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, None, "AlignFormer (arXiv 2301.06429)"),
 }
 """Scoring rules by name; see the module's table. "cris" is the one behind CRIS's published numbers."""
 

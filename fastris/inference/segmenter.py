@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from fastris.data.letterbox import Letterbox, letterbox
+from fastris.data.letterbox import Letterbox, to_square
 from fastris.data.tokens import find_tokenizer
 from fastris.inference.images import read_image
 from fastris.inference.masks import THRESHOLD, check_threshold, probability_on_image
@@ -174,7 +174,7 @@ class Segmenter:
                 read = config.word_len - 2
                 warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=3)
         height, width = rgb.shape[:2]
-        warp = letterbox(height, width, config.input_size)
+        warp = to_square(height, width, config.input_size, inputs)
         return Prediction(rgb, checked, self._logits(warp.warp_image(rgb, inputs), tokens), warp, self.threshold)
 
     @torch.inference_mode()

@@ -16,11 +16,13 @@ class Inputs:
     Attributes:
         mean, std: of each channel (red, green, blue), for pixels in [0, 1]; the letterbox's border has the mean colour.
         tokenizer: a name in :data:`fastris.data.tokens.TOKENIZERS`, or name:vocabulary.
+        fit: how an image becomes the square, a name in :data:`fastris.data.letterbox.FITS`.
     """
 
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     tokenizer: str = "clip"
+    fit: str = "letterbox"
 
 
 CLIP_INPUTS = Inputs()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fastris.data.base import ReferringDataset
-from fastris.data.letterbox import letterbox
+from fastris.data.letterbox import to_square
 from fastris.data.samples import TrainSamples
 from fastris.models.inputs import CLIP_INPUTS, Inputs, inputs_of
 
@@ -72,7 +72,7 @@ class ImageSamples(TrainSamples):
         """Image `position`: image (3, S, S), tokens (K, L), mask (K, 1, S, S), index (K,) of the references."""
         chosen = self.choose(position)
         image = self.dataset.image(chosen[0][0])
-        warp = letterbox(image.shape[0], image.shape[1], self.input_size)
+        warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
         masks = {index: warp.warp_mask(self.dataset.mask(index)) for index in {index for index, _ in chosen}}
         return {
             "image": warp.warp_image(image, self.inputs),

@@ -159,5 +159,7 @@ def test_rules_describe_themselves() -> None:
         "probability > 0.35; against the mask at the image's own size; IoU = intersection / (union + 1e-06)"
     )
     assert "480 x 480" in RULES["lavt"].text and "50 predicted pixels" in RULES["gres"].text
-    with pytest.raises(ValueError, match="rule='lavvt' is unknown; choose one of cris, lavt, cgformer, gres"):
+    with pytest.raises(
+        ValueError, match="rule='lavvt' is unknown; choose one of cris, lavt, cgformer, gres, alignformer"
+    ):
         find_rule("lavvt")

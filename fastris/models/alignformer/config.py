@@ -191,8 +191,8 @@ class AlignFormerConfig(ModelConfig):
 
     @property
     def inputs(self) -> Inputs:  # type: ignore[override]  # a class attribute elsewhere; here the vocabulary decides
-        """ImageNet's statistics, and WordPiece with the configured vocabulary."""
-        return Inputs(IMAGENET_MEAN, IMAGENET_STD, f"wordpiece:{self.vocabulary}")
+        """ImageNet's statistics, images squashed, and WordPiece with the configured vocabulary."""
+        return Inputs(IMAGENET_MEAN, IMAGENET_STD, f"wordpiece:{self.vocabulary}", fit="squash")
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the text encoder, the image encoder with its fusions, the pixel decoder and the centre embedding."""
