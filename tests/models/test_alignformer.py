@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -198,24 +196,6 @@ def test_wrong_arguments_are_one_error_that_names_them():
         model.segment(images, tokens)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_heads": (3, 2, 4, 8)}, r"num_heads\[0\] \(3\) must divide the stage's width \(8\)"),
-        ({"conv_dim": 40}, "conv_dim must be a multiple of 32, and larger, got 40"),
-        ({"behaviour": "strict"}, "behaviour must be one of intended, compat"),
-        ({"word_len": 17}, "word_len must be between 3 and bert.max_position_embeddings"),
-        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
-        ({"depths": (1, 1)}, "depths must hold 4 whole numbers"),
-        ({"bert": {"hidden": 3}}, "bert has unknown keys hidden; its keys are vocab_size"),
-        ({"embed_dim": 4096, "depths": (128, 128, 128, 128)}, "make embed_dim, depths, window smaller"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused_by_name(fields, message):
-    with pytest.raises(ValueError, match=message):
-        AlignFormerConfig(**{**SMALL, **fields})
-
-
 def test_optimizer_decays_no_norm_of_the_image_encoder_and_never_moves_berts_embeddings():
     model = small()
     groups = build_optimizer(model.parameter_groups(), {"head": 0.1, "head, no decay": 0.1}, 0.01).param_groups
@@ -258,11 +238,3 @@ def test_tiny_preset_trains_is_scored_saved_loaded_and_asked(tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     found = Segmenter(model, device="cpu").predict(photo, ["the red circle", "a blue square"])
     assert found.masks.shape == (2, 40, 30)
-
-
-def test_without_transformers_is_one_line_and_configurations_still_work(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    config = AlignFormerConfig.preset("alignformer_tiny")
-    message = r"^transformers is needed for .* BERT, and is not installed: pip install 'fastris\[alignformer\]'$"
-    with pytest.raises(ImportError, match=message):
-        fastris.AlignFormer(config)
