@@ -154,6 +154,28 @@ def test_toy_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+def test_parameters_in_no_group_stay_and_count_neither_for_clipping_nor_in_the_next_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "parameter_groups", lambda self: {"head": list(self.pixels.parameters())})
+    settings, segment, found = {"evaluate": False, "max_norm": 0.01, "max_steps": 2}, Toy.segment, []
+
+    def watched(self, *arguments):
+        found.append(self.letters.weight.grad)
+        return segment(self, *arguments)
+
+    monkeypatch.setattr(Toy, "segment", watched)
+    left_out = run_training(tmp_path / "left_out", "toy_small", **settings).model
+    build = Toy.__init__
+
+    def frozen(self, config):
+        build(self, config)
+        self.letters.requires_grad_(False)
+
+    monkeypatch.setattr(Toy, "__init__", frozen)
+    same = run_training(tmp_path / "frozen", "toy_small", **settings).model
+    assert all(torch.equal(a, b) for a, b in zip(left_out.parameters(), same.parameters(), strict=True))
+    assert left_out.letters.weight.grad.any() and found == [None] * 4
+
+
 @pytest.mark.parametrize("name", ["toy_small", "looking_small"])
 def test_several_expressions_per_image_train_as_the_images_repeated(name, tmp_path):
     assert run_training(tmp_path, name, expressions_per_image=3, evaluate=False).step == 2 * 4 // 2
