@@ -83,6 +83,11 @@ def test_autocast_leaves_the_residual_in_float32_as_on_cuda(small):
     assert arguments["x_ptr"].dtype is torch.float32 and arguments["keys_ptr"].dtype is torch.bfloat16
 
 
+def test_sentences_are_as_long_as_a_gpu_launches_them_which_trims_nothing(small):
+    assert dict(small["eval: cross_attention scores"].arguments)["WORDS"] == 32
+    assert dict(small["eval: cross_attention output"].arguments)["COLUMNS"] == 8 * 32
+
+
 def test_training_wants_no_gradient_of_the_positions(small):
     assert dict(small["train: cross_attention query backward"].arguments)["d_query_ptr"] is None
 
