@@ -261,7 +261,13 @@ sys.meta_path.insert(0, Missing())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complete", [True, False], ids=["complete", "without open_clip and pytest"])
+@pytest.mark.parametrize(
+    "complete",
+    [
+        pytest.param(True, id="complete", marks=pytest.mark.long),
+        pytest.param(False, id="without open_clip and pytest"),
+    ],
+)
 def test_all_steps_end_on_a_cpu_within_their_time(complete, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("" if complete else BLOCKED)
     out = tmp_path / "out"

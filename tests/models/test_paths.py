@@ -133,7 +133,7 @@ def test_channels_last_model_gives_the_same_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compiled_without_graph_breaks_equals_eager(training):
     model, (images, tokens, masks) = make_model(layers=1).double().train(training), make_batch()
     images, masks = images.double(), masks.double()

@@ -258,7 +258,7 @@ def test_ddp_sees_the_same_gradients(setting, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@pytest.mark.parametrize("setting", [pytest.param(RECOMPUTING[0], marks=pytest.mark.long), *RECOMPUTING[1:]])
 def test_compiled_without_graph_breaks_equals_eager(setting):
     images, tokens, masks = batch_of(torch.float64)
 
