@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,11 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def _suite() -> None:
-    """One thread, since the tensors are tiny, and no waiting for the disk: no test's files outlive the machine."""
+    """One thread, since the tensors are tiny, and no waiting for the disk: no test's files outlive the machine.
+
+    Ctrl-C interrupts here and in what tests start, though a shell's background jobs begin with it switched off.
+    """
     import torch  # here, since the process that only hands out the tests needs none of it
 
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
