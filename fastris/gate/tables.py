@@ -59,8 +59,10 @@ def worse(now: Row, before: Row) -> list[str]:
     return [words for is_worse, words in checks if is_worse]
 
 
-def compare(card: str, rows: Iterable[Row], path: Path | None = None) -> tuple[list[str], list[str]]:
-    """(what got worse, remarks) of a card's builds against its committed table, a line each."""
+def compare(
+    card: str, rows: Iterable[Row], path: Path | None = None, whole: bool = True
+) -> tuple[list[str], list[str]]:
+    """(what got worse, remarks) of a card's builds, all of them or not, against its committed table, a line each."""
     path = path or path_of(card)
     if not path.exists():
         return [], [f"{card}: there is no table to compare with; {REFRESH}"]
@@ -75,6 +77,6 @@ def compare(card: str, rows: Iterable[Row], path: Path | None = None) -> tuple[l
         unknown += before is None
         for words in worse(row, before) if before else ():
             failures.append(f"{row.name} ({row.dtype}) on {card} got worse: {words}; if it must be: {REFRESH}")
-    gone = len(set(table) - found)
+    gone = len(set(table) - found) if whole else 0
     remarks = [f"{card}: {unknown} builds are not in the table and {gone} of its rows are gone; {REFRESH}"]
     return failures, remarks if unknown or gone else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 import triton.language as tl  # noqa: E402
 
 from fastris import dispatch  # noqa: E402
-from fastris.gate import builds, scenarios  # noqa: E402
+from fastris.gate import builds, command, scenarios  # noqa: E402
 from fastris.kernels.configs import SHARED_LIMIT, Config, kernel_name  # noqa: E402
 from fastris.kernels.launch import Launch, launch, recording  # noqa: E402
 from fastris.operators import OPERATORS  # noqa: E402
@@ -136,3 +137,12 @@ def test_each_program_is_built_once(monkeypatch):
     programs = [(each.kernel, str(builds._specialised(each, 86)), each.config) for each in names.values()]
     assert len(set(programs)) == len(programs) > 10
     assert "cross_attention query backward: train" in names
+
+
+def test_a_brief_gate_builds_training_and_evaluation_and_nothing_rare(monkeypatch):
+    names = ["output: train", "output: train #2", "output: train [16, 4 warps]", "output: eval", "output: odd map"]
+    monkeypatch.setattr(command, "named_launches", lambda arch, dtype: dict.fromkeys(names, "launch"))
+    monkeypatch.setattr(command, "compiled", lambda name, *rest: SimpleNamespace(build=name))
+    monkeypatch.setattr(command, "listed", lambda each: None)
+    assert [name for name, _ in command.build_all(86, torch.bfloat16, brief=True)] == [*names[:2], names[3]]
+    assert len(command.build_all(86, torch.bfloat16)) == len(names)
