@@ -82,6 +82,7 @@ def test_wrong_kernel_is_left_with_one_notice_and_refused_by_its_name(monkeypatc
     monkeypatch.setattr(dispatch, "_interpreting", False)
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(dispatch.tuned, "preference", lambda *asked: dispatch.tuned.Preference(True, "for the test"))
+    monkeypatch.setattr(dispatch.tuned, "tuning_of", lambda index: None)
     features, kernel = torch.randn(1, 4, 5, 5, device=DEVICE), torch.randn(1, 4, 3, 3, device=DEVICE)
     with pytest.warns(UserWarning, match="of text_to_pixel_similarity in float32 .* numbers are wrong") as told:
         taken = [resolve("text_to_pixel_similarity", DEVICE, torch.float32) for _ in range(3)]
