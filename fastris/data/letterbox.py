@@ -125,15 +125,7 @@ class Squash(Letterbox):
         return _scaling(self.width / self.size, self.height / self.size)
 
     def warp_image(self, rgb: np.ndarray, inputs: Inputs = CLIP_INPUTS) -> torch.Tensor:
-        """Resize an image as Pillow does (bilinear, averaging where it shrinks), then normalise it.
-
-        Args:
-            rgb: (H, W, 3) uint8.
-            inputs: the mean and standard deviation of each channel, by default CLIP's.
-
-        Returns:
-            (3, S, S) float32 on the CPU.
-        """
+        """As a letterbox's, but resized as Pillow does: bilinear, averaging where it shrinks, without a border."""
         from PIL import Image
 
         rgb = self._checked("rgb", rgb, (self.height, self.width, 3), np.uint8)
