@@ -13,11 +13,11 @@ from fastris import reference
 from fastris.models.alignformer import keys
 from fastris.models.alignformer.config import AlignFormerConfig, swin_name
 from fastris.models.alignformer.pixel_decoder import PixelDecoder, Words
-from fastris.models.alignformer.query_decoder import QueryDecoder
 from fastris.models.alignformer.swin import SwinWithWords
 from fastris.models.alignformer.text import TextEncoder
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
 from fastris.models.base import HEAD, NO_DECAY, Pixels, ReferringModel
+from fastris.nn.query_decoder import QueryDecoder
 
 POS_WEIGHT = 1.1
 """Weight of the object's pixels in the loss."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris import reference
-from fastris.models.alignformer.attention import CrossAttentionLayer, stacked, xavier
 from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
+from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier
 
 
 class Words(NamedTuple):

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from fastris.models.alignformer.fusion import Fusion, Gate, Residuals
+from fastris.nn.fusion import Fusion, Gate, Residuals
 
 PATCH = 4
 

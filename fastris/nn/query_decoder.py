@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastris import reference
-from fastris.models.alignformer.attention import CrossAttentionLayer, stacked
-from fastris.models.alignformer.config import HEADS, LEVELS
+from fastris.nn.separate_attention import CrossAttentionLayer, stacked
+
+HEADS = 8
+"""Heads of the attention, as published."""
+LEVELS = 3
+"""Maps that the layers read in turn."""
 
 
 class QueryDecoder(nn.Module):
