@@ -42,6 +42,20 @@ class Pixels(NamedTuple):
         return self if index is None else Pixels(self.images[index])
 
 
+class Origin(NamedTuple):
+    """Where a batch's expressions come from, (E,) int64 each: the numbers of their image and of their reference.
+
+    Equal numbers mean the same; which numbers they are says nothing. Several sentences may be of one reference.
+    """
+
+    images: Tensor
+    references: Tensor
+
+    def chunk(self, parts: int) -> list[Origin]:
+        """Split as :meth:`torch.Tensor.chunk` splits the batch."""
+        return [Origin(*pair) for pair in zip(self.images.chunk(parts), self.references.chunk(parts), strict=True)]
+
+
 class ReferringModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -64,11 +78,16 @@ class ReferringModel(
         config_class: the class of its configuration, derived from :class:`fastris.models.config.ModelConfig`.
         shares_image: whether one encoding of an image serves every phrase. If False, :meth:`encode_image` returns the
             pixels unchanged and :meth:`segment` encodes them once per expression; the calls are the same either way.
+        contrasts_instances: whether its loss can contain the instance contrast.
+        instance_contrast: weight of the instance contrast in the loss, see
+            :func:`fastris.reference.region_contrast`; 0 leaves it out.
         starts_from: names the weights of another model that :meth:`adopt` accepts, for error messages.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     shares_image: ClassVar[bool] = True
+    contrasts_instances: ClassVar[bool] = False
+    instance_contrast: float = 0.0
     starts_from: ClassVar[str] = ""
 
     config: Any
@@ -107,11 +126,19 @@ class ReferringModel(
 
     # Training.
 
-    def loss(self, features: Any, tokens: Tensor, mask: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        features: Any,
+        tokens: Tensor,
+        mask: Tensor,
+        index: Tensor | None = None,
+        origin: Origin | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (scalar loss, logits (E, 1, h, w)). Arguments as for :meth:`segment`, plus the masks (E, 1, H, W).
 
-        The default is the mean binary cross-entropy over all pixels and expressions, with the masks resized to the
-        logits.
+        ``origin`` tells which expressions are about the same image or reference, for losses that compare expressions
+        with each other. The default is the mean binary cross-entropy over all pixels and expressions, with the masks
+        resized to the logits.
         """
         logits = self.segment(features, tokens, index)
         target = resize_target(mask, logits.shape[-2:]).to(logits.dtype)
@@ -130,11 +157,13 @@ class ReferringModel(
         if expressions == 0:
             raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
 
-    def forward(self, img: Tensor, word: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, word: Tensor, mask: Tensor | None = None, origin: Origin | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """As described in the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
 
         With K expressions about each image, ``word`` is (B, K, L) and ``mask`` (B, K, 1, H, W). Each image is encoded
-        once, and the results have B*K entries, ordered image by image.
+        once, and the results have B*K entries, ordered image by image, as ``origin`` has, too.
         """
         check_is_tensor("word", word)
         index, word, mask = _flatten_expressions(word, mask)
@@ -144,7 +173,8 @@ class ReferringModel(
         check_mask(mask, len(img), len(word))
         self.check_training(len(word))
         assert mask is not None
-        loss, logits = self.loss(self.encode_image(img), word, mask, index)
+        told = () if origin is None else (origin,)
+        loss, logits = self.loss(self.encode_image(img), word, mask, index, *told)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
     # Files.

@@ -16,7 +16,7 @@ from fastris.models.alignformer.pixel_decoder import PixelDecoder, Words
 from fastris.models.alignformer.swin import SwinWithWords
 from fastris.models.alignformer.text import TextEncoder
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
-from fastris.models.base import HEAD, NO_DECAY, Pixels, ReferringModel
+from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
 from fastris.nn.query_decoder import QueryDecoder
 
 POS_WEIGHT = 1.1
@@ -83,16 +83,12 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     Words and pixels change each other between the image encoder's stages, so an image is encoded anew for each phrase:
     :meth:`encode_image` returns the pixels. ``model(img, word, mask)`` answers as :class:`ReferringModel` says, with
     logits of the image's own size (B, 1, H, W); images may have any size, and are released for 480x480, squashed.
-    Token ids are BERT's, 0 is padding; L may be up to ``word_len``.
-
-    Attributes:
-        instance_contrast: weight of the instance contrast in the loss, see
-            :func:`fastris.reference.region_contrast`; 0, as released, leaves it out.
+    Token ids are BERT's, 0 is padding; L may be up to ``word_len``. The released code has no instance contrast.
     """
 
     config_class = AlignFormerConfig
     shares_image = False
-    instance_contrast = 0.0
+    contrasts_instances = True
 
     config: AlignFormerConfig
 
@@ -127,7 +123,12 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
         return _resized(scored.logits, features.images.shape[-2:])
 
     def loss(
-        self, features: Pixels, tokens: Tensor, mask: Tensor, index: Tensor | None = None
+        self,
+        features: Pixels,
+        tokens: Tensor,
+        mask: Tensor,
+        index: Tensor | None = None,
+        origin: Origin | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, logits (E, 1, H, W) of the last embedding).
 
@@ -149,7 +150,8 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
         loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight) * logits.shape[1]
         if self.instance_contrast:
             kernel = scored.kernels[:, -1]
-            contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=index)
+            images, references = origin or (index, None)
+            contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=images, ref_ids=references)
             loss = loss + self.instance_contrast * contrast
         return loss, logits[:, -1:]
 

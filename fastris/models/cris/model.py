@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
-from fastris.models.base import HEAD, ReferringModel
+from fastris.models.base import HEAD, Origin, ReferringModel
 from fastris.models.cris import keys
 from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
@@ -106,7 +106,12 @@ class CRIS(ReferringModel, tags=["cris"]):
         return self.proj(*self._decode(features, tokens, index))
 
     def loss(
-        self, features: ImageFeatures, tokens: Tensor, mask: Tensor, index: Tensor | None = None
+        self,
+        features: ImageFeatures,
+        tokens: Tensor,
+        mask: Tensor,
+        index: Tensor | None = None,
+        origin: Origin | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (text-to-pixel contrastive loss, logits (E, 1, H/4, W/4)), computed together.
 
