@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Adam
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastris.commands.train_options import TrainConfig, model_keys
 from fastris.data import ReferringDataset, load_split
@@ -28,7 +29,7 @@ from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
 from fastris.training.memory import set_recompute
 from fastris.training.notices import stop_signal
-from fastris.training.optim import build_optimizer, build_scheduler
+from fastris.training.optim import build_optimizer, build_poly_scheduler, build_scheduler
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import Validation
@@ -60,7 +61,7 @@ def assemble(
     with distributed.together():
         model = make_model(options, precision.device, with_weights=saved is None and distributed.is_main())
         batches = make_batches(options, train_set, model.config)
-        run = make_run(options, precision, model, train_set)
+        run = make_run(options, precision, model, train_set, batches.sampler.batches_per_epoch)
         if saved is not None:
             run.restore(saved)
     run.replicate()
@@ -137,6 +138,12 @@ def place_model(options: TrainConfig, device: torch.device, with_weights: bool) 
     model = build_model(options, with_weights=with_weights)
     model.to(device).to(memory_format=layout_for(device))
     set_recompute(model, options.recompute)
+    if options.instance_contrast and not model.contrasts_instances:
+        raise ValueError(
+            f"instance_contrast={options.instance_contrast} would do nothing: {model.config.title} has no loss that "
+            "contrasts instances. Leave it out"
+        )
+    model.instance_contrast = options.instance_contrast
     return model
 
 
@@ -213,17 +220,22 @@ def used_references(options: TrainConfig, train_set: ReferringDataset) -> int:
     return min(len(train_set), options.limit_train or len(train_set))
 
 
-def make_run(options: TrainConfig, precision: Precision, model: ReferringModel, train_set: ReferringDataset) -> Run:
+def make_run(
+    options: TrainConfig,
+    precision: Precision,
+    model: ReferringModel,
+    train_set: ReferringDataset,
+    steps_per_epoch: int,
+) -> Run:
     """Model, optimizer, schedule and loss scaler, with what identifies the run."""
     optimizer = make_optimizer(options, model, precision.device)
-    quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
-    first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if not is_head(group["name"])}
     data = describe_data(train_set, used_references(options, train_set))
     return Run(
         folder=options.folder,
         model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, options.milestones, options.lr_decay, first_epoch=first_epoch),
+        scheduler=make_scheduler(options, optimizer, steps_per_epoch),
+        rates_by_step=options.schedule == "poly",
         scaler=precision.scaler(),
         precision=precision,
         layout=layout_for(precision.device),
@@ -231,11 +243,21 @@ def make_run(options: TrainConfig, precision: Precision, model: ReferringModel, 
     )
 
 
-def make_optimizer(options: TrainConfig, model: ReferringModel, device: torch.device) -> Adam:
-    """Adam over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
+def make_optimizer(options: TrainConfig, model: ReferringModel, device: torch.device) -> Optimizer:
+    """Over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
     groups = model.parameter_groups()
     rates = {name: options.base_lr if is_head(name) else options.base_lr * options.lr_multi for name in groups}
-    return build_optimizer(groups, rates, options.weight_decay, fused=bool(options.fused) and device.type == "cuda")
+    fused = bool(options.fused) and device.type == "cuda"
+    return build_optimizer(groups, rates, options.weight_decay, fused=fused, optimizer=options.optimizer)
+
+
+def make_scheduler(options: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
+    """The learning rates of a run: by epochs, or by the steps of all its epochs, whether or not max_steps ends it."""
+    if options.schedule == "poly":
+        return build_poly_scheduler(optimizer, options.epochs * steps_per_epoch)
+    quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
+    first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if not is_head(group["name"])}
+    return build_scheduler(optimizer, options.milestones, options.lr_decay, first_epoch=first_epoch)
 
 
 def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
@@ -256,6 +278,12 @@ def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[
              "published_first_epoch_quirk", "manual_seed")  # fmt: skip
     if options.fp16_accumulation:
         resolved["fp16_accumulation"] = True
+    if options.optimizer != "adam":
+        resolved["optimizer"] = options.optimizer
+    if options.schedule != "steps":  # whose rates depend on the number of steps, and so on that of epochs
+        resolved |= {"schedule": options.schedule, "epochs": options.epochs}
+    if options.instance_contrast:
+        resolved["instance_contrast"] = options.instance_contrast
     if options.expressions_per_image > 1:
         resolved["expressions_per_image"] = options.expressions_per_image
     flat: dict[str, Any] = {}

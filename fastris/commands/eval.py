@@ -17,6 +17,7 @@ from fastris.runtime.processes import is_main
 class EvalConfig(DataOptions):
     """Scores a model: mIoU, oIoU and Pr@50-90, with the rule, the split and the sentence rule beside the numbers.
 
+    The rule is that of the model's own system unless another is given: cris for CRIS, alignformer for AlignFormer.
     Numbers compare only under one rule:
       cris      threshold 0.35, at each image's own size, as CRIS published
       cgformer  threshold 0.5, otherwise the same
@@ -28,7 +29,7 @@ class EvalConfig(DataOptions):
     model: str = option(REQUIRED, "checkpoint (.pth), folder or .safetensors file, or Hugging Face id of the model")
     split: str = option("val", "split of the data set, such as val, testA, testB, test")
     sentences: Sentences = option("all", "sentences of each object that are scored")
-    rule: str = option("cris", "prediction and scoring rule: " + ", ".join(RULES))
+    rule: str | None = option(None, "prediction and scoring rule: " + ", ".join(RULES), default_text="the system's")
     out: Path | None = option(
         None, "folder for metrics.json and per_sample.csv; none: runs/eval/DATASET_SPLIT_SENTENCES_RULE"
     )
@@ -43,7 +44,8 @@ class EvalConfig(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find_rule(self.rule)
+        if self.rule is not None:
+            find_rule(self.rule)
         check_at_least(0, workers=self.workers)
         check_at_least(1, batch_size=self.batch_size, images_per_batch=self.images_per_batch)
 
@@ -78,7 +80,7 @@ def run(config: EvalConfig) -> None:
         )
     if not is_main():
         return
-    name = f"{config.dataset}_{config.split}_{config.sentences}_{config.rule}"
+    name = f"{config.dataset}_{config.split}_{config.sentences}_{result.scores.rule}"
     folder = result.save(config.out or Path("runs/eval") / name, model=config.model, data_root=config.data_root)
     print(result.summary())
     files = printable(f"{folder / 'metrics.json'} and {folder / 'per_sample.csv'}")

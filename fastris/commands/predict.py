@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastris.inference.images import FORMATS, read_image
-from fastris.inference.masks import THRESHOLD, check_threshold
+from fastris.inference.masks import check_threshold
 from fastris.inference.phrases import check_phrases
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime.plain import printable
@@ -34,11 +34,14 @@ class PredictConfig:
         "model folder (`fastris demo` trains and writes one), CRIS checkpoint (.pth, .safetensors) or Hugging Face id",
     )
     out: str = option("predictions", "folder for the pictures and predictions.json")
-    threshold: float = option(THRESHOLD, "pixels above it belong to the mask", "probability, 0..1")
+    threshold: float | None = option(
+        None, "pixels above it belong to the mask", "probability, 0..1", default_text="the system's"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        if self.threshold is not None:
+            check_threshold(self.threshold)
 
 
 def run(config: PredictConfig) -> int:

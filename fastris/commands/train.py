@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from fastris.commands.train_options import TrainConfig
+from fastris.evaluation.rules import find_rule
 
 if TYPE_CHECKING:
     from fastris.data import ReferringDataset
@@ -73,7 +74,7 @@ def _done(options: TrainConfig, result: TrainResult) -> str:
 
     folder = result.folder
     has_best = (folder / BEST).exists()
-    name = "gIoU" if options.val_rule == "gres" else "mIoU"
+    name = find_rule(options.val_rule).best_by
     weights = folder / (BEST if has_best else LAST)
     data = f"dataset={options.dataset}" + (f" data_root={shlex.quote(options.data_root)}" if options.data_root else "")
     model = shlex.quote(str(weights))

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fastris.data.options import DataOptions
 from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models import registry
+from fastris.models.config import ModelConfig
+from fastris.models.recipe import Optimizer, Schedule
 from fastris.options.declare import extra_option, option
 from fastris.options.shared import Amp
 from fastris.runtime.processes import world_size
 from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
+
+
+def recipe_option(name: str, help: str, unit: str = "") -> Any:
+    """An option whose default is the system's own recipe, which the help page quotes of each system."""
+    recipes = {(config := registry.config_class(system)).title: config.recipe for system in registry.SYSTEMS}
+    published = ", ".join(f"{title} {getattr(recipe, name)}" for title, recipe in recipes.items())
+    return option(None, f"{help}; {published}", unit, default_text="the system's")
 
 
 def model_keys() -> Iterable[str]:
@@ -25,23 +34,26 @@ def model_keys() -> Iterable[str]:
 
 @dataclass
 class TrainConfig(DataOptions):
-    """Options under the names of the published YAML files, whose recipe is the default; model keys may be given too."""
+    """Options under the names of the published YAML files; each system's own recipe is the default.
 
-    model: str = option("", "cris_r50, cris_r101 or tiny; empty: the model keys of a YAML file, else cris_r50")
+    The model's keys may be given too, over those of its preset: model=cris_r50 dropout=0.2
+    """
+
+    model: str = option(
+        "", f"a preset: {', '.join(registry.presets())}; empty: the model keys of a YAML file, else cris_r50"
+    )
     clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
-    weight: str | None = option(None, "CRIS weights to start from (path, folder or Hugging Face id)")
+    weight: str | None = option(None, "the system's weights to start from (path, folder or Hugging Face id)")
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
-    val_rule: str = option("cris", "prediction and scoring rule of validation: " + ", ".join(RULES))
-    val_sentences: Sentences = option("first", "sentences of each object that validation scores; first as published")
-    input_size: int | None = option(
-        None, "side of the letterboxed square; none: the model's, 416 as published", "pixels"
-    )
-    word_len: int | None = option(None, "length a sentence is cut to; none: the model's, 17 as published", "tokens")
+    val_rule: str = recipe_option("val_rule", "prediction and scoring rule of validation: " + ", ".join(RULES))
+    val_sentences: Sentences = recipe_option("val_sentences", "sentences of each object that validation scores")
+    input_size: int | None = option(None, "side of the square that a model sees; none: the model's", "pixels")
+    word_len: int | None = option(None, "length a sentence is cut to; none: the model's", "tokens")
 
-    epochs: int = option(50, "passes over the training references, one sentence of each", "epochs")
-    batch_size: int = option(
-        64, "references per optimizer step; a last batch that is not full is dropped", "references"
+    epochs: int = recipe_option("epochs", "passes over the training references, one sentence of each", "epochs")
+    batch_size: int = recipe_option(
+        "batch_size", "references per optimizer step; a last batch that is not full is dropped", "references"
     )
     expressions_per_image: int = option(
         1,
@@ -64,11 +76,20 @@ class TrainConfig(DataOptions):
     )
     fused: bool | None = option(None, "update weights in one kernel on CUDA; none: as gpu says, else false")
     find_batch: bool = option(False, "search for the largest part of a batch that fits this GPU, say so, and stop")
-    base_lr: float = option(1e-4, "learning rate of all but the CLIP encoders")
-    lr_multi: float = option(0.1, "factor on base_lr for the CLIP encoders")
+    optimizer: Optimizer = recipe_option("optimizer", "adam, or adamw, which decays weights apart from the gradient")
+    base_lr: float = recipe_option("base_lr", "learning rate of all but CRIS's CLIP encoders")
+    lr_multi: float = recipe_option("lr_multi", "factor on base_lr for CRIS's CLIP encoders; no other system has any")
+    schedule: Schedule = recipe_option(
+        "schedule", "of the learning rate: steps, at milestones; or poly, (1 - step / all steps of all epochs)^0.9"
+    )
     milestones: tuple[int, ...] = option((35,), "finished epochs after which the learning rate drops", "epochs")
     lr_decay: float = option(0.1, "factor on the learning rate at each milestone")
-    weight_decay: float = option(0.0, "Adam's weight decay")
+    weight_decay: float = recipe_option("weight_decay", "the optimizer's weight decay")
+    instance_contrast: float = option(
+        0.0,
+        "weight of a contrast between sentences and the mean pixels of objects and backgrounds in the loss; 0.1 is a "
+        "good start, 0 leaves it out as published",
+    )
     max_norm: float = option(0.0, "gradients are clipped to this norm; 0: no clipping")
     max_skipped: int = option(
         10,
@@ -107,29 +128,45 @@ class TrainConfig(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
+        self._follow_system()
         self._follow_gpu()
         find_rule(self.val_rule)
         at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
                     "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
                     "print_freq": 0, "pictures": 0, "max_skipped": 1, "base_lr": 0, "lr_multi": 0,
-                    "weight_decay": 0}  # fmt: skip
+                    "weight_decay": 0, "instance_contrast": 0}  # fmt: skip
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
-        for name in ("base_lr", "lr_multi", "weight_decay", "max_norm", "lr_decay"):
+        for name in ("base_lr", "lr_multi", "weight_decay", "max_norm", "lr_decay", "instance_contrast"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
         several = self.expressions_per_image
-        if self.batch_size % (self.accumulate * several) or self.micro_batch < 2:
+        smallest = self._system().smallest_batch
+        if self.batch_size % (self.accumulate * several) or self.micro_batch < smallest:
             of = f" of {several} references for each image" if several > 1 else ""
+            because = ", because BatchNorm needs two" if smallest > 1 else ""
             raise ValueError(
-                f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of 2 "
-                f"or more references{of}, because BatchNorm needs two; change one of them"
+                f"batch_size={self.batch_size} with accumulate={self.accumulate} must split into equal parts of "
+                f"{smallest} or more references{of}{because}; change one of them"
             )
         if self.process_timeout <= 0:
             raise ValueError(f"process_timeout={self.process_timeout} must be above 0 minutes")
-        if self.published_first_epoch_quirk and not self.lr_multi:
-            raise ValueError("published_first_epoch_quirk needs lr_multi above 0, got 0")
+        if self.published_first_epoch_quirk and (not self.lr_multi or self.schedule != "steps"):
+            raise ValueError(
+                f"published_first_epoch_quirk needs lr_multi above 0 and schedule=steps, got lr_multi={self.lr_multi} "
+                f"and schedule={self.schedule}"
+            )
+
+    def _follow_system(self) -> None:
+        """Fill in what the user left to the system's own recipe, so that the saved options say what was done."""
+        for name, value in asdict(self._system().recipe).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _system(self) -> type[ModelConfig]:
+        system = registry.system_of_preset(self.model) if self.model else registry.system_of(self.extra)
+        return registry.config_class(system or registry.DEFAULT)
 
     def _follow_gpu(self) -> None:
         """Fill in what the user left to `gpu`, so that the saved options say what was done."""

@@ -32,6 +32,12 @@ def digest(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def number_of(image_id: int | str) -> int:
+    """A whole number below 2^63 for an image's id, the same for the same id."""
+    text = repr(image_id).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
 def _count_truncated(
     dataset: ReferringDataset, tokenize: Callable[[Sequence[str]], TokenBatch], first_only: bool = False
 ) -> int:
@@ -98,8 +104,12 @@ class TrainSamples(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reference `index`: image (3, S, S) float32, tokens (L,) int64, mask (1, S, S) float32 in [0, 1], index."""
-        sentences = self.dataset.reference(index).sentences
+        """Reference `index`: image (3, S, S) float32, tokens (L,) int64, mask (1, S, S) float32 in [0, 1], index.
+
+        And `image_id`, a number that is the same for references of one image.
+        """
+        reference = self.dataset.reference(index)
+        sentences = reference.sentences
         sentence = sentences[digest(self.seed, int(self._epoch), index) % len(sentences)]
         image = self.dataset.image(index)
         warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
@@ -108,6 +118,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
             "tokens": self.tokenize(sentence).tokens[0],
             "mask": warp.warp_mask(self.dataset.mask(index)),
             "index": index,
+            "image_id": number_of(reference.image_id),
         }
 
 

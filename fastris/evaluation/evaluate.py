@@ -129,7 +129,7 @@ def evaluate(
     dataset: ReferringDataset,
     *,
     sentences: Sentences = "all",
-    rule: str = "cris",
+    rule: str | None = None,
     device: torch.device | str | None = None,
     amp: str = "off",
     workers: int = 0,
@@ -149,7 +149,7 @@ def evaluate(
         model: moved to `device` if one is given; left in the mode (train or eval) that it came in.
         dataset: images and masks at their own size.
         sentences: "all" of each reference, or only its "first" (as the published validation during training).
-        rule: a key of :data:`fastris.evaluation.rules.RULES`.
+        rule: a key of :data:`fastris.evaluation.rules.RULES`; None for that of the model's system.
         amp: precision of the forward pass: "off" (as published), "auto", "bf16", "fp16"; scoring is always float32.
         workers: processes that read and warp images; 0 does it here.
         batch_size: expressions segmented at once. images_per_batch: images encoded at once.
@@ -160,6 +160,7 @@ def evaluate(
     Raises:
         ValueError: unknown rule, sentence rule or precision, a number too small, or a data set without references.
     """
+    rule = rule or model.config.recipe.val_rule
     method = find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")

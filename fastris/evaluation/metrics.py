@@ -71,9 +71,10 @@ class Scores:
 
     @property
     def best_by(self) -> float:
-        """The score that a training run keeps its best weights by: gIoU if the rule has it, else mIoU."""
-        gIoU = self.generalised.get("gIoU")
-        return self.mIoU if gIoU is None else gIoU
+        """The score that a training run keeps its best weights by, which its rule names."""
+        scores = {"mIoU": self.mIoU, "oIoU": self.oIoU, **self.generalised}
+        found = scores.get(find_rule(self.rule).best_by)
+        return self.mIoU if found is None else found
 
     @property
     def conditions(self) -> str:

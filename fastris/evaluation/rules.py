@@ -71,6 +71,7 @@ class Rule:
         inclusive: whether Pr@X counts an IoU of exactly X.
         reject_below: a mask of fewer pixels, at the scored size, says that there is no target; None: there always is.
         paper: whose numbers it is behind.
+        best_by: the score that a training run keeps its best weights by.
     """
 
     threshold: float
@@ -82,6 +83,7 @@ class Rule:
     inclusive: bool
     reject_below: int | None
     paper: str
+    best_by: Literal["mIoU", "oIoU", "gIoU"] = "mIoU"
 
     @property
     def text(self) -> str:
@@ -149,8 +151,10 @@ RULES = {
     "cris": Rule(THRESHOLD, "probability", "bicubic", True, None, 1e-6, False, None, "CRIS (CVPR 2022)"),
     "lavt": Rule(0.5, "logit", "bilinear", True, 480, 0.0, True, None, "LAVT (CVPR 2022)"),
     "cgformer": Rule(0.5, "probability", "bicubic", True, None, 1e-6, False, None, "CGFormer (CVPR 2023)"),
-    "gres": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, 50, "ReLA / GRES (CVPR 2023)"),
-    "alignformer": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, None, "AlignFormer (arXiv 2301.06429)"),
+    "gres": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, 50, "ReLA / GRES (CVPR 2023)", "gIoU"),
+    "alignformer": Rule(
+        0.5, "logit", "bilinear", False, 480, 0.0, True, None, "AlignFormer (arXiv 2301.06429)", "oIoU"
+    ),
 }
 """Scoring rules by name; see the module's table. "cris" is the one behind CRIS's published numbers."""
 

@@ -129,19 +129,22 @@ class Segmenter:
     Args:
         model: a :class:`fastris.CRIS`, or a model of another system. It is moved to ``device`` and put in eval mode.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
-        threshold: the probability, from 0 to 1, above which a pixel belongs to the mask.
+        threshold: the probability, from 0 to 1, above which a pixel belongs to the mask; None for the one that the
+            model's system was published with.
     """
 
     def __init__(
-        self, model: ReferringModel, *, device: str | torch.device | None = None, threshold: float = THRESHOLD
+        self, model: ReferringModel, *, device: str | torch.device | None = None, threshold: float | None = None
     ):
+        if threshold is None:
+            threshold = getattr(model.config, "threshold", THRESHOLD)
         check_threshold(threshold)
         self.model = model.eval() if device is None else model.to(choose_device(str(device))).eval()
         self.threshold = threshold
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "auto", threshold: float = THRESHOLD
+        cls, source: str | Path, *, device: str | torch.device = "auto", threshold: float | None = None
     ) -> Segmenter:
         """Load a folder, a checkpoint file or a Hugging Face id, as :func:`fastris.weights.load.load_model` does."""
         from fastris.weights.load import load_model

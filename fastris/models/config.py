@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fastris.models.inputs import CLIP_INPUTS, Inputs
 from fastris.models.limits import SIZES, check_fields, check_parameters
+from fastris.models.recipe import Recipe
 from fastris.options.values import shown
 
 SYSTEM = "system"
@@ -43,6 +44,9 @@ class ModelConfig:
         published_yaml: an example of a published YAML file, for messages.
         published_besides: keys of the published YAML files that do not shape the model: training, data and machines.
         limits: how large its own whole numbers may be; the two sizes have theirs without being named.
+        recipe: how it was published to be trained and scored; the default is CRIS's.
+        threshold: the probability above which a pixel belongs to a predicted mask, where the user gives none.
+        smallest_batch: expressions that a training step needs at least: BatchNorm needs two.
     """
 
     system: ClassVar[str]
@@ -55,6 +59,9 @@ class ModelConfig:
     published_yaml: ClassVar[str] = ""
     published_besides: ClassVar[frozenset[str]] = frozenset()
     limits: ClassVar[Mapping[str, int]] = {}
+    recipe: ClassVar[Recipe] = Recipe()
+    threshold: ClassVar[float] = 0.35
+    smallest_batch: ClassVar[int] = 2
 
     input_size: int
     word_len: int

@@ -63,9 +63,14 @@ def presets() -> list[str]:
 
 def preset(name: str) -> ModelConfig:
     """The configuration of the preset ``name``. Raises ValueError, listing all presets, for an unknown name."""
+    return config_class(system_of_preset(name)).preset(name)
+
+
+def system_of_preset(name: str) -> str:
+    """The system that the preset ``name`` is of. Raises ValueError, listing all presets, for an unknown name."""
     for system in SYSTEMS.values():
         if name in system.presets:
-            return config_class(system.name).preset(name)
+            return system.name
     raise ValueError(f"unknown model {name!r}; choose from {', '.join(presets())}")
 
 

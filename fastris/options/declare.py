@@ -34,14 +34,22 @@ _SEE_HELP = "--help lists the options"
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, unit: str = "", *, positional: bool = False, hidden: bool = False) -> Any:
+def option(
+    default: Any,
+    help: str,
+    unit: str = "",
+    *,
+    positional: bool = False,
+    hidden: bool = False,
+    default_text: str = "",
+) -> Any:
     """A dataclass field that :func:`load_options` fills in and :func:`describe` prints.
 
     ``default``: any value; a list or mapping is copied for each instance; ``REQUIRED`` if the user must give one.
     ``positional``: the field takes arguments that are not options, in field order; a field of type ``tuple[str, ...]``
-    takes all that are left. ``hidden``: left out of the help page.
+    takes all that are left. ``hidden``: left out of the help page. ``default_text``: what that shows as the default.
     """
-    metadata = {"help": help, "unit": unit, "positional": positional, "hidden": hidden}
+    metadata = {"help": help, "unit": unit, "positional": positional, "hidden": hidden, "default_text": default_text}
     if isinstance(default, list | dict | set):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -255,6 +263,8 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
+    if text := field.metadata.get("default_text"):
+        return str(text)
     if callable(field.default_factory):
         return str(field.default_factory())
     if _is_required(field):

@@ -22,7 +22,7 @@ import torch
 
 from fastris.data.base import ReferringDataset
 from fastris.data.letterbox import to_square
-from fastris.data.samples import TrainSamples
+from fastris.data.samples import TrainSamples, number_of
 from fastris.models.inputs import CLIP_INPUTS, Inputs, inputs_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ class ImageSamples(TrainSamples):
         return len(self.groups)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Image `position`: image (3, S, S), tokens (K, L), mask (K, 1, S, S), index (K,) of the references."""
+        """Image `position`: image (3, S, S), tokens (K, L), mask (K, 1, S, S), index (K,) of the references.
+
+        And `image_id`, as :class:`TrainSamples` has it.
+        """
         chosen = self.choose(position)
         image = self.dataset.image(chosen[0][0])
         warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
@@ -79,6 +82,7 @@ class ImageSamples(TrainSamples):
             "tokens": self.tokenize([sentence for _, sentence in chosen]).tokens,
             "mask": torch.stack([masks[index] for index, _ in chosen]),
             "index": torch.tensor([index for index, _ in chosen]),
+            "image_id": torch.tensor(number_of(self.dataset.reference(chosen[0][0]).image_id)),
         }
 
     def choose(self, position: int) -> list[tuple[int, str]]:

@@ -12,13 +12,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastris.evaluation.metrics import Scores, batch_iou
-from fastris.models.base import HEAD
+from fastris.models.base import HEAD, Origin
 from fastris.runtime import distributed
 from fastris.runtime.interrupt import StopSignal
 from fastris.training import skipped
@@ -134,11 +134,13 @@ def _train_on(feed: Feed, parts: Parts, log: RunLog, stop: StopSignal) -> None:
         if result.applied:
             position.advance(result.loss, result.iou, int(cut))
             log.step(_record(plan.batch_size, run, result, started))
+            run.finish_batch()
             if plan.saves_after(position.step):
                 _save(run, log)
         else:
             left_out = _references_in(parts.batches, position.batch)
             position.skip()
+            run.finish_batch()
             log.note(skipped.leave_out(run, samples.dataset, left_out, result.loss, result.norm, plan.max_skipped))
         stop.requested = stop.requested or stopping > 0
         alone = distributed.world_size() == 1  # else a signal that came late counts in the next step, for all at once
@@ -179,7 +181,8 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     total_loss = total_iou = torch.zeros((), device=device)
     run.model.zero_grad(set_to_none=True)  # also of parameters that no group updates
     run.statistics.keep()
-    for number, part in enumerate(zip(image.chunk(parts), tokens.chunk(parts), mask.chunk(parts), strict=True), 1):
+    given: list[Any] = [image, tokens, mask, *_origin(run.model, batch)]
+    for number, part in enumerate(zip(*(each.chunk(parts) for each in given), strict=True), 1):
         with run.keeping_gradients_here(more_to_come=number < parts):
             with run.precision.autocast():
                 logits, target, loss = run.replica(*part)
@@ -202,6 +205,17 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
         run.statistics.restore()
     run.scaler.update()
     return StepResult(loss, iou, norm_, applied, tuple(sums))
+
+
+def _origin(model: ReferringModel, batch: dict[str, Tensor]) -> list[Origin]:
+    """Which expressions share an image or a reference, where the loss compares expressions; else nothing."""
+    if not model.instance_contrast:
+        return []
+    references, images = batch["index"], batch["image_id"]
+    if references.ndim == 2:  # several expressions about each image
+        images = images[:, None].expand_as(references)
+    device = next(model.parameters()).device
+    return [Origin(images.flatten().to(device), references.flatten().to(device))]
 
 
 def _gradient_norm(run: Run) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adam with a learning rate for each of a model's parameter groups, and the published schedule of those rates."""
+"""Adam or AdamW with a learning rate for each of a model's parameter groups, and the published schedules of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastris.models.base import NO_DECAY
@@ -17,14 +17,16 @@ def build_optimizer(
     rates: Mapping[str, float],
     weight_decay: float = 0.0,
     fused: bool = False,
-) -> Adam:
-    """Adam with PyTorch's default betas, as published.
+    optimizer: str = "adam",
+) -> Optimizer:
+    """Adam or AdamW with PyTorch's default betas, as published.
 
     Args:
         groups: a model's parameters by the name of their group; each group of the optimizer has it as its "name".
             Weight decay leaves those alone whose name ends with :data:`fastris.models.base.NO_DECAY`.
         rates: learning rate by the same names.
         fused: update all weights in one kernel; the same numbers up to rounding, without temporary copies of them.
+        optimizer: "adam" or "adamw".
 
     Raises:
         ValueError: a group has no learning rate.
@@ -43,7 +45,8 @@ def build_optimizer(
         }
         for name, group in groups.items()
     ]
-    return Adam(named, weight_decay=weight_decay, fused=True if fused else None)
+    kind = {"adam": Adam, "adamw": AdamW}[optimizer]
+    return kind(named, weight_decay=weight_decay, fused=True if fused else None)
 
 
 def build_scheduler(
@@ -66,3 +69,8 @@ def build_scheduler(
         return lambda epoch: lr_decay ** bisect_right(steps, epoch) * (first if epoch == 0 else 1.0)
 
     return LambdaLR(optimizer, [rate(factors.get(group["name"], 1.0)) for group in optimizer.param_groups])
+
+
+def build_poly_scheduler(optimizer: Optimizer, steps: int, power: float = 0.9) -> LambdaLR:
+    """Learning rates per step: times (1 - step / `steps`)^`power`, and 0 from `steps` on. Call `step()` after each."""
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** power)

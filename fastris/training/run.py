@@ -113,6 +113,7 @@ class Run:
         statistics: a copy of the model's buffers, for steps that are taken back.
         layout: of images and weights in memory.
         recipe: the settings that a resumed run must share, or it would be another run (:func:`check_same_recipe`).
+        rates_by_step: whether the learning rates change after every step, or else after every epoch.
         saved_step: the step that `last.pth` in `folder` is from.
         last_is_good: whether that file may become `previous.pth`; not if it was found damaged.
     """
@@ -125,6 +126,7 @@ class Run:
     precision: Precision
     layout: torch.memory_format
     recipe: dict[str, Any]
+    rates_by_step: bool = False
     position: Position = field(default_factory=Position)
     saved_step: int = 0
     last_is_good: bool = True
@@ -155,9 +157,18 @@ class Run:
         """Learning rate by parameter group."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
+    def finish_batch(self) -> None:
+        """On to the learning rates of the next batch, whether or not this one made a step."""
+        if self.rates_by_step:
+            self._change_rates()
+
     def finish_epoch(self) -> None:
         """On to the first batch of the next epoch, and to its learning rates."""
         self.position.finish_epoch()
+        if not self.rates_by_step:
+            self._change_rates()
+
+    def _change_rates(self) -> None:
         with warnings.catch_warnings():
             # PyTorch misses an optimizer step where a run was resumed at the very end of an epoch.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

@@ -34,7 +34,7 @@ def test_an_item_is_an_image_with_the_promised_expressions() -> None:
     for position in range(3):
         item = samples[position]
         shapes = {name: tuple(value.shape) for name, value in item.items()}
-        assert shapes == {"image": (3, 64, 64), "tokens": (3, L), "mask": (3, 1, 64, 64), "index": (3,)}
+        assert shapes == {"image": (3, 64, 64), "tokens": (3, L), "mask": (3, 1, 64, 64), "index": (3,), "image_id": ()}
         for index, row, mask in zip(item["index"].tolist(), item["tokens"], item["mask"], strict=True):
             assert index // 2 == position
             assert row.tolist() in tokenize(Boxes().reference(index).sentences, L).tokens.tolist()

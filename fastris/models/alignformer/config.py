@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from fastris.models.config import ModelConfig
 from fastris.models.inputs import Inputs
 from fastris.models.limits import SIZES, check_fields, check_parameters, whole_numbers
+from fastris.models.recipe import Recipe
 from fastris.options.values import shown
 
 HEADS = 8
@@ -126,6 +127,20 @@ class AlignFormerConfig(ModelConfig):
         "query_layers": 128,
         "query_ffn": 131072,
     }
+
+    recipe: ClassVar[Recipe] = Recipe(
+        epochs=40,
+        batch_size=32,
+        optimizer="adamw",
+        base_lr=5e-5,
+        lr_multi=1.0,
+        weight_decay=0.01,
+        schedule="poly",
+        val_rule="alignformer",
+        val_sentences="all",
+    )
+    threshold: ClassVar[float] = 0.5
+    smallest_batch: ClassVar[int] = 1
 
     bert: BERTConfig = field(default_factory=BERTConfig)
     vocabulary: str = "google-bert/bert-base-uncased"
