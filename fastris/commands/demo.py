@@ -1,4 +1,4 @@
-"""``fastris demo``: a tiny CRIS learns to follow phrases on a laptop's CPU, and shows whether it does.
+"""``fastris demo``: a tiny model learns to follow phrases on a laptop's CPU, and shows whether it does.
 
 Nothing is pretrained here, so the recipe is one of its own (:mod:`fastris.training.from_scratch`); what is measured is
 the published model under the published evaluation rule. The second evaluation is the test of language: each object is
@@ -13,7 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,27 +25,50 @@ from fastris.runtime.runlock import locked
 
 if TYPE_CHECKING:
     from fastris.evaluation.evaluate import EvalResult
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
     from fastris.training.from_scratch import Track
 
 FAMILIES = ("attribute", "place", "relation")
 
 
+class Lesson(NamedTuple):
+    """How a preset learns in minutes: training steps, scenes in a step, highest learning rate."""
+
+    steps: int
+    images: int
+    lr: float
+
+
+LESSONS = {"tiny": Lesson(900, 16, 1e-3), "alignformer_tiny": Lesson(2000, 8, 1e-3)}
+"""By preset: those that a laptop's CPU can train."""
+
+
+def _lesson_option(name: str, help: str, unit: str = "") -> Any:
+    values = ", ".join(f"{preset} {getattr(lesson, name)}" for preset, lesson in LESSONS.items())
+    return option(None, f"{help}; {values}", unit, default_text="the model's")
+
+
 @dataclass
 class DemoConfig:
-    """Trains a tiny CRIS on drawn scenes, and scores and draws what it finds by the right and by the wrong phrases."""
+    """Trains a tiny model on drawn scenes, and scores and draws what it finds by the right and by the wrong phrases."""
 
+    model: str = option("tiny", f"preset to train: {', '.join(LESSONS)}; tiny is a CRIS")
     out: str = option("demo", "folder for the model, the metrics and the pictures")
-    steps: int = option(900, "training steps", "steps")
+    steps: int = _lesson_option("steps", "training steps", "steps")
     scenes: int = option(3000, "training scenes, drawn before the training", "scenes")
     held_out: int = option(100, "scenes that are shown and scored, of no training scene's shapes", "scenes")
-    images: int = option(16, "scenes in a step; three expressions are asked about each", "scenes")
-    lr: float = option(1e-3, "highest learning rate")
+    images: int = _lesson_option("images", "scenes in a step; three expressions are asked about each", "scenes")
+    lr: float = _lesson_option("lr", "highest learning rate")
     seed: int = option(0, "seed of scenes, weights and order")
     threads: int = option(2, "CPU threads", "threads")
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
+        if self.model not in LESSONS:
+            raise ValueError(f"model={self.model!r} is none that learns in minutes; choose from {', '.join(LESSONS)}")
+        for name, value in LESSONS[self.model]._asdict().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.steps < 1 or self.images < 2 or self.scenes < self.images or self.held_out < 1:
             raise ValueError("steps and held_out must be at least 1, images at least 2, scenes at least images")
         if not 1 <= self.threads <= 1024:
@@ -58,7 +81,7 @@ class DemoConfig:
 class Learnt:
     """What the demo shows: the trained model, and what it scored on ``held_out`` by ``right`` and ``wrong`` phrases."""
 
-    model: CRIS
+    model: ReferringModel
     held_out: SyntheticExpressions
     right: EvalResult
     wrong: EvalResult
@@ -94,7 +117,7 @@ def _learn(config: DemoConfig) -> Learnt:
 
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    model = create("tiny")
+    model = create(config.model)
     size = model.config.input_size
     scenes = min(config.scenes, config.steps * config.images)
     train_set = SyntheticExpressions("train", seed=config.seed, scenes=scenes, size=size)
@@ -160,6 +183,7 @@ def _metrics(config: DemoConfig, learnt: Learnt, kinds: dict[str, float]) -> dic
         "right_phrase": learnt.right.scores.as_dict(),
         "other_objects_phrase": learnt.wrong.scores.as_dict(),
         "right_phrase_by_kind": kinds,
+        "model": config.model,
         "steps": len(losses),
         "last_loss": losses[-1] if losses else None,
         "seconds": round(learnt.seconds, 1),
@@ -189,7 +213,7 @@ def by_kind(dataset: SyntheticExpressions, result: EvalResult) -> dict[str, floa
     return {kind: float(np.mean(values)) for kind, values in found.items() if values}
 
 
-def gallery_rows(model: CRIS, dataset: SyntheticExpressions, result: EvalResult, scenes: int) -> list[Any]:
+def gallery_rows(model: ReferringModel, dataset: SyntheticExpressions, result: EvalResult, scenes: int) -> list[Any]:
     """The first scenes with two objects each, one phrase an object, so that one sees the same image asked twice."""
     from fastris.inference.segmenter import Segmenter
     from fastris.pictures.gallery import GalleryRow

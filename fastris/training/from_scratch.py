@@ -1,28 +1,30 @@
 """A tiny model learns to follow phrases about drawn scenes within minutes, on a CPU and without pretrained weights.
 
-So the recipe is not the published one: AdamW with warm-up and cosine decay at a learning rate ten times higher, for
-encoders too, and masks resized with aligned corners. The model and its loss are the published ones.
+So the recipe is not the published one: AdamW with warm-up and cosine decay at a much higher learning rate, for encoders
+too. The model and its loss are the published ones; what a system needs besides is in :data:`STARTS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastris.data.letterbox import letterbox
+from fastris.data.letterbox import to_square
 from fastris.data.scenes.dataset import REFERENCES, SyntheticExpressions
-from fastris.data.tokens import tokenize
+from fastris.data.tokens import find_tokenizer
+from fastris.models.inputs import inputs_of
 from fastris.runtime.interrupt import StopSignal
 
 if TYPE_CHECKING:
-    from fastris.models.cris.model import CRIS
+    from fastris.models.base import ReferringModel
+    from fastris.models.config import ModelConfig
 
 
 class Track(Protocol):
@@ -44,19 +46,20 @@ class Scenes:
     tokens: Tensor
 
     @classmethod
-    def draw(cls, dataset: SyntheticExpressions, word_len: int, track: Track) -> Scenes:
+    def draw(cls, dataset: SyntheticExpressions, config: ModelConfig, track: Track) -> Scenes:
         images, masks, sentences = [], [], []
         for scene in track(range(dataset.scenes), "drawing scenes"):
             own = range(REFERENCES * scene, REFERENCES * (scene + 1))
             images.append(dataset.image(own[0]))
             masks.append(np.stack([dataset.mask(index) for index in own]))
             sentences += [sentence for index in own for sentence in dataset.reference(index).sentences]
-        tokens = tokenize(sentences, word_len).tokens.reshape(len(images), REFERENCES, -1, word_len)
+        tokens = find_tokenizer(inputs_of(config).tokenizer)(sentences, config.word_len).tokens
+        tokens = tokens.reshape(len(images), REFERENCES, -1, config.word_len)
         return cls(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks)), tokens)
 
 
 def train(
-    model: CRIS,
+    model: ReferringModel,
     dataset: SyntheticExpressions,
     *,
     steps: int,
@@ -76,8 +79,9 @@ def train(
     Returns:
         The losses of the steps that were done.
     """
-    prepare_from_scratch(model)
-    scenes = Scenes.draw(dataset, model.config.word_len, track)
+    start = STARTS.get(model.config.system, Start())
+    start.prepare(model)
+    scenes = Scenes.draw(dataset, model.config, track)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     rng = np.random.default_rng(seed)
@@ -85,7 +89,8 @@ def train(
     losses: list[float] = []
     for _ in track(range(steps), "learning", losses):
         chosen = torch.from_numpy(rng.choice(len(scenes.images), images, replace=False))
-        pixels, tokens, masks, index = _batch(scenes, chosen, rng, model.config.input_size)
+        pixels, tokens, masks, index = _batch(scenes, chosen, rng, model.config)
+        masks = start.masks(masks, model.config.input_size)
         loss, _ = model.loss(model.encode_image(pixels), tokens, masks, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -98,7 +103,7 @@ def train(
     return losses
 
 
-def prepare_from_scratch(model: CRIS) -> None:
+def _prepare_cris(model: Any) -> None:
     """Start values for training without CLIP's weights: every block does something, and every pixel is unlikely alike.
 
     A random text kernel would begin with large logits, and a good part of a short training goes into shrinking them.
@@ -118,26 +123,42 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batch(
-    scenes: Scenes, chosen: Tensor, rng: np.random.Generator, size: int
+    scenes: Scenes, chosen: Tensor, rng: np.random.Generator, config: ModelConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, one sentence about each of their objects, masks, and each sentence's image."""
+    """Images, one sentence about each of their objects, full-size masks, and each sentence's image."""
     count = scenes.tokens.shape[2]
     sentence = torch.from_numpy(rng.integers(0, count, (len(chosen), REFERENCES)))
     tokens = scenes.tokens[chosen[:, None], torch.arange(REFERENCES), sentence].flatten(0, 1)
     tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]
     height, width = scenes.images.shape[1:3]
-    warp = letterbox(height, width, size)
-    images = torch.stack([warp.warp_image(image) for image in scenes.images[chosen].numpy()])
-    masks = _targets(scenes.masks[chosen].flatten(0, 1)[:, None].float(), size // 4)
+    warp = to_square(height, width, config.input_size, inputs_of(config))
+    images = torch.stack([warp.warp_image(image, inputs_of(config)) for image in scenes.images[chosen].numpy()])
+    masks = scenes.masks[chosen].flatten(0, 1)[:, None].float()
     index = torch.arange(len(chosen)).repeat_interleave(REFERENCES)
     return images, tokens, masks, index
 
 
-def _targets(masks: Tensor, size: int) -> Tensor:
+def _targets_of_cris(masks: Tensor, input_size: int) -> Tensor:
     """Masks at the logits' size, where the published prediction samples them: bilinear with aligned corners.
 
     The published nearest-neighbour target is shifted against that by up to half a logit. It costs little at 104 x 104
     logits, and a tenth of the IoU at the 24 x 24 of this model.
     """
     smooth = F.avg_pool2d(masks, 3, 1, 1)
-    return F.interpolate(smooth, (size, size), mode="bilinear", align_corners=True)
+    return F.interpolate(smooth, (input_size // 4, input_size // 4), mode="bilinear", align_corners=True)
+
+
+class Start(NamedTuple):
+    """What a system needs to begin without pretrained weights.
+
+    Attributes:
+        prepare: sets start values of a new model, in place.
+        masks: (masks (E, 1, S, S), S) to what the model's loss is given.
+    """
+
+    prepare: Callable[[Any], None] = lambda model: None
+    masks: Callable[[Tensor, int], Tensor] = lambda masks, input_size: masks
+
+
+STARTS = {"cris": Start(_prepare_cris, _targets_of_cris)}
+"""By system; one that is not listed begins as it was made, with masks at the image's size."""

@@ -43,6 +43,16 @@ def test_demo_leaves_model_metrics_gallery_and_scenes(demo):
     assert "another object's phrase" in (demo / "printed").read_text()
 
 
+def test_any_preset_that_learns_in_minutes_has_a_demo_in_its_own_rule(tmp_path):
+    run(DemoConfig(out=str(tmp_path), model="alignformer_tiny", **SHORT))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["model"], metrics["right_phrase"]["rule"]) == ("alignformer_tiny", "alignformer")
+    segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
+    assert segmenter.threshold == 0.5
+    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
+    assert (tmp_path / "gallery.png").is_file()
+
+
 def test_demo_repeats_itself_under_a_seed(demo, tmp_path):
     run(DemoConfig(out=str(tmp_path), **SHORT))
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (demo, tmp_path))
@@ -59,7 +69,7 @@ def test_other_phrases_keep_the_mask_and_name_another_object_of_the_scene():
         assert not set(other.reference(index).sentences) & set(data.reference(index).sentences)
 
 
-@pytest.mark.parametrize("wrong", ["steps=0", "images=1", "scenes=1", "stepz=5"])
+@pytest.mark.parametrize("wrong", ["steps=0", "images=1", "scenes=1", "stepz=5", "model=cris_r50"])
 def test_wrong_options_are_one_line(wrong, capsys):
     assert main(["demo", wrong]) == 2
     error = capsys.readouterr().err
