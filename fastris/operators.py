@@ -46,6 +46,13 @@ OPERATORS: dict[str, Operator] = {
         Operator("feed_forward", "feed_forward", "feed_forward", "", "feed_forward"),
         Operator("pointwise_conv_cat", "pointwise_conv", "pointwise_conv_cat", "", "neck"),
         Operator("coord_conv", "coord_conv", "coord_conv", "", "neck"),
+        Operator(
+            "bidirectional_attention",
+            "bidirectional_attention",
+            "bidirectional_attention",
+            "",
+            "bidirectional_attention",
+        ),
     )
 }
 """Name -> operator, in the order in which reports list them."""

@@ -16,7 +16,7 @@ from similarity_cases import Case as PixelCase
 from torch import Tensor
 
 from fastris import ops, reference
-from fastris.reference import AttentionWeights, FeedForwardWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,42 @@ def coord_problem(
     return Problem("coord_conv", label, make, call, ("x",), **uses)
 
 
+def bidirectional_problem(
+    rows: int, dim: int, text_dim: int, real: tuple[int, ...], *, project: int = 0, eps: float = 1e-5, **uses: bool
+) -> Problem:
+    """Sentences of ``real`` words. The biases that a norm takes out are fixed: their gradients are rounding noise."""
+    words, outs = max(real), {"query": dim, "key": dim, "value": dim, "out": dim}
+    ins = {"query": dim, "sym_value": dim, "out": dim}
+    silent = {f"{part}_bias": outs.get(part, text_dim) for part in ("query", "value", "out", "sym_value")}
+
+    def make() -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {"key_bias": (dim,), "sym_out_bias": (text_dim,)}
+        for part in ("query", "key", "value", "out", "sym_value", "sym_out"):
+            shapes[f"{part}_weight"] = outs.get(part, text_dim), ins.get(part, text_dim)
+        if project:
+            shapes["project_weight"] = project, dim
+        inputs = {name: value / shapes[name][-1] ** 0.5 for name, value in drawn(shapes).items()}
+        inputs |= {"pixels": randn(len(real), rows, dim, seed=20), "words": randn(len(real), words, text_dim, seed=21)}
+        return inputs | {"valid": torch.arange(words) < torch.tensor(real)[:, None]}
+
+    def call(impl: str) -> Callable:
+        def function(
+            pixels: Tensor, words: Tensor, valid: Tensor, project_weight: Tensor | None = None, **weights: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            like = weights["key_bias"]
+            fixed = {name: torch.linspace(-1, 1, size).to(like) for name, size in silent.items()}
+            own = BidirectionalAttentionWeights(**weights, **fixed)
+            return ops.bidirectional_attention(
+                pixels, words, valid, own, project_weight=project_weight, eps=eps, impl=impl
+            )
+
+        return function
+
+    label = f"N{rows}-C{dim}-T{text_dim}-real{'+'.join(map(str, real))}" + (f"-project{project}" if project else "")
+    samples, data = ("pixels", "words", "valid"), ("valid",)
+    return Problem("bidirectional_attention", label, make, call, samples, data, exact=1e-11, **uses)
+
+
 def every_problem() -> Iterator[Problem]:
     small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
     # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
@@ -280,6 +316,13 @@ def every_problem() -> Iterator[Problem]:
     for size, stride, padding in ((1, 1, 0), (2, 3, 1), (3, 2, 0), (5, 2, 3)):
         yield coord_problem(5, size, stride, padding)
     yield coord_problem(32, 3, padding=1, bias=False)
+
+    yield bidirectional_problem(96, 16, 8, (5, 2), project=6, thorough=True)  # through the covariance
+    yield bidirectional_problem(7, 16, 24, (3, 4), project=8, thorough=True)  # through the projected maps
+    yield bidirectional_problem(7, 2, 3, (3, 2), project=2, eps=0.1, **small)
+    yield bidirectional_problem(3, 4, 3, (2, 3), eps=0.1, **small)
+    yield bidirectional_problem(169, 32, 24, (4, 9, 7))
+    yield bidirectional_problem(13, 40, 12, (20,))
 
 
 PROBLEMS = tuple(every_problem())

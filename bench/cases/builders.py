@@ -23,7 +23,7 @@ from fastris.models import registry
 from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
 from fastris.nn.losses import TextToPixelContrastiveLoss
-from fastris.reference import AttentionWeights, FeedForwardWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights
 
 from .problem import Problem
 
@@ -136,6 +136,24 @@ def _feed_forward(own: Any, x: Tensor) -> Tensor:
 
     parts = own.norm, own.up, own.inner_norm, own.down
     return feed_forward(x, FeedForwardWeights(*(t for part in parts for t in (part.weight, part.bias))), training=True)
+
+
+def bidirectional_attention(batch: int, side: int, width: int, text_width: int, words: int) -> Problem:
+    """AlignFormer's attention in both directions, and the half of the next projection that reads the pixels' answer."""
+    sizes = {"query": (width, width), "key": (text_width, width), "value": (text_width, width), "out": (width, width)}
+    sizes |= {"sym_value": (width, text_width), "sym_out": (text_width, text_width)}
+    parts = {name: nn.Linear(*size) for name, size in sizes.items()}
+    own = Own(_bidirectional_attention, **parts, following=nn.Linear(width, width, bias=False))
+    inputs = {"pixels": torch.randn(batch, side * side, width), "words": torch.randn(batch, words, text_width)}
+    return Problem(own, inputs, {"valid": torch.ones(batch, words)})
+
+
+def _bidirectional_attention(own: Any, pixels: Tensor, words: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    from fastris.ops.bidirectional_attention import bidirectional_attention
+
+    parts = own.query, own.key, own.value, own.out, own.sym_value, own.sym_out
+    weights = BidirectionalAttentionWeights(*(each for part in parts for each in (part.weight, part.bias)))
+    return bidirectional_attention(pixels, words, valid, weights, project_weight=own.following.weight)
 
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:

@@ -133,6 +133,21 @@ _FEW_PIXELS = {"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4, "word
 _CRIS_R50 = {"preset": "cris_r50", "side": 416, "words": 17, "lengths": REAL_LENGTHS}
 _SMALL_MODEL = {"preset": SMALL_CRIS, "side": 96, "batch": 6}
 
+
+def _bidirectional(name: str, where: str, batch: int, side: int, width: int, text: int, goal: float) -> Case:
+    return Case(
+        name=f"bidirectional_attention_{name}",
+        op="bidirectional_attention",
+        title=f"bidirectional attention + projection: {where}, {width} channels, {side}x{side}, 20 words, B={batch}",
+        build=builders.bidirectional_attention,
+        composed=True,
+        sizes={"batch": batch, "side": side, "width": width, "text_width": text, "words": 20},
+        small={"batch": 2, "side": 1 + 8 // (width // 128), "width": 16, "text_width": 12, "words": 5},
+        goals={"cpu/float32": goal},
+        compiles_long=True,
+    )
+
+
 CASES: tuple[Case, ...] = (
     Case(
         name="similarity_loss",
@@ -263,6 +278,13 @@ CASES: tuple[Case, ...] = (
         sizes={"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8},
         small={"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4},
     ),
+    _bidirectional("stage0", "AlignFormer", 1, 120, 128, 768, 3.0),
+    _bidirectional("stage1", "AlignFormer", 1, 60, 256, 768, 2.0),
+    _bidirectional("stage2", "AlignFormer", 1, 30, 512, 768, 1.0),
+    _bidirectional("stage3", "AlignFormer", 1, 15, 1024, 768, 1.0),
+    _bidirectional("f3", "CRIS's neck", 4, 26, 256, 512, 1.0),
+    _bidirectional("f4", "CRIS's neck", 4, 26, 512, 512, 1.0),
+    _bidirectional("f5", "CRIS's neck", 4, 13, 1024, 512, 1.0),
     Case(
         name="feed_forward",
         op="feed_forward",

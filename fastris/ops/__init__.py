@@ -1,5 +1,6 @@
 """The operators, one a file: the contract, the algebra behind it, and the plain-PyTorch path."""
 
+from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.coord_conv import coord_conv
 from fastris.ops.cross_attention import cross_attention
@@ -17,6 +18,7 @@ register(PROOFS)  # here, so that whoever imports an operator has its proof,
 on_tiles(use_tiles)  # and whoever asks which path is faster has what was measured
 
 __all__ = [
+    "bidirectional_attention",
     "coord_conv",
     "cross_attention",
     "feed_forward",

@@ -20,6 +20,7 @@ from cross_attention_cases import Case as CrossCase
 from cross_attention_cases import masked_formula
 from operator_cases import Problem as ContractProblem
 from operator_cases import (
+    bidirectional_problem,
     coord_problem,
     cross_attention_problem,
     feed_forward_problem,
@@ -153,6 +154,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "upsample2x_conv3x3_stats": statistics,
     "pointwise_conv_cat": lambda: of_contract(pointwise_problem((2, 3), (3, 2))),
     "coord_conv": lambda: of_contract(coord_problem(3, 3, padding=1)),
+    "bidirectional_attention": lambda: of_contract(bidirectional_problem(30, 4, 3, (3, 2), project=2, eps=0.1)),
+    "bidirectional_attention, maps": lambda: of_contract(bidirectional_problem(5, 8, 6, (3, 2), eps=0.1)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
@@ -179,6 +182,15 @@ INSIDE = {
         upsample_conv._forward upsample_conv._backward upsample_conv._add_product upsample_conv._tap_matrices
         upsample_conv._axis_matrices upsample_conv._axis_map upsample_conv._lines upsample_conv._store""",
     "pointwise_conv_cat": "pointwise_conv._sum pointwise_conv._up2",
+    "bidirectional_attention": """
+        absorbed_scores.score_and_read absorbed_scores._ThroughCovariance.forward
+        absorbed_scores._ThroughCovariance.backward absorbed_scores.product absorbed_scores.split_product
+        absorbed_scores._mapped
+        absorbed_scores._centred absorbed_scores._rows absorbed_scores._scores_backward
+        absorbed_scores._variance_backward absorbed_scores._outer bidirectional_attention._absorb
+        bidirectional_attention._Silent.forward bidirectional_attention._Silent.backward""",
+    "bidirectional_attention, maps": """
+        absorbed_scores._ThroughMaps.forward absorbed_scores._ThroughMaps.backward absorbed_scores._scale""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
 
@@ -189,6 +201,7 @@ HARMLESS = {
     "similarity.reference_similarity": "the published formula",
     "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
     "contrastive._checked_pos_weight": "as _counted_pixels",
+    "absorbed_scores._largest": "of float16 alone: scales that are taken out again",
 }
 """What else computes tensors, and why it is not attacked."""
 
