@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris import reference
+from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.reference import BidirectionalAttentionWeights
 
 
@@ -42,22 +42,29 @@ class Fusion(nn.Module):
         self.sym_project_mm = _two_layers(text_width)
 
     def attend(self, pixels: Tensor, words: Tensor, valid: Tensor) -> Attended:
-        """See :func:`fastris.reference.bidirectional_attention`."""
-        weights = self.image_lang_att.weights()
-        return Attended(
-            *reference.bidirectional_attention(pixels, words, valid, weights, lone_word_is_zero=self.lone_word_is_zero)
-        )
+        """See :func:`fastris.ops.bidirectional_attention`."""
+        return self._attend(pixels, words, valid)
 
     def forward(self, pixels: Tensor, words: Tensor, valid: Tensor) -> Residuals:
         """Residuals of pixels (B, N, C) and words (B, L, T); ``valid`` (B, L) is 0 at padding."""
         mask = valid.to(words.dtype)[..., None]
-        attended = self.attend(pixels, words, valid)
+        first: Any = self.project_mm[0]
+        own, attended_weight = first.weight[..., 0].chunk(2, dim=1)  # of [seen, attended]; the latter is absorbed
+        attended = self._attend(pixels, words, valid, attended_weight)
         seen = F.gelu(_pointwise(self.vis_project[0], pixels))
         said = mask * F.gelu(_pointwise(self.lang_project[0], words))
+        mixed = F.gelu(F.linear(seen, own, first.bias) + attended.pixels)
         return Residuals(
-            _mixed(self.project_mm, torch.cat([seen, attended.pixels], dim=-1)),
+            F.gelu(_pointwise(self.project_mm[3], mixed)),
             mask * _mixed(self.sym_project_mm, torch.cat([said, attended.words], dim=-1)),
         )
+
+    def _attend(self, pixels: Tensor, words: Tensor, valid: Tensor, project_weight: Tensor | None = None) -> Attended:
+        weights, zero = self.image_lang_att.weights(), self.lone_word_is_zero
+        found = bidirectional_attention(
+            pixels, words, valid, weights, project_weight=project_weight, lone_word_is_zero=zero
+        )
+        return Attended(*found)
 
 
 class Gate(nn.Sequential):
