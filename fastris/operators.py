@@ -53,6 +53,7 @@ OPERATORS: dict[str, Operator] = {
             "",
             "bidirectional_attention",
         ),
+        Operator("few_query_attention", "few_query_attention", "few_query_attention", "", "few_query_attention"),
     )
 }
 """Name -> operator, in the order in which reports list them."""

@@ -16,7 +16,12 @@ from similarity_cases import Case as PixelCase
 from torch import Tensor
 
 from fastris import ops, reference
-from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights
+from fastris.reference import (
+    AttentionWeights,
+    BidirectionalAttentionWeights,
+    FeedForwardWeights,
+    SeparateAttentionWeights,
+)
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,32 @@ def bidirectional_problem(
     return Problem("bidirectional_attention", label, make, call, samples, data, exact=1e-11, **uses)
 
 
+def few_query_problem(
+    batch: int, queries: int, count: int, dim: int, width: int, heads: int, *, fixed: bool = False, **uses: bool
+) -> Problem:
+    """With learnt positions, or ``fixed`` ones, which have no gradient."""
+
+    def make() -> dict[str, Tensor]:
+        matrices = {"query_weight": (dim, dim), "key_weight": (dim, width), "value_weight": (dim, width)}
+        inputs = drawn(matrices | {"out_weight": (dim, dim)}, width**-0.5)
+        others = {"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query_positions": (queries, dim), "level": (width,)}
+        samples = {"query": (batch, queries, dim), "pixels": (batch, count, width), "positions": (count, width)}
+        return inputs | {name: randn(*shape, seed=7 + n) for n, (name, shape) in enumerate((others | samples).items())}
+
+    def call(impl: str) -> Callable:
+        def function(
+            query: Tensor, query_positions: Tensor, pixels: Tensor, level: Tensor, positions: Tensor, **weights: Tensor
+        ) -> Tensor:
+            sources = query, query_positions, pixels, level, positions.detach() if fixed else positions
+            return ops.few_query_attention(*sources, SeparateAttentionWeights(**weights), heads, impl=impl)
+
+        return function
+
+    label = f"B{batch}-Q{queries}-N{count}-D{dim}-K{width}-h{heads}" + ("-fixed" if fixed else "")
+    data = ("positions",) if fixed else ()
+    return Problem("few_query_attention", label, make, call, ("query", "pixels"), data, **uses)
+
+
 def every_problem() -> Iterator[Problem]:
     small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
     # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
@@ -323,6 +354,11 @@ def every_problem() -> Iterator[Problem]:
     yield bidirectional_problem(3, 4, 3, (2, 3), eps=0.1, **small)
     yield bidirectional_problem(169, 32, 24, (4, 9, 7))
     yield bidirectional_problem(13, 40, 12, (20,))
+    yield few_query_problem(2, 2, 9, 16, 6, 4, thorough=True)
+    yield few_query_problem(2, 2, 3, 6, 3, 2, **small)
+    for sizes in ((1, 1, 1, 8, 4, 2), (2, 1, 37, 24, 16, 8), (3, 8, 50, 64, 20, 4), (2, 4, 11, 16, 6, 4)):
+        yield few_query_problem(*sizes)  # the last has so many queries that nothing is absorbed
+    yield few_query_problem(2, 1, 225, 96, 32, 8, fixed=True)
 
 
 PROBLEMS = tuple(every_problem())

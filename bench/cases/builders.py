@@ -156,6 +156,33 @@ def _bidirectional_attention(own: Any, pixels: Tensor, words: Tensor, valid: Ten
     return bidirectional_attention(pixels, words, valid, weights, project_weight=own.following.weight)
 
 
+def few_query_attention(batch: int, dim: int, width: int, heads: int, sides: Sequence[int]) -> Problem:
+    """One layer of AlignFormer's centre embedding at each of its maps, side x side, from one centre."""
+    from fastris.nn.separate_attention import SeparateAttention, xavier
+
+    attentions = nn.ModuleList(SeparateAttention(dim, width) for _ in sides)
+    xavier(attentions)
+    for attention in attentions:
+        nn.init.normal_(attention.in_proj_bias, 0, 0.1)  # type: ignore[arg-type]
+    own = Own(_few_query_attention, attentions=attentions, heads=heads, level=nn.Embedding(len(sides), width))
+    own.place = nn.Parameter(torch.randn(1, dim))
+    inputs = {"query": torch.randn(batch, 1, dim)}
+    inputs |= {f"pixels{n}": torch.randn(batch, side * side, width) for n, side in enumerate(sides)}
+    data = {f"positions{n}": reference.sine_positions_of_box(side, side, width) for n, side in enumerate(sides)}
+    return Problem(own, inputs, data)
+
+
+def _few_query_attention(own: Any, query: Tensor, **maps: Tensor) -> tuple[Tensor, ...]:
+    from fastris.ops.few_query_attention import few_query_attention
+
+    return tuple(
+        few_query_attention(
+            query, own.place, maps[f"pixels{n}"], level, maps[f"positions{n}"], attention.weights(), own.heads
+        )
+        for n, (attention, level) in enumerate(zip(own.attentions, own.level.weight, strict=True))
+    )
+
+
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
     from fastris.nn.clip import DenseResNet

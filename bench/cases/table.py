@@ -295,6 +295,16 @@ CASES: tuple[Case, ...] = (
         small={"batch": 2, "height": 5, "width": 7, "dim": 64, "dim_ffn": 96},
     ),
     Case(
+        name="few_query_attention",
+        op="few_query_attention",
+        title="AlignFormer, one query over 15x15, 30x30 and 60x60 pixels: 768 from 256 channels, B=2 (checked smaller)",
+        build=builders.few_query_attention,
+        sizes={"batch": 2, "dim": 768, "width": 256, "heads": 8, "sides": (15, 30, 60)},
+        small={"dim": 64, "width": 24, "heads": 4, "sides": (3, 5, 7)},
+        check_small=True,
+        goals={"cpu/float32": 10.0},
+    ),
+    Case(
         name="projector",
         op="projector",
         title="projector: 512 channels from 26x26, B=4",

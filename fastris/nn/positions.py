@@ -1,4 +1,4 @@
-"""The decoder's fixed sine position tables, computed once per size and device and then cached."""
+"""The decoders' fixed sine position tables, computed once per size and device and then cached."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def _cached(length: int, width: int | None, dim: int, device: torch.device) -> T
         if width is None:
             return reference.sine_positions_1d(length, dim).to(device)
         return reference.sine_positions_2d(length, width, dim).to(device)
+
+
+def box_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """The table of a pixel grid in AlignFormer; see :func:`fastris.reference.sine_positions_of_box`."""
+    if torch.compiler.is_compiling():
+        return reference.sine_positions_of_box(height, width, dim, device)
+    return _cached_of_box(height, width, dim, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_of_box(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return reference.sine_positions_of_box(height, width, dim, device)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastris import reference
+from fastris.nn.positions import box_positions
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked
+from fastris.ops.few_query_attention import few_query_attention
 
 HEADS = 8
 """Heads of the attention, as published."""
@@ -31,14 +32,12 @@ class QueryDecoder(nn.Module):
 
     def forward(self, centre: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings (B, 1, T) before the first and after each layer, of ``centre`` (B, 1, T) and three maps."""
-        positions = [
-            reference.sine_positions_of_box(each.shape[2], each.shape[3], each.shape[1], each.device) for each in maps
-        ]
+        positions = [box_positions(each.shape[2], each.shape[3], each.shape[1], each.device) for each in maps]
         pixels = [each.flatten(2).transpose(1, 2) for each in maps]
         found = [centre]
         for number, layer in enumerate(self.layers):
             level = number % LEVELS
-            attended = reference.few_query_attention(
+            attended = few_query_attention(
                 centre,
                 self.query_embed.weight,
                 pixels[level],

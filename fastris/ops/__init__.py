@@ -5,6 +5,7 @@ from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.coord_conv import coord_conv
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.feed_forward import feed_forward
+from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
 from fastris.ops.self_attention import self_attention
@@ -22,6 +23,7 @@ __all__ = [
     "coord_conv",
     "cross_attention",
     "feed_forward",
+    "few_query_attention",
     "pointwise_conv_cat",
     "self_attention",
     "text_to_pixel_contrastive_loss",

@@ -24,6 +24,7 @@ from operator_cases import (
     coord_problem,
     cross_attention_problem,
     feed_forward_problem,
+    few_query_problem,
     pointwise_problem,
     self_attention_problem,
     upsample_problem,
@@ -156,6 +157,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "coord_conv": lambda: of_contract(coord_problem(3, 3, padding=1)),
     "bidirectional_attention": lambda: of_contract(bidirectional_problem(30, 4, 3, (3, 2), project=2, eps=0.1)),
     "bidirectional_attention, maps": lambda: of_contract(bidirectional_problem(5, 8, 6, (3, 2), eps=0.1)),
+    "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
@@ -191,6 +193,10 @@ INSIDE = {
         bidirectional_attention._Silent.forward bidirectional_attention._Silent.backward""",
     "bidirectional_attention, maps": """
         absorbed_scores._ThroughMaps.forward absorbed_scores._ThroughMaps.backward absorbed_scores._scale""",
+    "few_query_attention": """
+        few_query_attention._absorb few_query_attention._project few_query_attention._product
+        few_query_attention._gradient_of_pixels
+        few_query_attention._PooledPixels.forward few_query_attention._PooledPixels.backward""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
 
@@ -199,6 +205,7 @@ HARMLESS = {
     "dropout_bits.dropped": "true or false",
     "upsample_conv._empty_like": "not yet written",
     "similarity.reference_similarity": "the published formula",
+    "few_query_attention._largest": "divided by before and multiplied with after; in low precision alone",
     "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
     "contrastive._checked_pos_weight": "as _counted_pixels",
     "absorbed_scores._largest": "of float16 alone: scales that are taken out again",
