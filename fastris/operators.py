@@ -54,6 +54,7 @@ OPERATORS: dict[str, Operator] = {
             "bidirectional_attention",
         ),
         Operator("few_query_attention", "few_query_attention", "few_query_attention", "", "few_query_attention"),
+        Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
     )
 }
 """Name -> operator, in the order in which reports list them."""

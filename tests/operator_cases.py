@@ -38,6 +38,7 @@ class Problem:
         thorough: goes through the whole contract, and not through values and gradients alone. Small, then.
         kernels: small enough for the Triton path under the interpreter.
         gradcheck: small enough for finite differences of every input.
+        coupled: samples are compared with one another, so that a value that is not finite reaches all of them.
         few: so few numbers that the largest of their errors in low precision is luck: held in wider dtypes alone.
         exact: the largest error in float64, as a fraction of the truth's scale.
     """
@@ -51,6 +52,7 @@ class Problem:
     thorough: bool = False
     kernels: bool = False
     gradcheck: bool = False
+    coupled: bool = False
     few: bool = False
     exact: float = 1e-12
 
@@ -273,6 +275,36 @@ def few_query_problem(
     return Problem("few_query_attention", label, make, call, ("query", "pixels"), data, **uses)
 
 
+def region_contrast_problem(
+    batch: int, channels: int, height: int, width: int, pointwise: int = 0, band: int = 0, **uses: bool
+) -> Problem:
+    """Of masks four times as large, two of the samples about one object, the last without any object.
+
+    ``pointwise`` is the width that a 1x1 convolution before makes; 0 is none.
+    """
+
+    def make() -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {"features": (batch, channels, height, width)}
+        shapes["centres"] = (batch, pointwise or channels)
+        if pointwise:
+            shapes |= {"pointwise_weight": (pointwise, channels, 1, 1), "pointwise_bias": (pointwise,)}
+        mask = torch.zeros(batch, 1, 4 * height, 4 * width, dtype=torch.bool)
+        for row in range(max(1, batch - 1)):
+            mask[row, :, : 2 * height + row, row : 3 * width] = True
+        ids = torch.arange(batch).clamp_min(1)
+        known = torch.ones(batch, 1, 4 * height, 4 * width)
+        known[:1, :, -4:] = 0
+        return drawn(shapes) | {"mask": mask, "known": known.bool(), "image_ids": ids // 2, "ref_ids": ids}
+
+    def call(impl: str) -> Callable:
+        return partial(ops.region_contrast, band=band, temperature=0.5, impl=impl)
+
+    label = f"B{batch}-C{channels}-{height}x{width}" + (f"-1x1.{pointwise}" if pointwise else "")
+    label += f"-band{band}" if band else ""
+    data = "mask", "known", "image_ids", "ref_ids"
+    return Problem("region_contrast", label, make, call, ("features", "centres", *data), data, coupled=True, **uses)
+
+
 def every_problem() -> Iterator[Problem]:
     small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
     # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
@@ -359,6 +391,13 @@ def every_problem() -> Iterator[Problem]:
     for sizes in ((1, 1, 1, 8, 4, 2), (2, 1, 37, 24, 16, 8), (3, 8, 50, 64, 20, 4), (2, 4, 11, 16, 6, 4)):
         yield few_query_problem(*sizes)  # the last has so many queries that nothing is absorbed
     yield few_query_problem(2, 1, 225, 96, 32, 8, fixed=True)
+
+    yield region_contrast_problem(4, 5, 6, 7, pointwise=6, thorough=True)
+    yield region_contrast_problem(3, 3, 4, 4, pointwise=2, **small)
+    yield region_contrast_problem(3, 8, 9, 11, band=1)
+    yield region_contrast_problem(1, 4, 5, 3)
+    yield region_contrast_problem(2, 3, 1, 1)
+    yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
 
 
 PROBLEMS = tuple(every_problem())

@@ -183,6 +183,23 @@ def _few_query_attention(own: Any, query: Tensor, **maps: Tensor) -> tuple[Tenso
     )
 
 
+def region_contrast(batch: int, channels: int, side: int, mask_side: int) -> Problem:
+    """AlignFormer's 1x1 convolution and the instance contrast of what it makes, rectangles as masks."""
+    inputs = {"features": torch.randn(batch, channels, side, side).relu(), "centres": torch.randn(batch, channels)}
+    mask = torch.zeros(batch, 1, mask_side, mask_side)
+    for row in range(batch):
+        mask[row, :, : mask_side // (row % 3 + 2), mask_side // 5 :] = 1
+    own = Own(_region_contrast, pointwise=nn.Conv2d(channels, channels, 1))
+    return Problem(own, inputs, {"mask": mask})
+
+
+def _region_contrast(own: Any, features: Tensor, centres: Tensor, mask: Tensor) -> Tensor:
+    from fastris.ops.region_contrast import region_contrast
+
+    convolution = {"pointwise_weight": own.pointwise.weight, "pointwise_bias": own.pointwise.bias}
+    return region_contrast(features, centres, mask, **convolution)
+
+
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
     from fastris.nn.clip import DenseResNet

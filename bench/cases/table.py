@@ -305,6 +305,15 @@ CASES: tuple[Case, ...] = (
         goals={"cpu/float32": 10.0},
     ),
     Case(
+        name="region_contrast",
+        op="region_contrast",
+        title="1x1 + instance contrast: 256 channels, 120x120, masks 480x480, B=2 (checked smaller)",
+        build=builders.region_contrast,
+        sizes={"batch": 2, "channels": 256, "side": 120, "mask_side": 480},
+        small={"channels": 16, "side": 12, "mask_side": 48},
+        check_small=True,
+    ),
+    Case(
         name="projector",
         op="projector",
         title="projector: 512 channels from 26x26, B=4",

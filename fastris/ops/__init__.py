@@ -8,6 +8,7 @@ from fastris.ops.feed_forward import feed_forward
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
+from fastris.ops.region_contrast import region_contrast
 from fastris.ops.self_attention import self_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.tiles import use_tiles
@@ -25,6 +26,7 @@ __all__ = [
     "feed_forward",
     "few_query_attention",
     "pointwise_conv_cat",
+    "region_contrast",
     "self_attention",
     "text_to_pixel_contrastive_loss",
     "text_to_pixel_similarity",

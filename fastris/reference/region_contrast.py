@@ -59,6 +59,8 @@ def region_contrast(
     ref_ids: Tensor | None = None,
     band: int = 0,
     temperature: float = 0.07,
+    pointwise_weight: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
 ) -> Tensor:
     """The loss, a scalar in float32 (float64 for float64): mean over objects of two cross-entropies, halved.
 
@@ -74,18 +76,24 @@ def region_contrast(
         image_ids, ref_ids: (B,) int64. Another row of the same reference (the same image, too, where both are given)
             is no negative; a background of the same image is none either, since it holds b's own object.
         band: as for :func:`regions`.
+        pointwise_weight, pointwise_bias: (D, C, 1, 1) and (D,), a 1x1 convolution before, of features (B, C, h, w).
 
     An object without a cell inside counts nowhere; if there is none at all, the loss is 0. A background without a cell
     is left out. Other objects of the same image stay: they are the hard negatives.
     """
-    if features.dtype != torch.float64:
-        features, centres = features.float(), centres.float()
-    height, width = features.shape[-2:]
-    cells = regions(mask, (height, width), known=known, band=band)
-    inside, outside = (weights.to(features.dtype) for weights in cells)
-    centre = F.normalize(centres, dim=-1, eps=1e-6)
-    logits = centre @ torch.cat([region_means(features, inside), region_means(features, outside)]).t() / temperature
-    return info_nce(logits, inside.flatten(1).any(1), outside.flatten(1).any(1), image_ids, ref_ids)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    features, centres = features.to(wide), centres.to(wide)
+    with torch.autocast(features.device.type, enabled=False):
+        if pointwise_weight is not None:
+            bias = None if pointwise_bias is None else pointwise_bias.to(wide)
+            features = F.conv2d(features, pointwise_weight.to(wide), bias)
+        height, width = features.shape[-2:]
+        cells = regions(mask, (height, width), known=known, band=band)
+        inside, outside = (weights.to(wide) for weights in cells)
+        centre = F.normalize(centres, dim=-1, eps=1e-6)
+        vectors = torch.cat([region_means(features, inside), region_means(features, outside)])
+        logits = centre @ vectors.t() / temperature
+        return info_nce(logits, inside.flatten(1).any(1), outside.flatten(1).any(1), image_ids, ref_ids)
 
 
 def info_nce(

@@ -26,6 +26,7 @@ from operator_cases import (
     feed_forward_problem,
     few_query_problem,
     pointwise_problem,
+    region_contrast_problem,
     self_attention_problem,
     upsample_problem,
 )
@@ -139,6 +140,16 @@ def statistics() -> Problem:
     return Problem(partial(upsample2x_conv3x3_stats, impl="torch"), published, inputs)
 
 
+def regions_against_shifted_centres() -> Problem:
+    """A centre is normalised, so that its length alone is seen by nothing: here the inputs are what is added to it."""
+    problem = of_contract(region_contrast_problem(4, 5, 6, 7, pointwise=6))
+
+    def shifted(call: Callable) -> Callable:
+        return lambda centres, **others: call(centres=centres + torch.arange(6), **others)
+
+    return Problem(shifted(problem.fast), shifted(problem.published), problem.inputs, problem.data)
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "cross_attention": lambda: of_contract(cross_attention_problem(CrossCase(2, 5, 3, 32, 2, real=(3, 2)))),
     "cross_attention, projected": lambda: of_contract(cross_attention_problem(CrossCase(2, 5, 3, 16, 8, real=(3, 2)))),
@@ -158,6 +169,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "bidirectional_attention": lambda: of_contract(bidirectional_problem(30, 4, 3, (3, 2), project=2, eps=0.1)),
     "bidirectional_attention, maps": lambda: of_contract(bidirectional_problem(5, 8, 6, (3, 2), eps=0.1)),
     "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
+    "region_contrast": regions_against_shifted_centres,
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
@@ -197,6 +209,9 @@ INSIDE = {
         few_query_attention._absorb few_query_attention._project few_query_attention._product
         few_query_attention._gradient_of_pixels
         few_query_attention._PooledPixels.forward few_query_attention._PooledPixels.backward""",
+    "region_contrast": """
+        region_contrast._unit_means region_contrast._RegionMeans.forward region_contrast._RegionMeans.backward
+        region_contrast._rows_times region_contrast._two_vectors""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
 

@@ -18,6 +18,7 @@ from fastris.models.alignformer.text import TextEncoder
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
 from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
 from fastris.nn.query_decoder import QueryDecoder
+from fastris.ops.region_contrast import region_contrast
 
 POS_WEIGHT = 1.1
 """Weight of the object's pixels in the loss."""
@@ -84,6 +85,11 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     :meth:`encode_image` returns the pixels. ``model(img, word, mask)`` answers as :class:`ReferringModel` says, with
     logits of the image's own size (B, 1, H, W); images may have any size, and are released for 480x480, squashed.
     Token ids are BERT's, 0 is padding; L may be up to ``word_len``. The released code has no instance contrast.
+    Token ids are BERT's, 0 is padding; L may be up to ``word_len``.
+
+    Attributes:
+        instance_contrast: weight of the instance contrast in the loss, see
+            :func:`fastris.ops.region_contrast`; 0, as released, leaves it out.
     """
 
     config_class = AlignFormerConfig
@@ -152,6 +158,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
             kernel = scored.kernels[:, -1]
             images, references = origin or (index, None)
             contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=images, ref_ids=references)
+            contrast = region_contrast(scored.features, kernel, mask, image_ids=index)
             loss = loss + self.instance_contrast * contrast
         return loss, logits[:, -1:]
 
