@@ -55,6 +55,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         Operator("few_query_attention", "few_query_attention", "few_query_attention", "", "few_query_attention"),
         Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
+        Operator("upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "", "upsampled_bce"),
     )
 }
 """Name -> operator, in the order in which reports list them."""

@@ -305,6 +305,22 @@ def region_contrast_problem(
     return Problem("region_contrast", label, make, call, ("features", "centres", *data), data, coupled=True, **uses)
 
 
+def upsampled_bce_problem(
+    batch: int, queries: int, low: tuple[int, int], full: tuple[int, int], pos_weight: float = 1.1, **uses: bool
+) -> Problem:
+    """Of logits of size ``low`` and soft masks of size ``full``."""
+
+    def make() -> dict[str, Tensor]:
+        target = PixelCase(batch, 1, 1, *full).target()
+        return {"logits": 3 * randn(batch, queries, *low), "target": target}
+
+    def call(impl: str) -> Callable:
+        return partial(ops.upsampled_bce_with_logits, pos_weight=pos_weight, impl=impl)
+
+    label = f"B{batch}-Q{queries}-{low[0]}x{low[1]}-{full[0]}x{full[1]}"
+    return Problem("upsampled_bce_with_logits", label, make, call, ("logits", "target"), ("target",), **uses)
+
+
 def every_problem() -> Iterator[Problem]:
     small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
     # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
@@ -398,6 +414,14 @@ def every_problem() -> Iterator[Problem]:
     yield region_contrast_problem(1, 4, 5, 3)
     yield region_contrast_problem(2, 3, 1, 1)
     yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
+
+    yield upsampled_bce_problem(3, 2, (3, 5), (12, 20), thorough=True)
+    yield upsampled_bce_problem(2, 1, (2, 3), (5, 4), **small)
+    yield upsampled_bce_problem(1, 1, (1, 1), (1, 1), pos_weight=1.0)
+    yield upsampled_bce_problem(2, 3, (1, 4), (7, 9))
+    yield upsampled_bce_problem(1, 7, (13, 11), (37, 29))
+    yield upsampled_bce_problem(2, 2, (9, 14), (4, 14))  # down, and as it is
+    yield upsampled_bce_problem(1, 7, (30, 60), (120, 240))  # several tiles
 
 
 PROBLEMS = tuple(every_problem())

@@ -269,6 +269,18 @@ def loss(batch: int, side: int, mask_side: int) -> Problem:
     return Problem(TextToPixelContrastiveLoss(), inputs, {"mask": mask})
 
 
+def upsampled_bce(batch: int, queries: int, side: int, mask_side: int) -> Problem:
+    """AlignFormer's loss on given logits: upsampled, against masks that all queries share."""
+    inputs = {"logits": torch.randn(batch, queries, side, side)}
+    return Problem(Own(_upsampled_bce), inputs, {"target": torch.rand(batch, 1, mask_side, mask_side)})
+
+
+def _upsampled_bce(own: Any, logits: Tensor, target: Tensor) -> Tensor:
+    from fastris.ops.upsampled_bce import upsampled_bce_with_logits
+
+    return upsampled_bce_with_logits(logits, target, pos_weight=1.1)
+
+
 def decoder(
     batch: int,
     height: int,

@@ -314,6 +314,14 @@ CASES: tuple[Case, ...] = (
         check_small=True,
     ),
     Case(
+        name="upsampled_bce",
+        op="upsampled_bce",
+        title="up4 + loss: 7 maps of 120x120, masks 480x480, B=2",
+        build=builders.upsampled_bce,
+        sizes={"batch": 2, "queries": 7, "side": 120, "mask_side": 480},
+        small={"queries": 3, "side": 9, "mask_side": 36},
+    ),
+    Case(
         name="projector",
         op="projector",
         title="projector: 512 channels from 26x26, B=4",

@@ -23,7 +23,12 @@ from fastris.reference.positions import (
     sine_positions_of_box,
 )
 from fastris.reference.region_contrast import region_contrast
-from fastris.reference.similarity import contrastive_loss, resize_target, text_to_pixel_similarity
+from fastris.reference.similarity import (
+    contrastive_loss,
+    resize_target,
+    text_to_pixel_similarity,
+    upsampled_bce_with_logits,
+)
 
 __all__ = [
     "AttentionWeights",
@@ -49,4 +54,5 @@ __all__ = [
     "sine_positions_of_box",
     "text_to_pixel_similarity",
     "upsample2x_conv3x3",
+    "upsampled_bce_with_logits",
 ]

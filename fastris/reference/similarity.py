@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,20 @@ def contrastive_loss(logits: Tensor, target: Tensor, *, reduction: str = "mean")
     ``target`` must have the logits' shape: see :func:`resize_target`.
     """
     return F.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
+
+
+def upsampled_bce_with_logits(logits: Tensor, target: Tensor, *, pos_weight: float = 1.0) -> Tensor:
+    """AlignFormer's loss: the sum, over Q maps, of the mean binary cross-entropy at the masks' size. A scalar.
+
+    ``logits`` (B, Q, h, w) are upsampled bilinearly (corners not aligned) to the masks ``target`` (B, 1, H, W), which
+    all maps share; ``pos_weight`` multiplies the loss on the object. In float32, or float64 for float64 logits.
+    Source: arXiv 2301.06429, released code.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    full = F.interpolate(logits.to(wide), tuple(target.shape[-2:]), mode="bilinear", align_corners=False)
+    weight = torch.full((), pos_weight, dtype=wide, device=logits.device)
+    mean = F.binary_cross_entropy_with_logits(full, target.to(wide).expand_as(full), pos_weight=weight)
+    return mean * logits.shape[1]
 
 
 def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:

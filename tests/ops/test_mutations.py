@@ -29,6 +29,7 @@ from operator_cases import (
     region_contrast_problem,
     self_attention_problem,
     upsample_problem,
+    upsampled_bce_problem,
 )
 from similarity_cases import Case, similarity
 from torch import Tensor
@@ -170,6 +171,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "bidirectional_attention, maps": lambda: of_contract(bidirectional_problem(5, 8, 6, (3, 2), eps=0.1)),
     "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
     "region_contrast": regions_against_shifted_centres,
+    "upsampled_bce_with_logits": lambda: of_contract(upsampled_bce_problem(2, 3, (4, 5), (9, 14))),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
@@ -212,6 +214,9 @@ INSIDE = {
     "region_contrast": """
         region_contrast._unit_means region_contrast._RegionMeans.forward region_contrast._RegionMeans.backward
         region_contrast._rows_times region_contrast._two_vectors""",
+    "upsampled_bce_with_logits": """
+        upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
+        upsampled_bce._group_loss""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
 
