@@ -19,6 +19,8 @@ from fastris.models.arguments import check_images, check_index, check_mask, chec
 from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
 from fastris.nn.query_decoder import QueryDecoder
 from fastris.ops.region_contrast import region_contrast
+from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 
 POS_WEIGHT = 1.1
 """Weight of the object's pixels in the loss."""
@@ -30,7 +32,8 @@ class Scored(NamedTuple):
     """What a batch's phrases came to.
 
     Attributes:
-        features: the map (E, D, H/4, W/4) that is scored.
+        features: the map (E, D, H/4, W/4) whose 1x1 convolution ``pix_dec.mask_features`` is scored; that is linear
+            and folded into the kernels, so the mask features themselves are never computed.
         kernels: (E, J, D), of the J embeddings from the first to the last; ``bias`` (E, J).
         logits: (E, J, H/4, W/4).
     """
@@ -70,12 +73,15 @@ class Classifier(nn.Module):
 
     def forward(self, maps: tuple[Tensor, ...], words: Words, all_outputs: bool) -> Scored:
         """Score every pixel by the centres: all of them, or the last only."""
-        levels, features = self.pix_dec(maps, words)
+        levels, pixels = self.pix_dec(maps, words)
         centres = self.dynamic_conv_gen_body(self.sentence(words), levels)
         made = self.dynamic_conv_gen_head(torch.cat(centres if all_outputs else centres[-1:], dim=1))
         kernels, bias = made[..., :-1], made[..., -1]
-        logits = reference.text_to_pixel_similarity(features.to(kernels.dtype), kernels[..., None, None], bias)
-        return Scored(features, kernels, bias, logits)
+        conv = self.pix_dec.mask_features
+        logits = text_to_pixel_similarity(
+            pixels, kernels[..., None, None], bias, pointwise_weight=conv.weight, pointwise_bias=conv.bias
+        )
+        return Scored(pixels, kernels, bias, logits)
 
 
 class AlignFormer(ReferringModel, tags=["alignformer"]):
@@ -150,17 +156,24 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
                 f"more to train; give images with a side of more than {SMALLEST_TRAINED} pixels"
             )
         scored = self.score(features, tokens, index)
-        logits = _resized(scored.logits, size)
-        target = reference.resize_target(mask, size).to(logits.dtype).expand_as(logits)
-        weight = torch.full((), POS_WEIGHT, dtype=logits.dtype, device=logits.device)
-        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight) * logits.shape[1]
+        target = reference.resize_target(mask, size)
+        loss = upsampled_bce_with_logits(scored.logits, target, pos_weight=POS_WEIGHT)
         if self.instance_contrast:
-            kernel = scored.kernels[:, -1]
             images, references = origin or (index, None)
             contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=images, ref_ids=references)
             contrast = region_contrast(scored.features, kernel, mask, image_ids=index)
+            conv = self.classifier.pix_dec.mask_features
+            contrast = region_contrast(
+                scored.features,
+                scored.kernels[:, -1],
+                mask,
+                image_ids=images,
+                ref_ids=references,
+                pointwise_weight=conv.weight,
+                pointwise_bias=conv.bias,
+            )
             loss = loss + self.instance_contrast * contrast
-        return loss, logits[:, -1:]
+        return loss, _resized(scored.logits[:, -1:], size)
 
     def score(self, features: Pixels, tokens: Tensor, index: Tensor | None = None, all_outputs: bool = True) -> Scored:
         """What all (or only the last) of the embeddings make of the images; arguments as for :meth:`segment`."""

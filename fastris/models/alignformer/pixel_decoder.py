@@ -26,10 +26,13 @@ class Words(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Three maps (B, D, h, w) from low to high resolution, and the mask features (B, D, H/4, W/4)."""
+    """Three maps (B, D, h, w) from low to high resolution, and the map (B, D, H/4, W/4) before ``mask_features``.
+
+    Whoever scores that map folds the convolution into the kernels.
+    """
 
     levels: tuple[Tensor, ...]
-    mask_features: Tensor
+    pixels: Tensor
 
 
 class DeformableAttention(nn.Module):
@@ -179,7 +182,7 @@ class PixelDecoder(nn.Module):
         levels = self.decode_levels(maps[1:], words)
         lateral = self.adapter_1(maps[0])
         up = F.interpolate(levels[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return Decoded(levels, self.mask_features(self.layer_1(lateral + up)))
+        return Decoded(levels, self.layer_1(lateral + up))
 
     def decode_levels(self, maps: Sequence[Tensor], words: Words) -> tuple[Tensor, ...]:
         """The three maps, given from high to low resolution, after the transformer: from low to high."""
