@@ -91,11 +91,6 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     :meth:`encode_image` returns the pixels. ``model(img, word, mask)`` answers as :class:`ReferringModel` says, with
     logits of the image's own size (B, 1, H, W); images may have any size, and are released for 480x480, squashed.
     Token ids are BERT's, 0 is padding; L may be up to ``word_len``. The released code has no instance contrast.
-    Token ids are BERT's, 0 is padding; L may be up to ``word_len``.
-
-    Attributes:
-        instance_contrast: weight of the instance contrast in the loss, see
-            :func:`fastris.ops.region_contrast`; 0, as released, leaves it out.
     """
 
     config_class = AlignFormerConfig
@@ -159,10 +154,8 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
         target = reference.resize_target(mask, size)
         loss = upsampled_bce_with_logits(scored.logits, target, pos_weight=POS_WEIGHT)
         if self.instance_contrast:
-            images, references = origin or (index, None)
-            contrast = reference.region_contrast(scored.features, kernel, mask, image_ids=images, ref_ids=references)
-            contrast = region_contrast(scored.features, kernel, mask, image_ids=index)
             conv = self.classifier.pix_dec.mask_features
+            images, references = origin or (index, None)
             contrast = region_contrast(
                 scored.features,
                 scored.kernels[:, -1],
