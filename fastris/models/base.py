@@ -78,6 +78,7 @@ class ReferringModel(
         config_class: the class of its configuration, derived from :class:`fastris.models.config.ModelConfig`.
         shares_image: whether one encoding of an image serves every phrase. If False, :meth:`encode_image` returns the
             pixels unchanged and :meth:`segment` encodes them once per expression; the calls are the same either way.
+            Where it depends on the configuration, an instance has its own.
         contrasts_instances: whether its loss can contain the instance contrast.
         instance_contrast: weight of the instance contrast in the loss, see
             :func:`fastris.reference.region_contrast`; 0 leaves it out.
@@ -85,7 +86,7 @@ class ReferringModel(
     """
 
     config_class: ClassVar[type[ModelConfig]]
-    shares_image: ClassVar[bool] = True
+    shares_image: bool = True
     contrasts_instances: ClassVar[bool] = False
     instance_contrast: float = 0.0
     starts_from: ClassVar[str] = ""

@@ -40,6 +40,7 @@ class ModelConfig:
         presets: name -> fields that differ from the defaults.
         inputs: how pixels are normalised and sentences tokenised.
         parts: the first components of its state-dict names, which identify a file without a configuration.
+        added_parts: parts that a switch adds. Weights may lack one as a whole: it then keeps its initial values.
         not_in_shapes: fields that cannot be derived from the weights' shapes.
         published_yaml: an example of a published YAML file, for messages.
         published_besides: keys of the published YAML files that do not shape the model: training, data and machines.
@@ -55,6 +56,7 @@ class ModelConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     inputs: ClassVar[Inputs] = CLIP_INPUTS
     parts: ClassVar[tuple[str, ...]] = ()
+    added_parts: ClassVar[tuple[str, ...]] = ()
     not_in_shapes: ClassVar[tuple[str, ...]] = ()
     published_yaml: ClassVar[str] = ""
     published_besides: ClassVar[frozenset[str]] = frozenset()

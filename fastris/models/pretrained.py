@@ -7,6 +7,7 @@ Loading executes no code from the file and checks every tensor's name and shape 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,10 @@ def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any
     with torch.device("meta"):
         model = kind(config)
     own = model.state_dict()
-    report = compare(weights.tensors, own, weights.source)
+    report = compare(weights.tensors, own, weights.source, added=kind.config_class.added_parts)
     if strict and not report.fits:
         raise WeightsError(misfit_message(report, kind.encoder_of(weights.tensors), kind.encoder_of(own)), report)
-    if report.fits and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
+    if report.fits and not report.missing and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
         model = model.to_empty(device="cpu")  # the weights hold every value, so none needs initialising
     else:
         model = kind(config)
@@ -116,7 +117,8 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
     """Copy weights into a model: a whole model's, or another model's for the part that starts from it (CLIP's).
 
     A module that is no ``ReferringModel``, such as the published CRIS, is treated as CRIS. Returns what was
-    loaded. Raises ValueError for weights of neither kind and, if ``strict``, WeightsError for a misfit.
+    loaded. Raises ValueError for weights of neither kind and, if ``strict``, WeightsError for a misfit; parts that a
+    switch adds may be missing as a whole, with a warning.
     """
     kind = kind_of(model)
     taken = Adopted(weights.tensors, "") if kind.recognises(weights.tensors) else kind.adopt(weights.tensors)
@@ -128,10 +130,13 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
             f"names begin with {', '.join(beginnings)}"
         )
     own = normalise_names(model.state_dict(), "model")
-    report = compare(taken.state, own, weights.source, taken.part, taken.optional)
+    added = kind.config_class.added_parts
+    report = compare(taken.state, own, weights.source, taken.part, taken.optional, added)
     if strict and not report.fits:
         raise WeightsError(misfit_message(report, kind.encoder_of(taken.state), kind.encoder_of(own)), report)
     copy_fitting(taken.state, own, weights.source)
+    if report.notice:
+        warnings.warn(report.notice, stacklevel=3)
     return report
 
 

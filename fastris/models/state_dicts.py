@@ -5,7 +5,7 @@ Nothing here opens a file; :mod:`fastris.models.pretrained` and :mod:`fastris.we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ class LoadReport:
 
     ``missing``: in the model but not in the weights. ``unexpected``: in the weights but not in the model. ``reshaped``:
     in both, with different shapes. ``kept``: allowed to be missing from CLIP's weights (``connect`` and BatchNorm's
-    step counters), so the model keeps its own values. ``loaded``: the number of tensors that match.
+    step counters), so the model keeps its own values. ``new_parts``: parts of the model, added by a switch, that the
+    weights lack as a whole; their names are among the missing. ``loaded``: the number of tensors that match.
     """
 
     missing: tuple[str, ...] = ()
@@ -41,11 +42,28 @@ class LoadReport:
     kept: tuple[str, ...] = ()
     loaded: int = 0
     source: str = "weights"
+    new_parts: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether all names and shapes match, apart from those in ``kept``."""
-        return not (self.missing or self.unexpected or self.reshaped)
+        """Whether all names and shapes match, apart from those in ``kept`` and in ``new_parts``."""
+        return not (self._lost or self.unexpected or self.reshaped)
+
+    @property
+    def _lost(self) -> tuple[str, ...]:
+        """What is missing in parts that the weights have."""
+        return tuple(name for name in self.missing if _part(name) not in self.new_parts)
+
+    @property
+    def notice(self) -> str:
+        """One line that tells of ``new_parts``; empty where there are none."""
+        if not self.new_parts:
+            return ""
+        count = len(self.missing) - len(self._lost)
+        return (
+            f"{self.source} has no weights of {' and '.join(self.new_parts)} ({count} tensors): new in this model, "
+            "they keep their initial values"
+        )
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {self.loaded} tensors loaded"]
@@ -66,6 +84,10 @@ class WeightsError(ValueError):
     def __init__(self, message: str, report: LoadReport):
         super().__init__(message)
         self.report = report
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def normalise_names(state: Mapping[str, Any], source: str = "weights") -> dict[str, Tensor]:
@@ -151,11 +173,13 @@ def compare(
     source: str,
     part: str = "",
     optional: Callable[[str], bool] = _never,
+    added: Sequence[str] = (),
 ) -> LoadReport:
     """Match weights with a model's state dict by name and shape.
 
     ``part``: only names with this prefix are compared. ``optional``: tells whether a name may be missing; if so, it is
-    reported as ``kept``.
+    reported as ``kept``. ``added``: parts that the weights may lack as a whole; those that they lack are reported as
+    ``new_parts``.
     """
     wanted = {name: t for name, t in model.items() if name.startswith(part)}
     absent = [name for name in wanted if name not in state]
@@ -164,6 +188,7 @@ def compare(
     reshaped = [
         Reshaped(n, tuple(state[n].shape), tuple(wanted[n].shape)) for n in shared if state[n].shape != wanted[n].shape
     ]
+    lacking = {_part(name) for name in wanted} - {_part(name) for name in state}
     return LoadReport(
         missing=tuple(name for name in absent if name not in set(kept)),
         unexpected=tuple(name for name in state if name not in wanted),
@@ -171,6 +196,7 @@ def compare(
         kept=tuple(kept),
         loaded=len(shared) - len(reshaped),
         source=source,
+        new_parts=tuple(name for name in added if name in lacking),
     )
 
 

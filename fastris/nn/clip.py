@@ -8,6 +8,7 @@ Source: CRIS section 3.1; published file ``model/clip.py``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +79,34 @@ class DenseResNet(ModifiedResNet):
         self.init_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        setting, whole = self.recompute, self.recompute == "stages"
-        x = recomputed([self.bn1, self.bn2, self.bn3], setting, self.stem, x, whole=whole)
-        c2 = recomputed([self.layer1], setting, self.layer1, x, whole=whole)
-        c3 = recomputed([self.layer2], setting, self.layer2, c2, whole=whole)
-        c4 = recomputed([self.layer3], setting, self.layer3, c3)
-        return c3, c4, recomputed([self.layer4, self.attnpool], setting, self._last_stage, c4)
+        c2 = self.stage(1, self.stem_map(x))
+        c3 = self.stage(2, c2)
+        c4 = self.stage(3, c3)
+        return c3, c4, self.stage(4, c4)
 
-    def _last_stage(self, c4: Tensor) -> Tensor:
-        return self.attnpool(self.layer4(c4))
+    def stem_map(self, x: Tensor) -> Tensor:
+        """The stem's map (B, w, H/4, W/4) of images (B, 3, H, W), which stage 1 takes."""
+        norms = [self.bn1, self.bn2, self.bn3]
+        return recomputed(norms, self.recompute, self.stem, x, whole=self.recompute == "stages")
+
+    def stage(self, number: int, x: Tensor, exchange: nn.Module | None = None, *text: Tensor) -> Any:
+        """Stage ``number``, 1 to 4, of the map before it; the attention pool belongs to stage 4.
+
+        With an ``exchange`` between pixels and words behind the stage's blocks, as part of it: the map and the words
+        that ``exchange(map, *text)`` returns.
+        """
+        blocks: Any = self.get_submodule(f"layer{number}")
+        pools = number == 4
+
+        def run(x: Tensor, *text: Tensor) -> Any:
+            x = blocks(x)
+            if exchange is None:
+                return self.attnpool(x) if pools else x
+            x, words = exchange(x, *text)
+            return (self.attnpool(x) if pools else x), words
+
+        modules = [blocks, *([self.attnpool] if pools else []), *([] if exchange is None else [exchange])]
+        return recomputed(modules, self.recompute, run, x, *text, whole=self.recompute == "stages" and number <= 2)
 
 
 class CLIPBackbone(nn.Module):
@@ -148,5 +168,9 @@ class CLIPBackbone(nn.Module):
         x = self.token_embedding(text) + self.positional_embedding[:length]
         causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         words = self.ln_final(recomputed([self.transformer], self.recompute, self.transformer, x, causal, whole=True))
+        return words, self.sentence(words, text)
+
+    def sentence(self, words: Tensor, text: Tensor) -> Tensor:
+        """The ``state`` (B, E) of sentences with the words (B, L, D) and token ids (B, L)."""
         end = words[torch.arange(len(words), device=words.device), text.argmax(dim=-1)]
-        return words, end @ self.text_projection
+        return end @ self.text_projection

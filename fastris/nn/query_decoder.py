@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class QueryDecoder(nn.Module):
     """Layers without self-attention and without masks; layer i reads map i mod 3, from low to high resolution."""
 
     layers: Any
+    table: Callable[..., Tensor] = staticmethod(box_positions)
+    """The pixels' fixed positions: (height, width, pixel width, device) -> (height * width, pixel width)."""
 
     def __init__(self, width: int, pixel_width: int, layers: int, hidden: int):
         super().__init__()
@@ -32,7 +34,7 @@ class QueryDecoder(nn.Module):
 
     def forward(self, centre: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings (B, 1, T) before the first and after each layer, of ``centre`` (B, 1, T) and three maps."""
-        positions = [box_positions(each.shape[2], each.shape[3], each.shape[1], each.device) for each in maps]
+        positions = [self.table(each.shape[2], each.shape[3], each.shape[1], each.device) for each in maps]
         pixels = [each.flatten(2).transpose(1, 2) for each in maps]
         found = [centre]
         for number, layer in enumerate(self.layers):

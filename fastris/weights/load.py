@@ -61,7 +61,8 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
             :data:`fastris.models.pretrained.ACCEPTED`.
         strict: raise :class:`WeightsError`, before anything is copied, when a name is missing or unexpected or a shape
             differs; ``False`` copies what fits. From CLIP's weights only CRIS's own ``connect`` layers (and BatchNorm's
-            step counters) may be missing.
+            step counters) may be missing; from CRIS's, what a switch adds to the model (``vlba``, ``centre``), each as
+            a whole: a warning says so, and the report's ``missing`` has exactly its names.
 
     Returns the report of what was copied and what was not.
     """

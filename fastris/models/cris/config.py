@@ -72,6 +72,12 @@ _CLIP_LIMITS = {
 _MAX_BLOCKS = 128  # of one stage of the ResNet; RN50x64 has 36
 _MAX_WIDTH = 16384  # of the neck's maps
 
+VLBA = ("off", "neck", "trunk")
+"""Where pixels and words exchange; see :mod:`fastris.models.cris.vlba`."""
+HEADS = 8
+"""Heads of the centre embedding's attention, as published."""
+_SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0}
+
 
 @dataclass
 class CLIPConfig:
@@ -122,6 +128,11 @@ class CRISConfig(ModelConfig):
     ``word_len`` is the number of tokens that a sentence is cut to, ``input_size`` the side in pixels of the letterboxed
     square that the model was trained on; the model itself takes any H and W divisible by 32 and any L up to
     ``clip.context_length``. Raises ValueError, naming the fields, when the dimensions do not fit together.
+
+    Two switches add parts of AlignFormer, which start so that the model computes what CRIS computes: ``vlba`` is the
+    place of attention between pixels and words in both directions, "neck" or "trunk" (:mod:`fastris.models.cris.vlba`),
+    ``centre_layers`` the depth of a centre embedding, 3 or 6 (:mod:`fastris.models.cris.centre`). "off" and 0 leave
+    them out.
     """
 
     system: ClassVar[str] = "cris"
@@ -129,6 +140,7 @@ class CRISConfig(ModelConfig):
     published: ClassVar[str] = "CVPR 2022, arXiv 2111.15174"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = CRIS_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
+    added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre")
     not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
     published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
     # fmt: off
@@ -161,6 +173,8 @@ class CRISConfig(ModelConfig):
     dropout: float = 0.1
     intermediate: bool = False
     input_size: int = 416
+    vlba: str = "off"
+    centre_layers: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
@@ -171,7 +185,33 @@ class CRISConfig(ModelConfig):
         self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, _MAX_WIDTH)
         check_fields(self, {**self.limits, **SIZES})
         self._validate()
+        self._validate_switches()
         check_parameters(self.parameter_counts())
+
+    def _validate_switches(self) -> None:
+        if self.vlba is False:  # what YAML makes of a bare off
+            self.vlba = "off"
+        if self.vlba not in VLBA:
+            raise ValueError(f"vlba must be one of {', '.join(VLBA)}, got {shown(self.vlba)}")
+        layers = self.centre_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= _MAX_BLOCKS:
+            raise ValueError(f"centre_layers must be a whole number from 0 (off) to {_MAX_BLOCKS}, got {shown(layers)}")
+        if layers and self.vis_dim % HEADS:
+            raise ValueError(
+                f"vis_dim ({self.vis_dim}) must be divisible by {HEADS}, the heads of the centre embedding; change it, "
+                "or give centre_layers=0"
+            )
+
+    @property
+    def vlba_widths(self) -> tuple[int, ...]:
+        """Widths of the maps that exchange with the words, in the order in which they do."""
+        stages = tuple(self.clip.vision_width * 4 * 2**stage for stage in range(4))
+        return {"off": (), "neck": self.fpn_out, "trunk": stages}[self.vlba]
+
+    @property
+    def text_outputs(self) -> int:
+        """Length of the projected sentence: the text kernel, 3x3, and its bias."""
+        return self.vis_dim // 2 * 9 + 1
 
     def _validate(self) -> None:
         clip = self.clip
@@ -197,17 +237,22 @@ class CRISConfig(ModelConfig):
             raise ValueError(f"intermediate must be true or false, got {shown(self.intermediate)}")
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the text encoder, the image encoder, the decoder and the neck."""
+        """Of the text encoder, the image encoder, the decoder and the neck, and of what the switches add."""
         clip, width = self.clip, self.clip.transformer_width
         pooled = 32 * clip.vision_width
         text = 12 * clip.transformer_layers * width + clip.vocab_size + clip.context_length + clip.embed_dim
         stages = (17 * blocks * (clip.vision_width * 2**stage) ** 2 for stage, blocks in enumerate(clip.vision_layers))
+        words = self.vis_dim
+        exchanged = sum(8 * size**2 + 7 * words**2 + 3 * size * words for size in self.vlba_widths)
+        centre = self.centre_layers * 2 * words * (2 * words + self.dim_ffn) + words * (3 * words + self.text_outputs)
         pool = pooled * (3 * pooled + 2 * clip.embed_dim + (clip.image_resolution // 32) ** 2)
         return {
             "clip.transformer_width, clip.transformer_layers, clip.vocab_size": width * text,
             "clip.vision_width, clip.vision_layers": sum(stages) + pool,
             "num_layers, vis_dim, dim_ffn": self.num_layers * 2 * self.vis_dim * (4 * self.vis_dim + self.dim_ffn),
             "fpn_out": sum(9 * a * b for a in self.fpn_out for b in self.fpn_out),
+            "vlba": exchanged,
+            "centre_layers, vis_dim, dim_ffn": centre if self.centre_layers else 0,
         }
 
     @classmethod
@@ -223,7 +268,7 @@ class CRISConfig(ModelConfig):
         if "clip" not in flat and flat.get("clip_pretrain"):
             flat["clip"] = dataclasses.asdict(CLIPConfig.preset(_clip_name(str(flat["clip_pretrain"]))))
         flat.pop("clip_pretrain", None)
-        missing = sorted(names - set(flat) - {"input_size", "intermediate"})
+        missing = sorted(names - set(flat) - {"input_size", "intermediate"} - _SWITCHES.keys())
         if missing:
             hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
@@ -231,14 +276,19 @@ class CRISConfig(ModelConfig):
         return cls(**{key: value for key, value in flat.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain nested dict that :meth:`from_dict` accepts. It has no ``system`` key, like all CRIS files so far."""
-        return dataclasses.asdict(self)
+        """A plain nested dict that :meth:`from_dict` accepts. It has no ``system`` key, like all CRIS files so far.
+
+        Nor has it a switch that is off: a plain CRIS's files are what they were before there were any.
+        """
+        found = dataclasses.asdict(self)
+        return {name: value for name, value in found.items() if name not in _SWITCHES or value != _SWITCHES[name]}
 
     def in_words(self) -> str:
         """The model and its encoder, such as ``CRIS, CLIP RN50``."""
         layers = "-".join(map(str, self.clip.vision_layers))
         encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
-        return f"{self.title}, CLIP {encoder}"
+        switches = "".join(f", {name}={getattr(self, name)}" for name in _SWITCHES if name in self.to_dict())
+        return f"{self.title}, CLIP {encoder}{switches}"
 
     def without_weights(self) -> str:
         """Recommends CLIP's weights where the encoders have the size of a published CLIP model."""

@@ -123,6 +123,8 @@ def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
         "num_layers": _count(state, r"decoder\.layers\.(\d{1,9})\."),
         "dim_ffn": size("decoder.layers.0.ffn.0.weight", 0),
         "word_len": min(17, clip.context_length),
+        "vlba": {0: "off", 4: "trunk"}.get(_count(state, r"vlba\.(\d{1,9})\."), "neck"),
+        "centre_layers": _count(state, r"centre\.layers\.(\d{1,9})\."),
     }
     return CRISConfig(clip=clip, **{**dims, **known})
 

@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris import reference
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
-from fastris.models.base import HEAD, Origin, ReferringModel
+from fastris.models.base import HEAD, Origin, Pixels, ReferringModel
 from fastris.models.cris import keys
+from fastris.models.cris.centre import Centre
 from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.neck import FPN
-from fastris.models.cris.projector import Projector
+from fastris.models.cris.projector import Projector, block_maps
+from fastris.models.cris.vlba import encode_with_words, exchanges
 from fastris.models.state_dicts import Adopted
 from fastris.nn.clip import CLIPBackbone
 from fastris.nn.recompute import check_setting, recomputed
+from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.similarity import text_to_pixel_similarity
 
 
 class ImageFeatures(NamedTuple):
@@ -35,6 +41,21 @@ class ImageFeatures(NamedTuple):
         return self if index is None else ImageFeatures(*(level[index] for level in self))
 
 
+class Decoded(NamedTuple):
+    """What neck and decoder made of E expressions.
+
+    Attributes:
+        pixels: the map (E, D, h, w).
+        words: (E, L, D), as the decoder saw them; ``valid`` (E, L) is False at padding.
+        state: the sentences (E, S).
+    """
+
+    pixels: Tensor
+    words: Tensor
+    valid: Tensor
+    state: Tensor
+
+
 class CRIS(ReferringModel, tags=["cris"]):
     """CRIS with the published state-dict keys, shapes and values.
 
@@ -46,11 +67,15 @@ class CRIS(ReferringModel, tags=["cris"]):
         features = model.encode_image(images)               # (B, 3, H, W)
         logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
 
+    With ``vlba="trunk"`` the image encoder hears the words, so that an image is encoded anew for each phrase: then
+    :meth:`encode_image` returns the pixels, and the calls are the same.
+
     ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors, with checksums, and config.json), and
     ``from_pretrained`` reads what they write.
     """
 
     config_class = CRISConfig
+    contrasts_instances = True
     starts_from: ClassVar[str] = "CLIP's (visual, transformer, ...)"
     recompute = "none"
 
@@ -76,6 +101,12 @@ class CRIS(ReferringModel, tags=["cris"]):
             config.num_layers, config.vis_dim, config.num_head, config.dim_ffn, config.dropout, config.intermediate
         )
         self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
+        # Last, so that the other parts start from the same random numbers as without them.
+        self.shares_image = config.vlba != "trunk"
+        self.vlba = exchanges(config)
+        self.centre = None
+        if config.centre_layers:
+            self.centre = Centre(config.vis_dim, config.centre_layers, config.dim_ffn, config.text_outputs)
 
     def set_recompute(self, setting: str) -> CRIS:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
@@ -88,26 +119,33 @@ class CRIS(ReferringModel, tags=["cris"]):
             part.recompute = check_setting(setting)
         return self
 
-    def encode_image(self, images: Tensor) -> ImageFeatures:
+    def encode_image(self, images: Tensor) -> ImageFeatures | Pixels:
         """Encode images (B, 3, H, W), normalised as CLIP's, with the image encoder and the neck's image part.
 
-        Raises ValueError unless H and W are multiples of 32 pixels, TypeError for a dtype that does not fit.
+        With ``vlba="trunk"`` the images as they are, after the same checks. Raises ValueError unless H and W are
+        multiples of 32 pixels, TypeError for a dtype that does not fit.
         """
         _check_images(images, next(self.backbone.visual.parameters()).dtype)
-        maps = self.backbone.encode_image(images)
-        return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
+        if not self.shares_image:
+            return Pixels(images)
+        return self._projected(self.backbone.encode_image(images))
 
-    def segment(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+    def segment(self, features: ImageFeatures | Pixels, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Logits (E, 1, H/4, W/4) of the expressions ``tokens`` (E, L) about encoded images.
 
         ``index`` (E,) int64 says which image each expression belongs to; without it the expressions and images
         correspond one to one. Token ids are CLIP's: 0 is padding, the largest id ends the sentence.
         """
-        return self.proj(*self._decode(features, tokens, index))
+        decoded = self._decode(features, tokens, index)
+        if self.centre is None:
+            return self.proj(decoded.pixels, decoded.state)
+        scored, kernels, bias = self._kernels(decoded, all_outputs=False)
+        last: Any = self.proj.vis[4]
+        return text_to_pixel_similarity(scored, kernels, bias, pointwise_weight=last.weight, pointwise_bias=last.bias)
 
     def loss(
         self,
-        features: ImageFeatures,
+        features: ImageFeatures | Pixels,
         tokens: Tensor,
         mask: Tensor,
         index: Tensor | None = None,
@@ -117,29 +155,80 @@ class CRIS(ReferringModel, tags=["cris"]):
 
         Arguments as for :meth:`segment`, plus the expressions' masks (E, 1, H, W) in [0, 1]. The loss is the mean over
         all pixels and expressions; both results can be differentiated.
-        """
-        _check_features(features)
-        check_mask(mask, len(features.f3), len(tokens))
-        return self.proj(*self._decode(features, tokens, index), mask)
 
-    def _decode(self, features: ImageFeatures, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Encode the text and run neck and decoder: the pixel map (E, D, h, w) and the sentences' states (E, S)."""
-        _check_features(features)
+        With a centre embedding it is the mean over all its outputs, too, and the logits are the last one's.
+        ``instance_contrast`` times the contrast of the last text kernel is added; that kernel's centre is the sum of
+        its taps, which is what scores a patch of equal pixels.
+        """
+        self._check_features(features)
+        check_mask(mask, len(features[0]), len(tokens))
+        decoded = self._decode(features, tokens, index)
+        if self.centre is None and not self.instance_contrast:
+            return self.proj(decoded.pixels, decoded.state, mask)
+        scored, kernels, bias = self._kernels(decoded, all_outputs=True)
+        last: Any = self.proj.vis[4]
+        target = reference.resize_target(mask, scored.shape[-2:]).expand(-1, kernels.shape[1], -1, -1)
+        loss, logits = text_to_pixel_contrastive_loss(
+            scored, kernels, target, bias, pointwise_weight=last.weight, pointwise_bias=last.bias
+        )
+        if self.instance_contrast:
+            images, references = origin or (index, None)
+            centres = kernels[:, -1].sum((-2, -1))
+            contrast = reference.region_contrast(last(scored), centres, mask, image_ids=images, ref_ids=references)
+            loss = loss + self.instance_contrast * contrast
+        return loss, logits[:, -1:]
+
+    def _kernels(self, decoded: Decoded, all_outputs: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The projector's map before its 1x1 convolution (E, C, H/4, W/4), and the text kernels (E, Q, C, k, k) and
+        biases (E, Q) that score it: Q is 1, or with a centre embedding and ``all_outputs`` all of its outputs.
+        """
+        proj: Any = self.proj
+        half, features = block_maps(proj.vis, decoded.pixels)
+        made = proj.txt(decoded.state)[:, None]
+        if self.centre is not None:
+            maps = (F.avg_pool2d(decoded.pixels, 2), decoded.pixels, half)
+            made = made + self.centre.corrections(decoded.words, decoded.valid, maps, all_outputs)
+        return features, made[..., :-1].unflatten(2, (proj.in_dim, proj.kernel_size, proj.kernel_size)), made[..., -1]
+
+    def _decode(self, features: ImageFeatures | Pixels, tokens: Tensor, index: Tensor | None) -> Decoded:
+        """Encode the text and run neck and decoder, and where pixels and words exchange, that."""
+        self._check_features(features)
         _check_tokens(tokens, self.config)
-        check_index(index, len(features.f3), len(tokens))
+        check_index(index, len(features[0]), len(tokens))
         tokens = without_shared_padding(tokens)
         words, state = self.backbone.encode_text(tokens)
-        fused = recomputed([self.neck], self.recompute, self._fuse, state, *features.select(index))
+        features = features.select(index)
+        if self.vlba is None:
+            fused = recomputed([self.neck], self.recompute, self._fuse, state, *features)
+        elif isinstance(features, Pixels):
+            maps, words = encode_with_words(self.backbone.visual, self.vlba, features.images, words, tokens != 0)
+            state = self.backbone.sentence(words, tokens)
+            fused = recomputed([self.neck], self.recompute, self._fuse, state, *self._projected(maps))
+        else:
+            parts = [self.neck, self.vlba]
+            fused, words, state = recomputed(parts, self.recompute, self._exchange_and_fuse, words, tokens, *features)
         decoded = self.decoder(fused, words, tokens == 0)
         if isinstance(decoded, list):
             decoded = decoded[-1]
-        return decoded.reshape(fused.shape), state
+        return Decoded(decoded.reshape(fused.shape), words, tokens != 0, state)
+
+    def _projected(self, maps: tuple[Tensor, ...]) -> ImageFeatures:
+        return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
 
     def _project(self, *maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.neck.project(maps)
 
     def _fuse(self, state: Tensor, *projected: Tensor) -> Tensor:
         return self.neck.fuse(projected, state)
+
+    def _exchange_and_fuse(self, words: Tensor, tokens: Tensor, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The neck's map, the words and the sentences' states after the exchanges on the projected maps."""
+        maps = []
+        for exchange, each in zip(self.vlba, projected, strict=True):
+            each, words = exchange(each, words, tokens != 0)
+            maps.append(each)
+        state = self.backbone.sentence(words, tokens)
+        return self.neck.fuse(maps, state), words, state
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Run CLIP's text encoder on token ids (E, L): the words (E, L, C) and the sentences' states (E, S)."""
@@ -163,6 +252,16 @@ class CRIS(ReferringModel, tags=["cris"]):
                 "model.eval() to segment"
             )
 
+    def _check_features(self, features: Any) -> None:
+        if isinstance(features, ImageFeatures if self.shares_image else Pixels):
+            return
+        if isinstance(features, ImageFeatures):
+            raise TypeError(
+                "features are of images that were encoded once for all phrases, and with vlba='trunk' the image "
+                "encoder hears each phrase; give what this model's encode_image returns"
+            )
+        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
+
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
         """CLIP's weights, renamed for the ``backbone``; None for other weights."""
@@ -181,11 +280,6 @@ class CRIS(ReferringModel, tags=["cris"]):
     def in_words(self) -> str:
         """The model and its encoder, such as ``CRIS on RN50``."""
         return f"{self.config.title} on {keys.architecture(self.state_dict())}"
-
-
-def _check_features(features: Any) -> None:
-    if not isinstance(features, ImageFeatures):
-        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
 
 
 def _check_images(images: Tensor, weights: torch.dtype) -> None:

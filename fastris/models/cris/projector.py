@@ -125,11 +125,17 @@ def score(vis: Any, text: Any, reading: Reading, x: Tensor, word: Tensor) -> Any
     return reading.form(one.contiguous() for one in logits.split(1, dim=1))
 
 
-def _features(vis: Any, x: Tensor) -> Tensor:
-    """The map before the last 1x1 convolution, (B, C, 4h, 4w)."""
+def block_maps(vis: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps behind the two blocks: (B, C', 2h, 2w), and the one before the last 1x1 convolution, (B, C, 4h, 4w)."""
+    maps = []
     for convolution, norm, activation in (vis[1], vis[3]):
         x = activation(upsampled_and_normed(x, convolution, norm))
-    return x
+        maps.append(x)
+    return maps[0], maps[1]
+
+
+def _features(vis: Any, x: Tensor) -> Tensor:
+    return block_maps(vis, x)[1]
 
 
 def _kernels_and_biases(parameters: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
