@@ -63,7 +63,8 @@ def exact_run(folder: Path, changes: dict) -> str:
 
     assemble.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
     TrainSamples.__getitem__ = item
-    return run(folder, changes | {"extra": train_config(folder).extra | {"dropout": 0.0}})
+    extra = train_config(folder).extra | changes.get("extra", {}) | {"dropout": 0.0}
+    return run(folder, changes | {"extra": extra})
 
 
 def assert_nearly_same_run(ours: Path, theirs: Path) -> None:
@@ -90,8 +91,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     [
         {"max_steps": 2},
         {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
+        {"max_steps": 2, "extra": {"vlba": "neck", "centre_layers": 3}},
+        pytest.param({"max_steps": 2, "extra": {"vlba": "trunk", "centre_layers": 3}}, marks=pytest.mark.long),
     ],
-    ids=["plain", "accumulated, clipped, with the published quirk, over two epochs"],
+    ids=["plain", "accumulated, clipped, with the published quirk, over two epochs", "neck and centre", "trunk"],
 )
 def test_two_processes_train_as_one_does(tmp_path, changes):
     assert run_processes(exact_run, 1, tmp_path / "one", changes)

@@ -287,8 +287,12 @@ class CRISConfig(ModelConfig):
         """The model and its encoder, such as ``CRIS, CLIP RN50``."""
         layers = "-".join(map(str, self.clip.vision_layers))
         encoder = {"3-4-6-3": "RN50", "3-4-23-3": "RN101"}.get(layers, f"ResNet of {layers} blocks")
-        switches = "".join(f", {name}={getattr(self, name)}" for name in _SWITCHES if name in self.to_dict())
-        return f"{self.title}, CLIP {encoder}{switches}"
+        return f"{self.title}, CLIP {encoder}{self.switches_in_words()}"
+
+    def switches_in_words(self) -> str:
+        """What is switched on, such as ``, vlba=neck``; empty for a plain CRIS."""
+        on = {name: getattr(self, name) for name, off in _SWITCHES.items() if getattr(self, name) != off}
+        return "".join(f", {name}={value}" for name, value in on.items())
 
     def without_weights(self) -> str:
         """Recommends CLIP's weights where the encoders have the size of a published CLIP model."""

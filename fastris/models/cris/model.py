@@ -279,7 +279,7 @@ class CRIS(ReferringModel, tags=["cris"]):
 
     def in_words(self) -> str:
         """The model and its encoder, such as ``CRIS on RN50``."""
-        return f"{self.config.title} on {keys.architecture(self.state_dict())}"
+        return f"{self.config.title} on {keys.architecture(self.state_dict())}{self.config.switches_in_words()}"
 
 
 def _check_images(images: Tensor, weights: torch.dtype) -> None:
