@@ -2,7 +2,8 @@
 
 :mod:`fastris.ops.bidirectional_attention` explains the algebra. Two forms of it are here, with backward passes written
 by hand; which is cheaper depends on how many pixels there are for each channel. Scores are (B, L, N): a softmax over
-few words is fast where the pixels are contiguous.
+few words is fast where the pixels are contiguous. The forward passes change no product in place: where activations are
+recomputed, products are kept.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class _ThroughCovariance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps):
         centred = _centred(pixels)
-        covariance = product(centred.mT, centred, pixels.dtype).div_(pixels.shape[1])
+        covariance = product(centred.mT, centred, pixels.dtype) / pixels.shape[1]
         mixed = [torch.bmm(each.expand(len(pixels), -1, -1), covariance) for each in (query_weight, sym_value_weight)]
         scales = [
             ((each * weight).sum(-1).clamp_min_(0) + eps).rsqrt_()[:, None]  # [B, 1, C], [B, 1, T]
             for each, weight in zip(mixed, (query_weight, sym_value_weight), strict=True)
         ]
         absorbed = _mapped(key * scales[0] * pixels.shape[2] ** -0.5, query_weight)  # [B, L, C]
-        scores = split_product(absorbed, centred.mT, pixels.dtype).add_(bias[..., None])
+        scores = split_product(absorbed, centred.mT, pixels.dtype) + bias[..., None]
         rows, spread = _rows(scores)
         heard = split_product(scores.softmax(2), centred, pixels.dtype)  # [B, L, C]
         ctx.save_for_backward(pixels, key, query_weight, sym_value_weight, scores, absorbed, heard, *mixed, *scales)
@@ -74,8 +75,8 @@ class _ThroughCovariance(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_spread, d_gathered):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # which may be on in here
-            pixels, key, query_weight, sym_value_weight, scores, absorbed, heard, *rest = ctx.saved_tensors
+        pixels, key, query_weight, sym_value_weight, scores, absorbed, heard, *rest = ctx.saved_tensors
+        with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
             mixed_query, mixed_value, query_scale, value_scale = rest
             dtype, count, unit = pixels.dtype, pixels.shape[1], pixels.shape[2] ** -0.5
             centred = _centred(pixels)
@@ -112,7 +113,7 @@ class _ThroughMaps(torch.autograd.Function):
         maps = [product(centred, weight.T, dtype).to(dtype) for weight in (query_weight, sym_value_weight)]
         scales = [_scale(each, key.dtype, eps) for each in maps]  # [B, 1, C], [B, 1, T]
         scaled = key * scales[0] * pixels.shape[2] ** -0.5
-        scores = split_product(scaled, maps[0].mT, dtype).add_(bias[..., None])
+        scores = split_product(scaled, maps[0].mT, dtype) + bias[..., None]
         rows, spread = _rows(scores)
         heard = split_product(scores.softmax(2), maps[1], dtype)  # [B, L, T]
         ctx.save_for_backward(pixels, key, query_weight, sym_value_weight, scores, heard, *maps, *scales)
@@ -121,8 +122,8 @@ class _ThroughMaps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_spread, d_gathered):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # which may be on in here
-            pixels, key, query_weight, sym_value_weight, scores, heard, *rest = ctx.saved_tensors
+        pixels, key, query_weight, sym_value_weight, scores, heard, *rest = ctx.saved_tensors
+        with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
             query, value, query_scale, value_scale = rest
             dtype, count, unit = pixels.dtype, pixels.shape[1], pixels.shape[2] ** -0.5
             d_value_scale = (d_gathered * heard).sum(1)
