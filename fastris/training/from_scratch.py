@@ -117,6 +117,14 @@ def _prepare_cris(model: Any) -> None:
         model.proj.txt.bias[-1] = -3.0
 
 
+def _prepare_alignformer(model: Any) -> None:
+    """Start values for training without Swin's and BERT's weights: every pixel is unlikely, and nearly alike."""
+    last = model.classifier.dynamic_conv_gen_head[-1]
+    with torch.no_grad():
+        last.weight.mul_(0.3)
+        last.bias[-1] = -2.5
+
+
 def _rate(step: int, steps: int) -> float:
     warm_up = min((step + 1) / 20, 1.0)
     return warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -160,5 +168,5 @@ class Start(NamedTuple):
     masks: Callable[[Tensor, int], Tensor] = lambda masks, input_size: masks
 
 
-STARTS = {"cris": Start(_prepare_cris, _targets_of_cris)}
+STARTS = {"cris": Start(_prepare_cris, _targets_of_cris), "alignformer": Start(_prepare_alignformer)}
 """By system; one that is not listed begins as it was made, with masks at the image's size."""
