@@ -2,8 +2,8 @@
 
 :mod:`fastris.ops.bidirectional_attention` explains the algebra. Two forms of it are here, with backward passes written
 by hand; which is cheaper depends on how many pixels there are for each channel. Scores are (B, L, N): a softmax over
-few words is fast where the pixels are contiguous. The forward passes change no product in place: where activations are
-recomputed, products are kept.
+few words is fast where the pixels are contiguous. Selective checkpoints (:mod:`fastris.nn.recompute`) keep products, so
+none is changed in place in a forward pass, and ask that saved tensors are fetched once.
 """
 
 from __future__ import annotations

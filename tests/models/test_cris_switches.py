@@ -102,6 +102,7 @@ def test_first_step_is_cris_exactly(switches):
     with torch.no_grad():
         mine, theirs = (each._decode(each.encode_image(images), tokens, None) for each in (model, plain))
     assert torch.equal(mine.state, theirs.state) and torch.equal(mine.words[mine.valid], theirs.words[mine.valid])
+    assert model.vlba is None or not mine.words[~mine.valid].any()
     mine, theirs = model.train()(images, tokens, masks), plain.train()(images, tokens, masks)
     # One product scores all outputs of a centre embedding, and rounds by its width; all else has the same bits.
     torch.testing.assert_close(mine[0], theirs[0], rtol=1e-14 * bool(model.centre), atol=1e-14 * bool(model.centre))

@@ -23,6 +23,7 @@ from fastris.models.state_dicts import Adopted
 from fastris.nn.clip import CLIPBackbone
 from fastris.nn.recompute import check_setting, recomputed
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
+from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 
 
@@ -174,7 +175,15 @@ class CRIS(ReferringModel, tags=["cris"]):
         if self.instance_contrast:
             images, references = origin or (index, None)
             centres = kernels[:, -1].sum((-2, -1))
-            contrast = reference.region_contrast(last(scored), centres, mask, image_ids=images, ref_ids=references)
+            contrast = region_contrast(
+                scored,
+                centres,
+                mask,
+                image_ids=images,
+                ref_ids=references,
+                pointwise_weight=last.weight,
+                pointwise_bias=last.bias,
+            )
             loss = loss + self.instance_contrast * contrast
         return loss, logits[:, -1:]
 
