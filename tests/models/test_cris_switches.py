@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from model_helpers import make_tokens, small_config
 from torch import Tensor
 
-from fastris import CRIS, CRISConfig, reference, use_impl
+from fastris import CRIS, CRISConfig, Segmenter, patch, reference, use_impl
 from fastris.commands.assemble import model_config
 from fastris.commands.train_options import TrainConfig
+from fastris.data.scenes.dataset import SyntheticExpressions
+from fastris.evaluation.evaluate import evaluate
+from fastris.inference.folding import for_inference
 from fastris.models.base import HEAD, Origin, Pixels
 from fastris.models.cris import keys
 from fastris.options.declare import load_options
@@ -278,6 +282,31 @@ def test_encoding_once_for_all_phrases_is_refused_where_the_trunk_hears_them():
             call()
     with pytest.raises(TypeError, match="features must be what encode_image returns, got Pixels"):
         make_cris(**NECK).segment(Pixels(images), tokens)
+
+
+def test_prediction_and_evaluation_answer_each_phrase_as_if_it_came_alone():
+    torch.manual_seed(0)
+    config = CRISConfig.preset("tiny")
+    model = opened(CRIS(CRISConfig.from_dict(config.to_dict() | TRUNK | ONE_LAYER))).eval()
+    data = SyntheticExpressions("val", scenes=1, size=64)
+    phrases = [sentence for index in range(3) for sentence in data.reference(index).sentences]
+    segmenter = Segmenter(model)
+    together = segmenter.predict(data.image(0), phrases)
+    alone = [segmenter.predict(data.image(0), phrase).logits[0] for phrase in phrases]
+    np.testing.assert_allclose(together.logits, np.stack(alone), rtol=0, atol=1e-4)
+    assert np.abs(alone[0] - alone[3]).max() > 1e-2
+    scored = evaluate(model, data, batch_size=4)
+    one_by_one = evaluate(for_inference(model), data, batch_size=1, images_per_batch=1)
+    assert [s.intersection for s in scored.samples] == pytest.approx(
+        [s.intersection for s in one_by_one.samples],
+        abs=2,  # pixels on the threshold
+    )
+
+
+@each_switch
+def test_patching_finds_in_it_what_it_finds_in_a_plain_one(switches):
+    plain, switched = (patch(make_cris(**each).float()) for each in ({}, switches))
+    assert (switched.replaced, switched.left_alone) == (plain.replaced, plain.left_alone)
 
 
 # Instance contrast.
