@@ -56,6 +56,13 @@ OPERATORS: dict[str, Operator] = {
         Operator("few_query_attention", "few_query_attention", "few_query_attention", "", "few_query_attention"),
         Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
         Operator("upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "", "upsampled_bce"),
+        Operator(
+            "multiscale_deformable_attention",
+            "multiscale_deformable_attention",
+            "multiscale_deformable_attention",
+            "",
+            "deformable_attention",
+        ),
     )
 }
 """Name -> operator, in the order in which reports list them."""

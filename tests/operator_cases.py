@@ -321,6 +321,33 @@ def upsampled_bce_problem(
     return Problem("upsampled_bce_with_logits", label, make, call, ("logits", "target"), ("target",), **uses)
 
 
+def deformable_problem(
+    batch: int, queries: int, heads: int, width: int, sizes: tuple[tuple[int, int], ...], points: int, **uses: bool
+) -> Problem:
+    """Samples in and around maps of these sizes, none so near a line between cells that rounding could move it over."""
+
+    def make() -> dict[str, Tensor]:
+        levels, generator = len(sizes), torch.Generator().manual_seed(1)
+        shape = batch, queries, heads, levels, points, 2
+        scale = torch.tensor([(right, bottom) for bottom, right in sizes], dtype=torch.float32)
+        centres = torch.randint(1, 64, (queries, 2), generator=generator) / 64  # the same in all dtypes
+        cells = (torch.rand(shape, generator=generator) * (scale[:, None] + 5) - 3).floor()
+        places = cells + 0.25 + 0.5 * torch.rand(shape, generator=generator)
+        places[:, 0, :, :, 0] = 0.25  # somebody reads every map's first pixel
+        offsets = places + 0.5 - (centres[:, None] * scale)[:, None, :, None]
+        pixels = sum(height * width for height, width in sizes)
+        inputs = drawn({"value": (batch, pixels, heads, width), "logits": (batch, queries, heads, levels * points)})
+        return inputs | {"reference_points": centres, "offsets": offsets}
+
+    def call(impl: str) -> Callable:
+        return partial(ops.multiscale_deformable_attention, sizes=sizes, impl=impl)
+
+    maps = "+".join(f"{height}x{width}" for height, width in sizes)
+    label = f"B{batch}-Q{queries}-h{heads}x{width}-{maps}-P{points}"
+    samples = "value", "offsets", "logits"
+    return Problem("multiscale_deformable_attention", label, make, call, samples, **uses)
+
+
 def every_problem() -> Iterator[Problem]:
     small, whole = {"gradcheck": True, "few": True}, {"thorough": True, "kernels": True}
     # single pixels, lines, odd and prime sizes, every kernel's size, one and many queries, CRIS's shapes when small
@@ -422,6 +449,15 @@ def every_problem() -> Iterator[Problem]:
     yield upsampled_bce_problem(1, 7, (13, 11), (37, 29))
     yield upsampled_bce_problem(2, 2, (9, 14), (4, 14))  # down, and as it is
     yield upsampled_bce_problem(1, 7, (30, 60), (120, 240))  # several tiles
+    yield deformable_problem(2, 7, 2, 4, ((3, 5), (2, 4)), 3, thorough=True)
+    yield deformable_problem(2, 2, 2, 2, ((2, 3), (1, 2)), 2, **small)
+    for *shape, maps, points in (
+        (1, 1, 1, 1, ((1, 1),), 1),
+        (1, 9, 3, 5, ((1, 7),), 8),
+        (2, 5, 4, 8, ((2, 2), (3, 4), (7, 5)), 4),
+        (3, 13, 2, 16, ((2, 3), (4, 5), (6, 7), (8, 9)), 4),
+    ):
+        yield deformable_problem(*shape, maps, points)
 
 
 PROBLEMS = tuple(every_problem())

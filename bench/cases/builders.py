@@ -200,6 +200,24 @@ def _region_contrast(own: Any, features: Tensor, centres: Tensor, mask: Tensor) 
     return region_contrast(features, centres, mask, **convolution)
 
 
+def deformable_attention(batch: int, maps: Sequence[tuple[int, int]], heads: int, width: int, points: int) -> Problem:
+    """Between the projections of deformable attention: the maps' pixels, each a query, read all maps."""
+    pixels, levels = sum(rows * columns for rows, columns in maps), len(maps)
+    inputs = {
+        "value": torch.randn(batch, pixels, heads, width),
+        "offsets": 2 * torch.randn(batch, pixels, heads, levels, points, 2),
+        "logits": torch.randn(batch, pixels, heads, levels * points),
+    }
+    own = Own(_deformable_attention, maps=tuple(maps))
+    return Problem(own, inputs, {"reference_points": reference.pixel_centres(maps)})
+
+
+def _deformable_attention(own: Any, **tensors: Any) -> Tensor:
+    from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+
+    return multiscale_deformable_attention(sizes=own.maps, **tensors)
+
+
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:
     """CLIP's ResNet as CRIS uses it: three maps of (B, 3, side, side). No gradient reaches the images."""
     from fastris.nn.clip import DenseResNet

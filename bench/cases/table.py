@@ -286,6 +286,16 @@ CASES: tuple[Case, ...] = (
     _bidirectional("f4", "CRIS's neck", 4, 26, 512, 512, 1.0),
     _bidirectional("f5", "CRIS's neck", 4, 13, 1024, 512, 1.0),
     Case(
+        name="deformable_attention",
+        op="deformable_attention",
+        title="deformable attention: 15x15 + 30x30 + 60x60 pixels, 8 heads of 32, 4 points, B=2 (checked smaller)",
+        build=builders.deformable_attention,
+        sizes={"batch": 2, "maps": ((15, 15), (30, 30), (60, 60)), "heads": 8, "width": 32, "points": 4},
+        small={"maps": ((2, 3), (4, 5)), "heads": 2, "width": 8},
+        check_small=True,  # between cells the gradient of a place jumps: at full size rounding moves a few across
+        goals={"cpu/float32": 1.0},
+    ),
+    Case(
         name="feed_forward",
         op="feed_forward",
         title="FFN block: 676 pixels, 512->2048->512, B=4, dropout 0",

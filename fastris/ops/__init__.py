@@ -6,6 +6,7 @@ from fastris.ops.coord_conv import coord_conv
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.feed_forward import feed_forward
 from fastris.ops.few_query_attention import few_query_attention
+from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
 from fastris.ops.region_contrast import region_contrast
@@ -26,6 +27,7 @@ __all__ = [
     "cross_attention",
     "feed_forward",
     "few_query_attention",
+    "multiscale_deformable_attention",
     "pointwise_conv_cat",
     "region_contrast",
     "self_attention",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastris import reference
 from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier
+from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 
 
 class Words(NamedTuple):
@@ -64,7 +65,7 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, value: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
         """Queries and values (B, M, D) of maps of these sizes, whose centres are ``places`` (M, 2): (B, M, D)."""
         batch, count, width = query.shape
-        sampled = reference.multiscale_deformable_attention(
+        sampled = multiscale_deformable_attention(
             self.value_proj(value).view(batch, count, HEADS, width // HEADS),
             sizes,
             places,
