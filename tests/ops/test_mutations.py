@@ -23,6 +23,7 @@ from operator_cases import (
     bidirectional_problem,
     coord_problem,
     cross_attention_problem,
+    deformable_problem,
     feed_forward_problem,
     few_query_problem,
     pointwise_problem,
@@ -172,6 +173,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
     "region_contrast": regions_against_shifted_centres,
     "upsampled_bce_with_logits": lambda: of_contract(upsampled_bce_problem(2, 3, (4, 5), (9, 14))),
+    "multiscale_deformable_attention": lambda: of_contract(deformable_problem(2, 5, 2, 3, ((3, 4), (2, 2)), 2)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
@@ -217,6 +219,11 @@ INSIDE = {
     "upsampled_bce_with_logits": """
         upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
         upsampled_bce._group_loss""",
+    "multiscale_deformable_attention": """
+        deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
+        deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner
+        deformable_samples._find deformable_samples._summed deformable_samples._sample_gradients
+        deformable_samples._value_gradient""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
 
