@@ -148,7 +148,7 @@ def resolve(
     traced = torch.compiler.is_dynamo_compiling()
     if requested == "auto" and not traced and (operator, device, dtype, tuned.bucket_of(batch)) in _taken:
         return "triton"
-    torch_path = "torch" if _compiles_functions or not torch.compiler.is_compiling() else "reference"
+    torch_path = _torch_path()
     if requested == "torch":
         return torch_path
     obstacle = triton_obstacle(device, dtype)
@@ -163,6 +163,15 @@ def resolve(
     # Asked for here and not before: torch.compile guards on the bucket of a batch whose size is left open.
     takes = (_takes_while_tracing if traced else _takes)(operator, device, dtype, tuned.bucket_of(batch))
     return "triton" if takes else torch_path
+
+
+def resolve_without_kernels(impl: str = "auto") -> str:
+    """The path of an operator that has no kernels: reference where that is asked for, else torch."""
+    return "reference" if requested_impl(impl) == "reference" else _torch_path()
+
+
+def _torch_path() -> str:
+    return "torch" if _compiles_functions or not torch.compiler.is_compiling() else "reference"
 
 
 def _takes(operator: str, device: torch.device, dtype: torch.dtype, bucket: str) -> bool:

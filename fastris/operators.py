@@ -46,6 +46,7 @@ OPERATORS: dict[str, Operator] = {
         Operator("feed_forward", "feed_forward", "feed_forward", "", "feed_forward"),
         Operator("pointwise_conv_cat", "pointwise_conv", "pointwise_conv_cat", "", "neck"),
         Operator("coord_conv", "coord_conv", "coord_conv", "", "neck"),
+        Operator("word_attention", "word_attention", "separate_attention", "", "word_attention"),
         Operator(
             "bidirectional_attention",
             "bidirectional_attention",

@@ -321,6 +321,34 @@ def upsampled_bce_problem(
     return Problem("upsampled_bce_with_logits", label, make, call, ("logits", "target"), ("target",), **uses)
 
 
+def word_problem(
+    batch: int, rows: int, dim: int, heads: int, widths: tuple[int, int], real: tuple[int, ...] = (), **uses: bool
+) -> Problem:
+    """Pixels over 6 words whose keys and values have these ``widths``; ``real`` ones, if not all."""
+    words = 6
+
+    def make() -> dict[str, Tensor]:
+        shapes = {"query_weight": (dim, dim), "key_weight": (dim, widths[0]), "value_weight": (dim, widths[1])}
+        shapes |= {"in_proj_bias": (3 * dim,), "out_weight": (dim, dim), "out_bias": (dim,)}
+        inputs = drawn(shapes, dim**-0.5)
+        inputs |= drawn({"query": (batch, rows, dim), "key": (batch, words, widths[0])})
+        inputs["value"] = randn(batch, words, widths[1], seed=7)
+        return inputs | ({"padding_mask": torch.arange(words) >= torch.tensor(real)[:, None]} if real else {})
+
+    def call(impl: str) -> Callable:
+        def function(
+            query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, **weights: Tensor
+        ) -> Tensor:
+            parts = SeparateAttentionWeights(**weights)
+            return ops.word_attention(query, key, value, parts, heads, padding_mask, impl=impl)
+
+        return function
+
+    label = f"B{batch}-N{rows}-D{dim}-h{heads}-K{widths[0]}-V{widths[1]}" + (f"-real{real}" if real else "")
+    samples = "query", "key", "value", "padding_mask"
+    return Problem("word_attention", label, make, call, samples, ("padding_mask",), **uses)
+
+
 def deformable_problem(
     batch: int, queries: int, heads: int, width: int, sizes: tuple[tuple[int, int], ...], points: int, **uses: bool
 ) -> Problem:
@@ -449,6 +477,12 @@ def every_problem() -> Iterator[Problem]:
     yield upsampled_bce_problem(1, 7, (13, 11), (37, 29))
     yield upsampled_bce_problem(2, 2, (9, 14), (4, 14))  # down, and as it is
     yield upsampled_bce_problem(1, 7, (30, 60), (120, 240))  # several tiles
+    yield word_problem(2, 5, 32, 4, (12, 7), real=(6, 2), thorough=True)
+    yield word_problem(2, 5, 16, 4, (12, 7), real=(5, 2), thorough=True)  # projected, not absorbed
+    yield word_problem(2, 3, 8, 1, (3, 4), real=(3, 2), **small)
+    yield word_problem(1, 1, 64, 2, (8, 5))
+    yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
+
     yield deformable_problem(2, 7, 2, 4, ((3, 5), (2, 4)), 3, thorough=True)
     yield deformable_problem(2, 2, 2, 2, ((2, 3), (1, 2)), 2, **small)
     for *shape, maps, points in (

@@ -23,6 +23,7 @@ from fastris.models import registry
 from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
 from fastris.nn.losses import TextToPixelContrastiveLoss
+from fastris.nn.separate_attention import SeparateAttention, xavier
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights
 
 from .problem import Problem
@@ -216,6 +217,25 @@ def _deformable_attention(own: Any, **tensors: Any) -> Tensor:
     from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 
     return multiscale_deformable_attention(sizes=own.maps, **tensors)
+
+
+def word_attention(
+    batch: int, pixels: int, dim: int, heads: int, words: int, word_dim: int, lengths: Sequence[int] = ()
+) -> Problem:
+    """The pixel decoder's attention to words of another width; of ``lengths`` tokens, or all of them real."""
+    inputs = {"query": torch.randn(batch, pixels, dim), "key": torch.randn(batch, words, word_dim)}
+    inputs["value"] = torch.randn(batch, words, word_dim)
+    data = {"padding_mask": make_tokens(batch, words, lengths) == 0}
+    attention = SeparateAttention(dim, word_dim)
+    xavier(attention)
+    nn.init.normal_(attention.in_proj_bias, std=0.1)
+    return Problem(Own(_word_attention, attention=attention, heads=heads), inputs, data)
+
+
+def _word_attention(own: Any, **tensors: Any) -> Tensor:
+    from fastris.ops.word_attention import word_attention
+
+    return word_attention(**tensors, weights=own.attention.weights(), num_heads=own.heads)
 
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:

@@ -286,6 +286,15 @@ CASES: tuple[Case, ...] = (
     _bidirectional("f4", "CRIS's neck", 4, 26, 512, 512, 1.0),
     _bidirectional("f5", "CRIS's neck", 4, 13, 1024, 512, 1.0),
     Case(
+        name="word_attention",
+        op="word_attention",
+        title="attention of 4725 pixels to 20 words of width 768, all real: 8 heads of 32, B=2",
+        build=builders.word_attention,
+        sizes={"batch": 2, "pixels": 4725, "dim": 256, "heads": 8, "words": 20, "word_dim": 768},
+        small={"pixels": 35, "dim": 64, "heads": 4, "words": 11, "word_dim": 24},
+        goals={"cpu/float32": 1.4},
+    ),
+    Case(
         name="deformable_attention",
         op="deformable_attention",
         title="deformable attention: 15x15 + 30x30 + 60x60 pixels, 8 heads of 32, 4 points, B=2 (checked smaller)",

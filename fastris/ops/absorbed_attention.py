@@ -1,15 +1,81 @@
-"""The absorbed cross-attention sub-layer in plain PyTorch: attention with keys and values of the full width D.
+"""Attention to few words with the pixels' projections absorbed into them, alone and as CRIS's whole sub-layer.
 
-:mod:`fastris.ops.cross_attention` explains where keys and values come from. The backward pass is hand-written to keep
-little: autograd alone would keep the normalised pixels, the queries, the scores, and input and output of the second
-norm.
+:mod:`fastris.ops.cross_attention` explains the algebra: :func:`absorb` makes keys and values of the pixels' full width
+D, once per sample. The backward passes are hand-written to keep little: autograd alone would keep the scores too, and
+of the sub-layer the normalised pixels, the queries, and input and output of the second norm.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastris.reference import SeparateAttentionWeights
+
+
+def absorb(
+    key: Tensor, value: Tensor, weights: SeparateAttentionWeights, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys K' (B, heads, L, D), their bias b (B, heads, L) and values V' (B, heads, L, D) of words (B, L, their width).
+
+    In the dtype of ``key`` and ``value``. The output's bias is left to the caller.
+    """
+    batch, words = key.shape[:2]
+    dim = weights.out_weight.shape[0]
+    width = dim // num_heads
+    query_weight, key_weight, value_weight = (each.to(key.dtype) for each in weights[:3])
+    query_bias, key_bias, value_bias = weights.in_proj_bias.to(key.dtype).chunk(3)
+    output_weight = weights.out_weight.to(key.dtype)
+
+    def by_head(projected: Tensor) -> Tensor:  # (B, L, D) -> (heads, B * L, d)
+        return projected.reshape(batch * words, num_heads, width).transpose(0, 1)
+
+    def by_sample(absorbed: Tensor) -> Tensor:  # (heads, B * L, D) -> (B, heads, L, D)
+        return absorbed.unflatten(1, (batch, words)).transpose(0, 1)
+
+    projected_key = by_head(F.linear(key, key_weight, key_bias) * width**-0.5)
+    projected_value = by_head(F.linear(value, value_weight, value_bias))
+    keys = torch.bmm(projected_key, query_weight.reshape(num_heads, width, dim))
+    bias = torch.bmm(projected_key, query_bias.reshape(num_heads, width, 1))
+    values = torch.bmm(projected_value, output_weight.T.reshape(num_heads, width, dim))
+    return by_sample(keys), by_sample(bias).squeeze(-1), by_sample(values)
+
+
+def bare_attention(
+    query: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, bias: Tensor, silent: Tensor | None
+) -> Tensor:
+    """``sum_h softmax(query K_h^T + b_h) V_h + bo``: (B, N, D) in query's dtype, which is that of the products.
+
+    query (B, N, D), ``bias`` bo (D,) in the dtype of ``key_bias``; the others as in :func:`absorbed_attention`.
+    """
+    return _BareAttention.apply(query, keys, key_bias, values, bias, silent)
+
+
+class _BareAttention(torch.autograd.Function):
+    """Keeps the queries and the attention weights for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, query, keys, key_bias, values, bias, silent):
+        keys, values = keys.flatten(1, 2), values.flatten(1, 2)
+        weights = _attention_weights(query, keys, key_bias, silent)
+        ctx.save_for_backward(query, keys, values, weights)
+        ctx.wide = key_bias.dtype
+        return _gather(weights, values, bias, 0.0).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        query, keys, values, weights = ctx.saved_tensors
+        need_query, need_keys, _, need_values, need_bias, _ = ctx.needs_input_grad
+        d_bias = upstream.sum((0, 1), dtype=ctx.wide) if need_bias else None
+        d_values = _by_head(weights, torch.bmm(weights.flatten(1, 2), upstream)) if need_values else None
+        d_scores = _softmax_backward(torch.bmm(values, upstream.mT).view_as(weights), weights, 0.0)
+        d_key_bias = d_scores.sum(-1, dtype=ctx.wide)
+        d_scores = d_scores.flatten(1, 2)
+        d_keys = _by_head(weights, torch.bmm(d_scores, query)) if need_keys else None
+        return torch.bmm(d_scores.mT, keys) if need_query else None, d_keys, d_key_bias, d_values, d_bias, None
 
 
 def absorbed_attention(
@@ -53,14 +119,11 @@ class _AbsorbedAttention(torch.autograd.Function):
     def forward(ctx, x, positions, keys, key_bias, values, affine, silent, dropout, attention_dropout, eps):
         keys, values = keys.flatten(1, 2), values.flatten(1, 2)
         query, *norm = _query(x, positions, affine, eps, keys.dtype)
-        scores = torch.bmm(keys, query.mT).to(affine.dtype).add_(key_bias.flatten(1)[..., None])
-        weights = torch.softmax(scores.unflatten(1, key_bias.shape[1:]), dim=2).to(keys.dtype)
-        if silent is not None:
-            weights = weights.masked_fill_(silent[:, None, None, None], 0)
+        weights = _attention_weights(query, keys, key_bias, silent)
         if attention_dropout > 0:
             dropped = torch.empty_like(weights, dtype=torch.bool).bernoulli_(attention_dropout)
             weights = torch.where(dropped, -weights, weights)
-        gathered = _gather(weights, values, affine, attention_dropout)
+        gathered = _gather(weights, values, affine[2], attention_dropout)
         branch, *post_norm = torch.native_layer_norm(gathered, x.shape[-1:], affine[3], affine[4], eps)
         kept = None
         if dropout > 0:
@@ -79,7 +142,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_branch = upstream.to(affine.dtype)
         if kept is not None:
             d_branch = d_branch * kept * kept_scale(dropout)
-        gathered = _gather(weights, values, affine, attention_dropout)
+        gathered = _gather(weights, values, affine[2], attention_dropout)
         d_gathered, *d_post = _norm_backward(d_branch, gathered, post_mean, post_rstd, affine[3], affine[4])
         d_affine = [d_gathered.sum((0, 1)), *d_post]
         d_gathered = d_gathered.to(values.dtype)
@@ -106,9 +169,16 @@ def _query(x: Tensor, positions: Tensor, affine: Tensor, eps: float, dtype: torc
     return normed.add_(positions).to(dtype), mean, rstd
 
 
-def _gather(weights: Tensor, values: Tensor, affine: Tensor, attention_dropout: float) -> Tensor:
+def _attention_weights(query: Tensor, keys: Tensor, key_bias: Tensor, silent: Tensor | None) -> Tensor:
+    """(B, heads, L, N) from queries (B, N, D), keys (B, heads * L, D) and their bias (B, heads, L); 0 where silent."""
+    scores = torch.bmm(keys, query.mT).to(key_bias.dtype).add_(key_bias.flatten(1)[..., None])
+    weights = torch.softmax(scores.unflatten(1, key_bias.shape[1:]), dim=2).to(keys.dtype)
+    return weights if silent is None else weights.masked_fill_(silent[:, None, None, None], 0)
+
+
+def _gather(weights: Tensor, values: Tensor, bias: Tensor, attention_dropout: float) -> Tensor:
     """The attention's output (B, N, D): the kept weights times the values, plus the output bias."""
-    return torch.bmm(_kept(weights, attention_dropout).mT, values).to(affine.dtype).add_(affine[2])
+    return torch.bmm(_kept(weights, attention_dropout).mT, values).to(bias.dtype).add_(bias)
 
 
 def _kept(weights: Tensor, attention_dropout: float) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.absorbed_attention import absorbed_attention, kept_scale
+from fastris.ops import padding
+from fastris.ops.absorbed_attention import absorb, absorbed_attention, kept_scale
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
-from fastris.reference import AttentionWeights
+from fastris.reference import AttentionWeights, SeparateAttentionWeights
 
 # The kernels' softmax keeps one head's words in one tile of at most this many columns.
 MAX_KERNEL_WORDS = 128
@@ -100,10 +101,11 @@ def cross_attention(
     if not training:
         dropout = attention_dropout = 0.0
     if padding_mask is not None and path == "torch" and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        text, text_positions, padding_mask = _trim(text, text_positions, padding_mask)
+        length = padding.longest(padding_mask)
+        text, text_positions, padding_mask = text[:, :length], text_positions[:length], padding_mask[:, :length]
     words, dim = text.shape[1:]
-    absorb = num_heads * words < dim and (path == "torch" or words <= MAX_KERNEL_WORDS)
-    attend = _absorbed if absorb else _projected
+    absorbs = num_heads * words < dim and (path == "torch" or words <= MAX_KERNEL_WORDS)
+    attend = _absorbed if absorbs else _projected
     with torch.autocast(x.device.type, enabled=False):
         branch = _Branch(weights, num_heads, dropout, attention_dropout, eps, dtype, path)
         return attend(x, text, positions, text_positions, padding_mask, branch)
@@ -151,27 +153,7 @@ def _check(
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"{name}: {argument} must be a probability between 0 and 1, got {probability}")
     if padding_mask is not None:
-        _check_padding_mask(padding_mask, x, words)
-
-
-def _check_padding_mask(padding_mask: Tensor, x: Tensor, words: int) -> None:
-    check_shape("cross_attention", "padding_mask", padding_mask, (x.shape[0], words))
-    if padding_mask.dtype is not torch.bool:
-        raise TypeError(
-            f"cross_attention: padding_mask must be bool, True where a word is padding, got {padding_mask.dtype}; "
-            "compare the tokens with the padding id"
-        )
-    if padding_mask.device != x.device:
-        raise ValueError(
-            f"cross_attention: padding_mask is on {padding_mask.device} but x is on {x.device}; move them to one device"
-        )
-
-
-def _trim(text: Tensor, text_positions: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut off the words behind the longest real sentence of the batch; at least one word stays."""
-    real = (~padding_mask).any(dim=0).nonzero()
-    length = int(real[-1]) + 1 if len(real) else 1
-    return text[:, :length], text_positions[:length], padding_mask[:, :length]
+        padding.check_padding_mask(name, padding_mask, "x", x, words)
 
 
 def _projected(
@@ -208,7 +190,11 @@ def _absorbed(
     """The sub-layer as attention with D-wide keys and values, in plain PyTorch or in the Triton kernels."""
     weights, dropouts = branch.weights, (branch.dropout, branch.attention_dropout)
     wide = torch.promote_types(branch.dtype, torch.float32)
-    keys, key_bias, values = _absorb(text.to(wide), text_positions.to(wide), weights, branch.num_heads)
+    text = text.to(wide)
+    query, key, value = weights.in_proj_weight.chunk(3)
+    outer = weights.out_proj_weight, weights.out_proj_bias
+    projections = SeparateAttentionWeights(query, key, value, weights.in_proj_bias, *outer)
+    keys, key_bias, values = absorb(text + text_positions.to(wide), text, projections, branch.num_heads)
     if padding_mask is not None:
         key_bias = key_bias.masked_fill(padding_mask[:, None], float("-inf"))
     if branch.attention_dropout > 0:
@@ -222,27 +208,3 @@ def _absorbed(
         return fused_attention(x, positions, keys, key_bias, values, affine, *dropouts, branch.eps)
     silent = None if padding_mask is None else padding_mask.all(dim=1)
     return absorbed_attention(x, positions, keys, key_bias, values, affine, silent, *dropouts, branch.eps)
-
-
-def _absorb(
-    text: Tensor, text_positions: Tensor, weights: AttentionWeights, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys K' (B, heads, L, D), their bias b (B, heads, L) and values V' (B, heads, L, D) of the module's docstring."""
-    batch, words, dim = text.shape
-    width = dim // num_heads
-    query_weight, key_weight, value_weight = weights.in_proj_weight.to(text.dtype).chunk(3)
-    query_bias, key_bias, value_bias = weights.in_proj_bias.to(text.dtype).chunk(3)
-    output_weight = weights.out_proj_weight.to(text.dtype)
-
-    def by_head(projected: Tensor) -> Tensor:  # (B, L, D) -> (heads, B * L, d)
-        return projected.reshape(batch * words, num_heads, width).transpose(0, 1)
-
-    def by_sample(absorbed: Tensor) -> Tensor:  # (heads, B * L, D) -> (B, heads, L, D)
-        return absorbed.unflatten(1, (batch, words)).transpose(0, 1)
-
-    key = by_head(F.linear(text + text_positions, key_weight, key_bias) * width**-0.5)
-    value = by_head(F.linear(text, value_weight, value_bias))
-    keys = torch.bmm(key, query_weight.reshape(num_heads, width, dim))
-    bias = torch.bmm(key, query_bias.reshape(num_heads, width, 1))
-    values = torch.bmm(value, output_weight.T.reshape(num_heads, width, dim))
-    return by_sample(keys), by_sample(bias).squeeze(-1), by_sample(values)

@@ -80,7 +80,7 @@ def exact_step() -> tuple[CRIS, tuple[Tensor, ...], dict[str, Tensor]]:
 def test_training_step_in_float64_shows_a_millionth(exact_step, number, monkeypatch):
     model, batch, expected = exact_step
     operator = importlib.import_module("fastris.ops.cross_attention")  # the package has its function by this name
-    absorb, table = operator._absorb, decoder._table_for
+    absorb, table = operator.absorb, decoder._table_for
 
     def absorb_wrongly(*arguments):
         keys, bias, values = absorb(*arguments)
@@ -89,7 +89,7 @@ def test_training_step_in_float64_shows_a_millionth(exact_step, number, monkeypa
     if number == "position tables":
         monkeypatch.setattr(decoder, "_table_for", lambda *arguments: table(*arguments) * OFF)
     else:
-        monkeypatch.setattr(operator, "_absorb", absorb_wrongly)
+        monkeypatch.setattr(operator, "absorb", absorb_wrongly)
     with pytest.raises(AssertionError, match="of scale"):
         assert_close(training_step(model, "torch", batch), expected, EXACT)
 

@@ -31,6 +31,7 @@ from operator_cases import (
     self_attention_problem,
     upsample_problem,
     upsampled_bce_problem,
+    word_problem,
 )
 from similarity_cases import Case, similarity
 from torch import Tensor
@@ -173,13 +174,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
     "region_contrast": regions_against_shifted_centres,
     "upsampled_bce_with_logits": lambda: of_contract(upsampled_bce_problem(2, 3, (4, 5), (9, 14))),
+    "word_attention": lambda: of_contract(word_problem(2, 5, 32, 2, (7, 3), real=(3, 2))),
+    "word_attention, projected": lambda: of_contract(word_problem(2, 5, 16, 8, (7, 3), real=(3, 2))),
     "multiscale_deformable_attention": lambda: of_contract(deformable_problem(2, 5, 2, 3, ((3, 4), (2, 2)), 2)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
 
 INSIDE = {
     "cross_attention": """
-        cross_attention._trim cross_attention._absorb cross_attention._absorbed
+        cross_attention._absorbed absorbed_attention.absorb absorbed_attention._attention_weights
         absorbed_attention.absorbed_attention absorbed_attention._AbsorbedAttention.forward
         absorbed_attention._AbsorbedAttention.backward absorbed_attention._query absorbed_attention._gather
         absorbed_attention._kept absorbed_attention._softmax_backward absorbed_attention._norm_backward
@@ -219,6 +222,10 @@ INSIDE = {
     "upsampled_bce_with_logits": """
         upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
         upsampled_bce._group_loss""",
+    "word_attention": """
+        word_attention._absorbed absorbed_attention.bare_attention absorbed_attention._BareAttention.forward
+        absorbed_attention._BareAttention.backward""",
+    "word_attention, projected": "word_attention._projected",
     "multiscale_deformable_attention": """
         deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
         deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner

@@ -17,6 +17,7 @@ from fastris import reference
 from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.word_attention import word_attention
 
 
 class Words(NamedTuple):
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
         for look, listen in zip(self.layers, self.cross_attn_layers, strict=True):
             y = look(y, positions, sizes, places)
             weights = listen.cross_attn.weights()
-            heard = reference.separate_attention(y + positions, keys, words.states, weights, HEADS, padding)
+            heard = word_attention(y + positions, keys, words.states, weights, HEADS, padding)
             y = listen.after(y, heard)
         return y
 
