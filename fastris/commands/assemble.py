@@ -152,17 +152,18 @@ def build_model(options: TrainConfig, with_weights: bool = True) -> ReferringMod
 
     Warns where the model says that it should not start without any.
     """
-    from fastris.weights.load import load_clip, load_weights
+    from fastris.weights.load import load_encoder, load_weights
 
     model: ReferringModel = registry.create(model_config(options))
     if not with_weights:
         return model
-    clip = (options.clip_pretrain or "none").lower() != "none"
-    if clip:
-        load_clip(model, str(options.clip_pretrain))
+    given = {name: getattr(options, name) for name in ("clip_pretrain", "swin_pretrain", "bert_pretrain")}
+    given = {name: source for name, source in given.items() if (source or "none").lower() != "none"}
+    for name, source in given.items():
+        load_encoder(model, source, name)
     if options.weight:
         load_weights(model, options.weight)
-    elif not clip and (advice := model.config.without_weights()):
+    elif not given.keys() >= model.starts.keys() and (advice := model.config.without_weights()):
         warnings.warn(advice, stacklevel=2)
     return model
 

@@ -43,6 +43,12 @@ class TrainConfig(DataOptions):
         "", f"a preset: {', '.join(registry.presets())}; empty: the model keys of a YAML file, else cris_r50"
     )
     clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
+    swin_pretrain: str | None = option(
+        None, "Swin's weights to start from: Microsoft's .pth, or timm's or transformers' (path or Hugging Face id)"
+    )
+    bert_pretrain: str | None = option(
+        None, "BERT's weights to start from: path or Hugging Face id, such as google-bert/bert-base-uncased"
+    )
     weight: str | None = option(None, "the system's weights to start from (path, folder or Hugging Face id)")
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")

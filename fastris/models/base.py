@@ -82,14 +82,15 @@ class ReferringModel(
         contrasts_instances: whether its loss can contain the instance contrast.
         instance_contrast: weight of the instance contrast in the loss, see
             :func:`fastris.reference.region_contrast`; 0 leaves it out.
-        starts_from: names the weights of another model that :meth:`adopt` accepts, for error messages.
+        starts: by option of ``fastris train``, the other model whose weights :meth:`adopt` accepts, such as "CLIP's",
+            and the prefix of the part that starts from them.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     shares_image: bool = True
     contrasts_instances: ClassVar[bool] = False
     instance_contrast: float = 0.0
-    starts_from: ClassVar[str] = ""
+    starts: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     config: Any
 

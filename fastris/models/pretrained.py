@@ -126,10 +126,11 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
         beginnings = sorted({name.split(".")[0] for name in weights.tensors})[:8]
         raise ValueError(
             f"{weights.source} holds neither {kind.config_class.title}'s weights "
-            f"({', '.join(kind.config_class.parts)}) nor {kind.starts_from or 'any that it could start from'}; its "
+            f"({', '.join(kind.config_class.parts)}) nor {_starts(kind)}; its "
             f"names begin with {', '.join(beginnings)}"
         )
     own = normalise_names(model.state_dict(), "model")
+    taken = taken._replace(state=taken.fitting(own))
     added = kind.config_class.added_parts
     report = compare(taken.state, own, weights.source, taken.part, taken.optional, added)
     if strict and not report.fits:
@@ -138,6 +139,11 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
     if report.notice:
         warnings.warn(report.notice, stacklevel=3)
     return report
+
+
+def _starts(kind: Kind) -> str:
+    """Of which other models the weights are that a model may start from: "CLIP's"."""
+    return " or ".join(whose for whose, _ in kind.starts.values()) or "any that it could start from"
 
 
 def kind_of(model: nn.Module) -> Kind:

@@ -31,9 +31,10 @@ class LoadReport:
     """How a set of weights and a model fit, by state-dict name.
 
     ``missing``: in the model but not in the weights. ``unexpected``: in the weights but not in the model. ``reshaped``:
-    in both, with different shapes. ``kept``: allowed to be missing from CLIP's weights (``connect`` and BatchNorm's
-    step counters), so the model keeps its own values. ``new_parts``: parts of the model, added by a switch, that the
-    weights lack as a whole; their names are among the missing. ``loaded``: the number of tensors that match.
+    in both, with different shapes. ``kept``: allowed to be missing from an encoder's weights (CRIS's ``connect`` and
+    BatchNorm's step counters, say), so the model keeps its own values. ``new_parts``: parts of the model, added by a
+    switch, that the weights lack as a whole; their names are among the missing. ``loaded``: the number of tensors that
+    match.
     """
 
     missing: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ class LoadReport:
             ("missing", self.missing),
             ("unexpected", self.unexpected),
             ("of another shape", self.reshaped),
-            ("not in CLIP's weights, left as they were", self.kept),
+            ("that no encoder's weights have, left as they were", self.kept),
         ):
             if names:
                 parts.append(f"{len(names)} {title}: {_listing(names)}")
@@ -159,12 +160,25 @@ def _never(name: str) -> bool:
 class Adopted(NamedTuple):
     """Another model's weights, renamed for the part of a model that starts from them (CLIP's for CRIS's backbone).
 
-    ``part``: the prefix of that part's names. ``optional``: tells whether a name in it may be missing.
+    ``part``: the prefix of that part's names. ``optional``: tells whether a name in it may be missing. ``fitted``:
+    makes of a tensor, given its name, one of the model's shape where that differs, or leaves it as it is.
     """
 
     state: Mapping[str, Tensor]
     part: str
     optional: Callable[[str], bool] = _never
+    fitted: Callable[[str, Tensor, torch.Size], Tensor] | None = None
+
+    def fitting(self, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weights, those of another shape than in ``own`` as ``fitted`` makes them."""
+        if self.fitted is None:
+            return self.state
+        return {
+            name: self.fitted(name, tensor, own[name].shape)
+            if name in own and own[name].shape != tensor.shape
+            else tensor
+            for name, tensor in self.state.items()
+        }
 
 
 def compare(

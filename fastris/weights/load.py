@@ -39,6 +39,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "load_clip",
+    "load_encoder",
     "load_model",
     "load_torch",
     "load_weights",
@@ -55,6 +56,8 @@ Source: TypeAlias = str | Path | Mapping[str, Any] | Weights
 def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> LoadReport:
     """Copy weights into a model such as :class:`fastris.CRIS`: a whole CRIS's, or CLIP's into its ``backbone``.
 
+    So too a whole AlignFormer's, Swin's or BERT's into a :class:`fastris.AlignFormer`.
+
     Args:
         model: the model; parameters keep their dtype and device, so fp16 weights become fp32 in an fp32 model.
         source: a file, folder or name, or an already loaded checkpoint or state dict; see
@@ -70,23 +73,37 @@ def load_weights(model: nn.Module, source: Source, *, strict: bool = True) -> Lo
 
 
 def load_clip(model: nn.Module, source: Source, *, strict: bool = True) -> LoadReport:
-    """:func:`load_weights` for CLIP's weights only, from which a training run starts.
+    """:func:`load_weights` for CLIP's weights only, from which a training run of CRIS starts.
 
     ``source``: ``RN50:openai`` (open_clip's name and tag, which open_clip downloads), OpenAI's ``RN50.pt``, a
     safetensors file, or open_clip's state dict. Raises ValueError when it holds a whole model instead.
     """
+    return load_encoder(model, source, "clip_pretrain", strict=strict)
+
+
+def load_encoder(model: nn.Module, source: Source, option: str, *, strict: bool = True) -> LoadReport:
+    """:func:`load_weights` for the weights of one encoder only, from which a training run starts.
+
+    ``option`` is that of ``fastris train``: ``clip_pretrain`` for CRIS, ``swin_pretrain`` or ``bert_pretrain`` for
+    AlignFormer. Raises ValueError where the model has no such encoder, and for other weights than that encoder's.
+    """
     kind = kind_of(model)
-    if not kind.starts_from:
+    title, named = kind.config_class.title, option.removesuffix("_pretrain")
+    if option not in kind.starts:
+        whose = {"clip": "CLIP's", "swin": "Swin's", "bert": "BERT's"}.get(named, f"{named}'s")
+        others = f", give {' and '.join(f'{each}=...' for each in kind.starts)}" if kind.starts else ""
         raise ValueError(
-            f"clip_pretrain: a {kind.config_class.title} model does not start from CLIP's weights; leave it out, or "
-            "give the weights of a whole model as weight=PATH"
+            f"{option}: {title} does not start from {whose} weights; leave it out{others}, or give the weights "
+            "of a whole model as weight=PATH"
         )
-    weights = read_weights(source)
+    weights, (whose, part) = read_weights(source), kind.starts[option]
     if kind.recognises(weights.tensors):
-        raise ValueError(
-            f"{weights.source} holds a whole {kind.config_class.title} model; give CLIP's weights alone, such as "
-            "RN50:openai"
-        )
+        example = ", such as RN50:openai" if option == "clip_pretrain" else f" ({option}), or the whole as weight=PATH"
+        raise ValueError(f"{weights.source} holds a whole {title} model; give {whose} weights alone{example}")
+    taken = kind.adopt(weights.tensors)
+    if taken is not None and taken.part != part:
+        actual = next(name for name, (_, other) in kind.starts.items() if other == taken.part)
+        raise ValueError(f"{option}: {weights.source} holds {kind.starts[actual][0]} weights; give it as {actual}=PATH")
     return load_into(model, weights, strict)
 
 
@@ -103,10 +120,16 @@ def load_model(source: Source, config: ModelConfig | None = None) -> ReferringMo
     kind = kind_for(weights, config)
     if not kind.recognises(weights.tensors):
         title, adoptable = kind.config_class.title, kind.adopt(weights.tensors) is not None
-        what = f"{kind.starts_from.partition(' (')[0]} weights alone" if adoptable else f"no {title} model"
+        what = f"{_whose(kind, weights)} weights alone" if adoptable else f"no {title} model"
         parts = ", ".join(kind.config_class.parts)
         raise ValueError(f"{weights.source} holds {what}; give a whole {title} model ({parts})")
     return build(kind, weights, config or kind.infer_config(weights.tensors))
+
+
+def _whose(kind: Any, weights: Weights) -> str:
+    """Of which other model the weights are that ``kind`` adopts: "CLIP's"."""
+    part = kind.adopt(weights.tensors).part
+    return next((whose for whose, other in kind.starts.values() if other == part), "another model's")
 
 
 def read_weights(source: Source) -> Weights:

@@ -268,7 +268,7 @@ def test_wrong_class_system_or_weights_are_one_error_that_says_the_mend(tmp_path
         ValueError, match=r"toy holds a Toy model, and CRIS loads CRIS; load it with fastris\.Segmenter"
     ):
         CRIS.from_pretrained(tmp_path / "toy")
-    with pytest.raises(ValueError, match="clip_pretrain: a Toy model does not start from CLIP's weights; leave it out"):
+    with pytest.raises(ValueError, match="clip_pretrain: Toy does not start from CLIP's weights; leave it out"):
         load_clip(Toy(ToyConfig()), "RN50:openai")
     with pytest.raises(ValueError, match=r"missing \(2\): pixels\.weight, pixels\.bias"):
         load_weights(Toy(ToyConfig()), {"letters.weight": torch.zeros(64, 6)})

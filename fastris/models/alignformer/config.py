@@ -236,7 +236,10 @@ class AlignFormerConfig(ModelConfig):
         """Says that the published recipe starts from Swin's and BERT's own weights, where the sizes are theirs."""
         if self.bert != BERTConfig() or swin_name(self.embed_dim, self.depths).startswith("a "):
             return ""
-        return "BERT and Swin start from random weights, which is not the published recipe"
+        return (
+            "BERT or Swin starts from random weights, which is not the published recipe; give "
+            "bert_pretrain=google-bert/bert-base-uncased and swin_pretrain=swin_base_patch4_window12_384_22k.pth"
+        )
 
 
 _SWINS: dict[tuple[int, tuple[int, ...]], str] = {

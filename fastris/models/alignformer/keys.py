@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from fastris.models.alignformer.config import AlignFormerConfig, BERTConfig, swin_name
+from fastris.models.encoder_weights import bert_weights, fitted_table, swin_weights
+from fastris.models.state_dicts import Adopted
 
 _BLOCK = "backbone.layers.{}.blocks."
+_ADDED = re.compile(r"\.(fusion|res_gate|sym_res_gate)\.|^backbone\.norm\d\.")
 _HEAD_WIDTH = 64  # of BERT's attentions, in every size that was published
 
 
@@ -21,6 +24,24 @@ def architecture(state: Mapping[str, Tensor]) -> str:
     if stem is None or not any(depths):
         return "an unknown image encoder"
     return swin_name(stem.shape[0], depths)
+
+
+def adopt_encoder(state: Mapping[str, Tensor]) -> Adopted | None:
+    """Swin's weights, renamed for the ``backbone``, or BERT's, for the ``text_encoder``; None for others.
+
+    Of the backbone, what Swin does not have may be missing: the exchange with the words, its gates, the output norms.
+    Tables of relative positions are resized to the model's windows.
+    """
+    if (swin := swin_weights(state)) is not None:
+        named = {f"backbone.{name}": tensor for name, tensor in swin.items()}
+        return Adopted(named, "backbone.", _is_not_swins, fitted_table)
+    if (bert := bert_weights(state)) is not None:
+        return Adopted({f"text_encoder.{name}": tensor for name, tensor in bert.items()}, "text_encoder.")
+    return None
+
+
+def _is_not_swins(name: str) -> bool:
+    return bool(_ADDED.search(name)) or name.endswith("relative_position_index")
 
 
 def infer_config(state: Mapping[str, Tensor], **known: Any) -> AlignFormerConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fastris.models.alignformer.swin import SwinWithWords
 from fastris.models.alignformer.text import TextEncoder
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
 from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
+from fastris.models.state_dicts import Adopted
 from fastris.nn.query_decoder import QueryDecoder
 from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
@@ -96,6 +97,10 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     config_class = AlignFormerConfig
     shares_image = False
     contrasts_instances = True
+    starts: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "swin_pretrain": ("Swin's", "backbone."),
+        "bert_pretrain": ("BERT's", "text_encoder."),
+    }
 
     config: AlignFormerConfig
 
@@ -198,6 +203,11 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
             exempt = name.startswith("backbone.") and ("norm" in name or "relative_position_bias_table" in name)
             groups[HEAD + NO_DECAY if exempt else HEAD].append(parameter)
         return groups
+
+    @classmethod
+    def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
+        """Swin's weights, renamed for the ``backbone``, or BERT's for the ``text_encoder``; None for others."""
+        return keys.adopt_encoder(state)
 
     @classmethod
     def infer_config(cls, state: Mapping[str, Tensor]) -> AlignFormerConfig:

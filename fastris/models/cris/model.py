@@ -77,7 +77,7 @@ class CRIS(ReferringModel, tags=["cris"]):
 
     config_class = CRISConfig
     contrasts_instances = True
-    starts_from: ClassVar[str] = "CLIP's (visual, transformer, ...)"
+    starts: ClassVar[Mapping[str, tuple[str, str]]] = {"clip_pretrain": ("CLIP's", "backbone.")}
     recompute = "none"
 
     config: CRISConfig
