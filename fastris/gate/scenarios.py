@@ -145,11 +145,13 @@ def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def _score(queries: int, size: int, channels: int, side: tuple[int, int]) -> Callable[[torch.dtype], None]:
-    """Similarity and loss of contiguous features, without the model: the largest text kernels, several, odd maps."""
+def _score(
+    queries: int, size: int, channels: int, side: tuple[int, int], layout: torch.memory_format = torch.contiguous_format
+) -> Callable[[torch.dtype], None]:
+    """Similarity and loss of features, without the model: the largest text kernels, several, odd maps."""
 
     def run(dtype: torch.dtype) -> None:
-        features = _leaf(2, channels, *side, dtype=dtype)
+        features = torch.zeros(2, channels, *side, dtype=dtype).to(memory_format=layout).requires_grad_()
         kernel, bias = _leaf(2, queries, channels, size, size, dtype=dtype), _leaf(2, queries, dtype=dtype)
         text_to_pixel_similarity(features, kernel, bias).sum().backward()
         text_to_pixel_contrastive_loss(features, kernel, torch.zeros(2, queries, *side), bias)[0].backward()
@@ -216,6 +218,7 @@ SCENARIOS = (
     Scenario("NCHW", _score(1, 3, 256, (104, 104)), TWO, rare=True),
     Scenario("5x5 kernel", _score(1, 5, 256, (104, 104)), TWO, rare=True),
     Scenario("3 kernels", _score(3, 3, 256, (104, 104)), BFLOAT16, rare=True),
+    Scenario("centre", _score(7, 3, 256, (104, 104), torch.channels_last), TWO, rare=True),
     Scenario("odd map", _score(1, 3, 70, (13, 15)), FLOAT32, rare=True),
     Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), BFLOAT16, rare=True),
     Scenario("16 words", _sentences(16, 512), TWO, rare=True),
