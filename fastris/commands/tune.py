@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def tune(config: TuneConfig) -> int:
     plan = Plan(bench, tuning, end, lambda line: print(line, flush=True), lambda: tuning.write(path), time.monotonic)
     left = measure(plan)
     dispatch.forget()
+    if plan.failed and len(left) == total:
+        print("fastris tune: nothing was measured to its end; what failed stands above", file=sys.stderr)
+        return 1
     if left:
         print(f"{total - len(left)} of {total} measured; run it again to go on with the others, or give more minutes")
     used = "a rehearsal, which no GPU goes by" if gpu == REHEARSED else "`auto` follows this from the next start on"

@@ -29,12 +29,14 @@ UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTD
 class Failure:
     """Why kernels are not used, and what mends it, as parts of a sentence.
 
-    ``everywhere``: of this GPU, whatever the operator and the dtype.
+    ``everywhere``: of this GPU, whatever the operator and the dtype. ``passing``: it says nothing of the kernels, and
+    another moment may answer otherwise.
     """
 
     reason: str
     mend: str
     everywhere: bool = False
+    passing: bool = False
 
     def in_process(self, number: int) -> Failure:
         """The same, as the other processes of a run tell it."""
@@ -88,7 +90,7 @@ def _by_type(error: BaseException, device: torch.device) -> Failure | None:
         return Failure(f"one needs {required} of the GPU's {kind}, which has {limit}", REPORT)
     if isinstance(error, torch.OutOfMemoryError):
         mend = "free memory on it and start again; the proof itself needs a few MiB"
-        return Failure("there was no memory left on the GPU to prove them", mend)
+        return Failure("there was no memory left on the GPU to prove them", mend, passing=True)
     if isinstance(error, subprocess.CalledProcessError):
         return _compiler_failed(error)
     if isinstance(error, FileNotFoundError) and "ldconfig" in str(error.filename):

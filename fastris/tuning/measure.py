@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,7 @@ class Plan:
         tuning: what is known; rows and tiles are added to it.
         end: when to begin nothing more, by ``clock``, in seconds.
         say: prints a line; save: keeps what ``tuning`` holds, after every job.
+        failed: the jobs that failed.
     """
 
     bench: Bench
@@ -44,6 +45,7 @@ class Plan:
     say: Callable[[str], None]
     save: Callable[[], None]
     clock: Callable[[], float]
+    failed: list[Job] = field(default_factory=list)
 
 
 def jobs(tuning: Tuning) -> list[Job]:
@@ -58,7 +60,7 @@ def measure(plan: Plan) -> list[Job]:
 
     Raises RuntimeError where the machine lets no kernels run: that is mended, and not measured.
     """
-    left, failed = jobs(plan.tuning), list[Job]()
+    left = jobs(plan.tuning)
     while left and plan.clock() < plan.end:
         share = (plan.end - plan.clock()) / len(left)
         operator, precision = left.pop(0)
@@ -67,16 +69,18 @@ def measure(plan: Plan) -> list[Job]:
         except Unusable:
             raise
         except Exception as error:  # of one operator; anything may go wrong in a compiler, a driver and a GPU
-            failed.append((operator, precision))
+            plan.failed.append((operator, precision))
             plan.say(f"  {precision:<16} {operator:<31} failed: {type(error).__name__}: {first_line(error)}")
         plan.save()
-    return failed + left
+    return plan.failed + left
 
 
 def _do(plan: Plan, operator: str, precision: str, end: float) -> None:
     failure = plan.bench.prove(operator, precision, {})
     if failure is not None and failure.everywhere:
         raise Unusable(f"there is nothing to tune: {failure}")
+    if failure is not None and failure.passing:
+        raise torch.OutOfMemoryError(str(failure))
     tiles: dict[Choice, Config] = {}
     if failure is None:
         tiles = _better_tiles(plan, operator, precision, end)

@@ -12,6 +12,7 @@ from fastris import tuned
 from fastris.commands import cli
 from fastris.commands import tune as command
 from fastris.preflight import Failure
+from fastris.preflight.reasons import explain
 from fastris.runtime.graph_timing import Timing
 from fastris.tuned import files
 from fastris.tuned.files import own_file, read
@@ -41,6 +42,8 @@ class FakeBench:
         self.calls: list[tuple] = []
         self.wrong: set[tuple[str, str]] = set()
         self.full: set[int] = set()
+        self.crashing: set[tuple[str, str]] = set()
+        self.without_memory: set[tuple[str, str]] = set()
         self.breaking: int | None = None
         self.no_compiler = False
         self.torch_seconds = dict.fromkeys(BUCKETS.values(), 2e-3)
@@ -60,6 +63,8 @@ class FakeBench:
         self._spend("prove", operator, precision, *tiles.values())
         if self.no_compiler:
             return Failure("Triton found no C compiler", "install one", everywhere=True)
+        if (operator, precision) in self.without_memory:
+            return explain(torch.OutOfMemoryError("CUDA out of memory"), torch.device("cpu"))
         if (operator, precision) in self.wrong or WRONG in tiles.values():
             return Failure("their numbers are wrong", "report it")
         return None
@@ -70,7 +75,11 @@ class FakeBench:
 
     def time(self, operator, precision, batch, arms: dict[str, Arm]):
         self._spend("time", operator, precision, batch)
-        if batch == self.breaking or BREAKS in [config for arm in arms.values() for config in arm.tiles.values()]:
+        if (
+            batch == self.breaking
+            or (operator, precision) in self.crashing
+            or BREAKS in [config for arm in arms.values() for config in arm.tiles.values()]
+        ):
             raise RuntimeError("a kernel crashed\nand more")
         if batch in self.full:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -154,12 +163,31 @@ def test_tiles_that_break_where_there_are_many_pixels_are_told_and_passed_over(b
 
 
 def test_an_operator_that_fails_is_told_and_the_others_are_measured(bench, capsys):
-    bench.breaking = 64
+    bench.crashing = {(UP, "float16")}
     assert cli.main(["tune"]) == 0
     printed = capsys.readouterr().out
     jobs = 4 * len(tuned.PRECISIONS)
-    assert printed.count("failed: RuntimeError: a kernel crashed\n") == jobs and f"0 of {jobs} measured" in printed
+    assert (
+        printed.count("failed: RuntimeError: a kernel crashed\n") == 1 and f"{jobs - 1} of {jobs} measured" in printed
+    )
+    assert (UP, "bfloat16", LARGE) in kept().rows and (UP, "float16", LARGE) not in kept().rows
+
+
+def test_where_every_operator_fails_one_line_says_so_and_the_exit_status(bench, capsys):
+    bench.breaking = 64
+    assert cli.main(["tune"]) == 1
+    printed, told = capsys.readouterr()
+    assert printed.count("failed: RuntimeError: a kernel crashed\n") == 4 * len(tuned.PRECISIONS)
+    assert told == "fastris tune: nothing was measured to its end; what failed stands above\n"
     assert (UP, "bfloat16", MIDDLE) in kept().rows, "what was measured before is kept"
+
+
+def test_a_proof_without_memory_says_nothing_of_the_kernels_and_is_not_kept(bench, capsys):
+    bench.without_memory = {(UP, "float16")}
+    assert cli.main(["tune"]) == 0
+    assert "failed: OutOfMemoryError: there was no memory left on the GPU" in capsys.readouterr().out
+    assert not [key for key in kept().rows if key[:2] == (UP, "float16")]
+    assert (UP, "bfloat16", LARGE) in kept().rows
 
 
 def test_a_machine_that_lets_no_kernel_run_is_told_and_nothing_is_kept_against_them(bench, capsys):
