@@ -54,7 +54,13 @@ OPERATORS: dict[str, Operator] = {
             "",
             "bidirectional_attention",
         ),
-        Operator("few_query_attention", "few_query_attention", "few_query_attention", "", "few_query_attention"),
+        Operator(
+            "few_query_attention",
+            "few_query_attention",
+            "few_query_attention",
+            "few_query_attention",
+            "few_query_attention",
+        ),
         Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
         Operator("upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "", "upsampled_bce"),
         Operator(

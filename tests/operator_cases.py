@@ -457,11 +457,13 @@ def every_problem() -> Iterator[Problem]:
     yield bidirectional_problem(3, 4, 3, (2, 3), eps=0.1, **small)
     yield bidirectional_problem(169, 32, 24, (4, 9, 7))
     yield bidirectional_problem(13, 40, 12, (20,))
-    yield few_query_problem(2, 2, 9, 16, 6, 4, thorough=True)
+    yield few_query_problem(2, 2, 9, 16, 6, 4, **whole)
     yield few_query_problem(2, 2, 3, 6, 3, 2, **small)
-    for sizes in ((1, 1, 1, 8, 4, 2), (2, 1, 37, 24, 16, 8), (3, 8, 50, 64, 20, 4), (2, 4, 11, 16, 6, 4)):
-        yield few_query_problem(*sizes)  # the last has so many queries that nothing is absorbed
-    yield few_query_problem(2, 1, 225, 96, 32, 8, fixed=True)
+    for sizes in ((1, 1, 1, 8, 4, 2), (2, 1, 37, 24, 16, 8), (1, 8, 140, 24, 40, 2)):
+        yield few_query_problem(*sizes, kernels=True)
+    yield few_query_problem(3, 8, 50, 64, 20, 4)  # more rows than a kernel's tile has
+    yield few_query_problem(2, 4, 11, 16, 6, 4)  # so many queries that nothing is absorbed
+    yield few_query_problem(2, 1, 225, 96, 32, 8, fixed=True, kernels=True)
 
     yield region_contrast_problem(4, 5, 6, 7, pointwise=6, thorough=True)
     yield region_contrast_problem(3, 3, 4, 4, pointwise=2, **small)

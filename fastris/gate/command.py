@@ -32,7 +32,7 @@ def _row(build: Build) -> str:
     )
 
 
-BRIEFLY = ("train", "eval")
+BRIEFLY = ("train", "train AlignFormer", "eval", "eval AlignFormer")
 """The scenarios of a brief gate."""
 
 
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--brief",
         action="store_true",
-        help="build only what training and evaluation of CRIS-RN50 launch, in float32 and bfloat16",
+        help="build only what training and evaluation of CRIS-RN50 and AlignFormer launch, in float32 and bfloat16",
     )
     arguments = parser.parse_args()
     if arguments.brief and arguments.refresh:

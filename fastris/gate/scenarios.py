@@ -2,7 +2,7 @@
 
 Nothing is computed by a kernel here, but everything around it runs as it would on a GPU: the operators' algebra, their
 registration, autograd, autocast. So the gate's list cannot drift from what is launched. Sizes are CRIS's own for a
-picture of 416 x 416 pixels and 17 words, at a batch of one or two.
+picture of 416 x 416 pixels and 17 words, or AlignFormer's for one of 480 x 480, at a batch of one or two.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from fastris.kernels.launch import Launch, recording
 from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.projector import Projector
+from fastris.nn.query_decoder import QueryDecoder
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
+from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights
+from fastris.reference import AttentionWeights, SeparateAttentionWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -202,6 +204,39 @@ def _upsample(channels: int) -> Callable[[torch.dtype], None]:
     return run
 
 
+def _centre(train: bool) -> Callable[[torch.dtype], None]:
+    """A layer of AlignFormer's centre embedding at each of its maps for pictures of 480 x 480, after a float32 decoder.
+
+    Half precision is autocast's.
+    """
+
+    def run(dtype: torch.dtype) -> None:
+        decoder = QueryDecoder(768, 256, layers=3, hidden=64).requires_grad_(train)
+        maps = [torch.zeros(2, 256, side, side).requires_grad_(train) for side in (15, 30, 60)]
+        with torch.autocast("cpu", dtype, enabled=dtype in HALF), torch.set_grad_enabled(train):
+            centres = decoder(torch.zeros(2, 1, 768), maps)
+        if train:
+            centres[-1].sum().backward()
+
+    return run
+
+
+def _few_queries(width: int, count: int) -> Callable[[torch.dtype], None]:
+    """Two queries of learnt positions over frozen pixels that lie channel after channel, of an odd number."""
+
+    def run(dtype: torch.dtype) -> None:
+        pixels = torch.zeros(2, width, count, dtype=dtype).mT
+        shapes = (width, width), (width, width), (width, width), (3 * width,), (width, width), (width,)
+        weights = SeparateAttentionWeights(*(_leaf(*shape, dtype=dtype) for shape in shapes))
+        query, place = _leaf(2, 2, width, dtype=dtype), _leaf(2, width, dtype=dtype)
+        table = _leaf(count, width, dtype=dtype)
+        for each in (pixels, pixels.clone().requires_grad_()):
+            level = _leaf(width, dtype=dtype)
+            few_query_attention(query, place, each, level, table, weights, 8).sum().backward()
+
+    return run
+
+
 FLOAT32, FLOAT16, BFLOAT16 = ((dtype,) for dtype in DTYPES)
 TWO = FLOAT32 + BFLOAT16
 # What comes first names a build that several of them share. float16 and bfloat16 share their tiles: what is rare is
@@ -210,8 +245,10 @@ SCENARIOS = (
     Scenario("train", _train("cris_r50"), tuned=BFLOAT16),
     Scenario("train R101", _train("cris_r101")),
     Scenario("train TF32", _train_with_tf32, FLOAT32, ("large", "small")),
+    Scenario("train AlignFormer", _centre(True)),
     Scenario("eval", _evaluate("cris_r50")),
     Scenario("eval R101", _evaluate("cris_r101")),
+    Scenario("eval AlignFormer", _centre(False)),
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
     Scenario("demo", _train("tiny"), BFLOAT16, rare=True),
     Scenario("demo eval", _evaluate("tiny"), BFLOAT16, rare=True),
@@ -225,6 +262,9 @@ SCENARIOS = (
     Scenario("77 words", _sentences(77, 1024), TWO, rare=True),
     Scenario("statistics", _upsample(64), TWO, rare=True),
     Scenario("odd width", _upsample(70), TWO, rare=True),
+    Scenario("few queries", _few_queries(256, 225), TWO, rare=True),
+    Scenario("few queries, wide", _few_queries(512, 169), BFLOAT16, rare=True),
+    Scenario("few queries, narrow", _few_queries(40, 169), TWO, rare=True),
     Scenario("mask alone", _masks, FLOAT32, rare=True),
 )
 

@@ -131,6 +131,28 @@ def _kept(a: _Sizes) -> Work:
     return Work(a.count, 0, a.count, 0, (), 1)
 
 
+def _pool(a: _Sizes) -> Work:
+    """Scores and weighted sums of the same pixels; every chunk leaves partial sums."""
+    chunks, kept = a.first // a.batch, 4 * a.batch * a.rows * a.pixels
+    products = 2 * a.batch * a.rows * a.pixels * a.channels
+    outputs = a.first * a.rows * (a.channels + 2) + a.batch * a.rows * a.pixels
+    moved = a.batch * a.channels * (a.pixels * a.size("y_ptr") + 4 * a.rows * (1 + chunks)) + 2 * kept
+    padded = 2 * a.BLOCK_R * a.BLOCK_K * a.BLOCK_P * a.TILES
+    return Work(outputs, products, moved, padded, (a.TILES,), a.batch)
+
+
+def _pool_gradients(a: _Sizes) -> Work:
+    chunks, kept = a.first // a.batch, 4 * a.batch * a.rows * a.pixels
+    passes = 4 if a.WANTS_PIXELS else 2
+    maps = a.batch * a.pixels * a.channels
+    written = maps if a.WANTS_PIXELS else 0
+    moved = maps * a.size("y_ptr") + written * a.size("dy_ptr") + 2 * kept
+    moved += 4 * a.batch * a.channels * a.rows * (2 + chunks)
+    padded = passes * a.BLOCK_R * a.BLOCK_K * a.BLOCK_P * a.TILES
+    outputs = written + a.first * a.rows * a.channels + a.batch * a.rows * a.pixels
+    return Work(outputs, passes * maps * a.rows, moved, padded, (a.TILES,), a.batch)
+
+
 _BACKWARD = ("x_ptr", "upstream_ptr", "d_x_ptr", "query_ptr", "d_query_ptr")
 _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "similarity taps": _taps,
@@ -146,4 +168,6 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "cross_attention weights backward": _weights("d_scores_ptr", ("d_gathered_ptr",), "values_ptr", ("weights_ptr",)),
     "cross_attention query backward": _rows(_BACKWARD, "d_scores_ptr", "keys_ptr"),
     "cross_attention kept": _kept,
+    "few_query_attention pool": _pool,
+    "few_query_attention gradients": _pool_gradients,
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastris import reference
-from fastris.dispatch import requested_impl
+from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape, check_tensors, compute_dtype
 from fastris.reference import SeparateAttentionWeights
 
@@ -56,25 +56,48 @@ def few_query_attention(
     dtype; everything else in float32, or in float64 for float64.
 
     For the backward pass the fast path keeps the pixels themselves and heads * Q numbers for each of them, of which
-    nothing is K or D wide; it can be differentiated once. Under ``torch.compile`` it is the same. Non-finite values
-    pass through as IEEE arithmetic says.
+    nothing is K or D wide; it can be differentiated once. Non-finite values pass through as IEEE arithmetic says.
+    ``triton`` reads every pixel once in each pass; its tiles hold heads * Q up to 16 and K up to 512 (in float32 256),
+    and what is larger, and everything on cards with 64 KiB of shared memory, is ``torch``'s.
 
     Raises ValueError for a wrong shape, no query or no pixel, a ``num_heads`` that does not divide D or tensors on
-    different devices; TypeError for dtypes that do not fit.
+    different devices; TypeError for dtypes that do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: arXiv 2301.06429, section 3.3, and its released code; :func:`fastris.reference.few_query_attention`.
     """
     _check(query, query_positions, pixels, level, positions, weights, num_heads)
     dim = query.shape[-1]
-    if requested_impl(impl) == "reference" or num_heads * query.shape[1] >= dim:
+    dtype, rows = compute_dtype(query), num_heads * query.shape[1]
+    count, channels = pixels.shape[1:]
+    path = resolve("few_query_attention", query.device, dtype, impl, len(query))
+    if path == "reference" or rows >= dim:
         return reference.few_query_attention(query, query_positions, pixels, level, positions, weights, num_heads)
-    dtype = compute_dtype(query)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         weights = SeparateAttentionWeights(*(each.to(wide) for each in weights))
         absorbed = _absorb(query.to(wide) + query_positions.to(wide), weights, num_heads)
-        pooled = _PooledPixels.apply(pixels.to(dtype), absorbed, positions.to(wide)) + level.to(wide)
+        pool = _PooledPixels.apply
+        if path == "triton" and _kernels_take(rows, count, channels, dtype, pixels.device):
+            pool = _pooled_by_kernels
+        pooled = pool(pixels.to(dtype), absorbed, positions.to(wide)) + level.to(wide)
         return _project(pooled, weights, num_heads).to(dtype)
+
+
+def _kernels_take(rows: int, count: int, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """The slope of a softmax over a single pixel is 0, which the kernels' two sums would miss by a rounding."""
+    from fastris.kernels.few_query_attention_tiles import fits
+
+    return count > 1 and fits(rows, channels, dtype, device)
+
+
+_kernels_take._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks once, for constants
+
+
+def _pooled_by_kernels(pixels: Tensor, absorbed: Tensor, positions: Tensor) -> Tensor:
+    from fastris.kernels.few_query_attention import pooled_pixels
+
+    scores = absorbed.flatten(0, 1) @ positions.T  # [B * R, N], the positions' own
+    return pooled_pixels(pixels, absorbed, scores.unflatten(0, absorbed.shape[:2]))
 
 
 def _check(

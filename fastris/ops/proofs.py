@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
+from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights
+from fastris.reference import AttentionWeights, SeparateAttentionWeights
 from fastris.testing import EPS, assert_path_same
 
 Inputs = dict[str, Tensor]
@@ -130,6 +131,32 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
     _hold(dropping, published, inputs, torch.float32, autocast=None if dtype is torch.float32 else dtype)
 
 
+def prove_few_query_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """With a gradient of everything; and as in training: of fixed positions, under autocast in low precision."""
+    channels, height = _sizes(device)[:2]
+    dim, count, heads = 3 * channels, 21 * height, _sizes(device).heads
+    weights: dict[str, tuple[int, ...]] = {
+        "query_weight": (dim, dim),
+        "key_weight": (dim, channels),
+        "value_weight": (dim, channels),
+    }
+    inputs = _drawn(weights | {"out_weight": (dim, dim)}, device, dim**-0.5)
+    inputs |= _drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query_positions": (1, dim)}, device, 1.0)
+    inputs |= _drawn({"level": (channels,), "query": (2, 1, dim), "pixels": (2, count, channels)}, device, 1.0)
+    table = _drawn({"positions": (count, channels)}, device, 1.0)
+
+    def by(impl: str) -> Callable[..., Tensor]:
+        def attend(**sources: Tensor) -> Tensor:
+            fields = SeparateAttentionWeights(*(sources.pop(name) for name in SeparateAttentionWeights._fields))
+            return few_query_attention(**(table | sources), weights=fields, num_heads=heads, impl=impl)  # type: ignore[arg-type]
+
+        return attend
+
+    _hold(by("triton"), by("reference"), inputs | table, dtype)
+    if dtype is not torch.float32:
+        _hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
+
+
 def masked_cross_attention(
     sources: Inputs,
     padding_mask: Tensor | None,
@@ -227,5 +254,6 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "text_to_pixel_contrastive_loss": prove_contrastive,
     "cross_attention": prove_cross_attention,
     "upsample2x_conv3x3": prove_upsample_conv,
+    "few_query_attention": prove_few_query_attention,
 }
 """The proof of every operator that has kernels, by the operator's name."""

@@ -26,6 +26,11 @@ EXPECTED_LOSSES = (
         precision="float32",
     ),
     Loss(
+        "in IEEE float32 its products have no tensor cores, and half of their rows are padding",
+        operator="few_query_attention",
+        precision="float32",
+    ),
+    Loss(
         "on H100 and H200 the float32 gather costs more than cuDNN's convolution",
         operator="upsample2x_conv3x3",
         precision="float32",

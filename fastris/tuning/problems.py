@@ -1,4 +1,4 @@
-"""What is timed of each operator: the forward and backward pass that a step of CRIS's training makes of it."""
+"""What is timed of each operator: the forward and backward pass that a step of training makes of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastris.ops import (
     cross_attention,
+    few_query_attention,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
     upsample2x_conv3x3,
 )
-from fastris.reference import AttentionWeights
+from fastris.reference import AttentionWeights, SeparateAttentionWeights
 
 DROPOUT = 0.1
 
@@ -69,6 +70,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "text_to_pixel_contrastive_loss": _contrastive,
         "cross_attention": _cross_attention,
         "upsample2x_conv3x3": _upsample,
+        "few_query_attention": _few_query,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -167,6 +169,28 @@ def _cross_attention(batch: int, sizes: Sizes) -> Problem:
         )
 
     return Problem(_drawn(shapes), tables | padding, forward)
+
+
+def _few_query(batch: int, sizes: Sizes) -> Problem:
+    """AlignFormer's largest map, 60x60 where the side is CRIS's; text is three times as wide as pixels."""
+    width, dim, count = sizes.channels, 3 * sizes.channels, (2 * sizes.side + 8) ** 2
+    shapes: Shapes = {"query": (batch, 1, dim), "query_positions": (1, dim), "pixels": (batch, count, width)}
+    shapes |= {"level": (width,), "query_weight": (dim, dim), "key_weight": (dim, width), "value_weight": (dim, width)}
+    shapes |= {"in_proj_bias": (3 * dim,), "out_weight": (dim, dim), "out_bias": (dim,)}
+
+    def forward(
+        path: str,
+        query: Tensor,
+        query_positions: Tensor,
+        pixels: Tensor,
+        level: Tensor,
+        positions: Tensor,
+        **weights: Tensor,
+    ) -> Tensor:
+        sources = query, query_positions, pixels, level, positions
+        return few_query_attention(*sources, SeparateAttentionWeights(**weights), sizes.heads, impl=path)
+
+    return Problem(_drawn(shapes), _drawn({"positions": (count, width)}), forward)
 
 
 @contextmanager

@@ -65,11 +65,11 @@ def test_integers_are_specialised_as_triton_does_at_launch(rows):
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Launch]:
-    """What a step and an evaluation of CRIS-RN50 launch on a consumer card in bfloat16."""
+    """What a step and an evaluation of CRIS-RN50 and of AlignFormer launch on a consumer card in bfloat16."""
     return {
         f"{scenario.name}: {kernel_name(each.kernel)}": each
         for scenario in scenarios.SCENARIOS
-        if scenario.name in ("train", "eval")
+        if scenario.name in command.BRIEFLY
         for each in scenarios.launches(scenario, "small", torch.bfloat16)
     }
 

@@ -19,7 +19,13 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 to run the kernels on a CPU", allow_module_level=True)
 
-from fastris.kernels import contrastive, cross_attention, similarity_backward, upsample_conv  # noqa: E402
+from fastris.kernels import (  # noqa: E402
+    contrastive,
+    cross_attention,
+    few_query_attention,
+    similarity_backward,
+    upsample_conv,
+)
 from fastris.kernels import similarity as similarity_kernels  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -55,6 +61,8 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("cross_attention", cross_attention, "query_backward", 0, "gradient of x"),
         ("upsample2x_conv3x3", upsample_conv, "_combine", 1, "output 3"),
         ("upsample2x_conv3x3", upsample_conv, "_gradients", 1, "gradient of weight"),
+        ("few_query_attention", few_query_attention, "_combined", 0, "output 0"),
+        ("few_query_attention", few_query_attention, "gradients", 0, "gradient of pixels"),
     ],
 )
 def test_kernel_that_is_a_hundredth_off_fails_its_proof(monkeypatch, operator, module, name, which, told):

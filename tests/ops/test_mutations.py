@@ -239,6 +239,7 @@ HARMLESS = {
     "dropout_bits.dropped": "true or false",
     "upsample_conv._empty_like": "not yet written",
     "similarity.reference_similarity": "the published formula",
+    "few_query_attention._pooled_by_kernels": "the Triton path, which has its proof",
     "few_query_attention._largest": "divided by before and multiplied with after; in low precision alone",
     "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
     "contrastive._checked_pos_weight": "as _counted_pixels",
