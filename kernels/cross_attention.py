@@ -19,6 +19,7 @@ apply them. P and V come from the cache the second time, and nothing goes throug
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .common import dot_precision, drop_bits, drop_threshold, philox_of_four, spread_bits
 from .configs import Config, choose, device_class
-from .cross_attention_backward import ROWS, branch_backward, query_backward
+from .cross_attention_backward import FEWER_ROWS, ROWS, branch_backward, query_backward
 from .cross_attention_tiles import (
     BRANCH_SEED,
     NORM,
@@ -66,6 +67,14 @@ SCORES = {
     ("small", 4): Config((("BLOCK_N", 32), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
     ("tiny", 4): Config((("BLOCK_N", 16), ("BLOCK_D", 32)), num_warps=8, num_stages=2),
 }
+# Steps of 128 columns spilled under Triton 3.6 on sm_90 and sm_100.
+OUTPUT = {**ROWS, ("large", 2): replace(ROWS["large", 2], alternatives=FEWER_ROWS[:1])}
+# 8 warps spilled them under Triton 3.6 on sm_100.
+FEW_COLUMNS = 128
+
+
+def output_config(kind: tuple[str, int], columns: int) -> Config:
+    return replace(OUTPUT[kind], num_warps=16) if columns <= FEW_COLUMNS and kind == ("large", 2) else OUTPUT[kind]
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -195,7 +204,7 @@ def _forward(
         weights, statistics, x, positions, keys, key_bias, affine, seeds, *x.stride()[:2], rows, eps,
         HEADS=heads, WORDS=words, GROUP=group, DROPOUT=attention_dropout, **common, config=config,
     )  # fmt: skip
-    config = choose(_output_kernel, ROWS[kind], x.device, keys.dtype, batch * rows)
+    config = choose(_output_kernel, output_config(kind, heads * words), x.device, keys.dtype, batch * rows)
     launch(
         _output_kernel, (batch * triton.cdiv(rows, config["BLOCK_N"]),),
         y, statistics, x, weights, values, affine, seeds, *x.stride()[:2], rows, eps,

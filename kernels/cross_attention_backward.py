@@ -64,8 +64,10 @@ ROWS = {
 # With 32 rows of float32 Triton 3.6 spilled on sm_80.
 _SINGLE = Config((("BLOCK_N", 16), ("BLOCK_D", 32), ("BLOCK_K", 32)), num_warps=4, num_stages=2)
 BRANCH = {**ROWS, ("large", 4): _SINGLE, ("small", 4): _SINGLE}
-# On sm_90 the query's gradient takes 16 rows: with 32 it spilled for 77 words.
-QUERY = {**ROWS, ("large", 2): _SIXTEEN_ROWS}
+# On sm_90 the query's gradient takes 16 rows: with 32 it spilled for 77 words. On gfx1100 Triton 3.6 unrolled the four
+# steps of 16 words, and spilled.
+_NARROW_STEPS = Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("BLOCK_K", 16)), num_warps=8, num_stages=2)
+QUERY = {**ROWS, ("large", 2): _SIXTEEN_ROWS, ("tiny", 4): _NARROW_STEPS}
 _FEWER_WARPS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=4, num_stages=2)
 _HALF_WEIGHTS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), num_warps=8, num_stages=2, alternatives=(_FEWER_WARPS,))
 WEIGHTS = {
