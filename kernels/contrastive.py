@@ -71,7 +71,14 @@ def _loss_kernel(
 
 @torch.library.custom_op("fastris::text_contrastive", mutates_args=())
 def _contrastive(
-    x: Tensor, weight: Tensor, constants: Tensor, positive: Tensor, negative: Tensor, size: int
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    norm: Tensor | None,
+    of_batch: bool,
+    positive: Tensor,
+    negative: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of every pixel, logits, and the loss's slope, all (B, Q, H, W)."""
     logits = torch.empty(positive.shape, dtype=x.dtype, device=x.device)
@@ -79,7 +86,7 @@ def _contrastive(
     slope = torch.empty(positive.shape, dtype=torch.float32, device=x.device)
     if logits.numel():
         batch, queries, height, width = positive.shape
-        taps = launch_taps(x, weight, constants)
+        taps = launch_taps(x, weight, constants, norm)
         config = choose(_loss_kernel, LOSS_CONFIG, x.device, x.dtype, batch * height * width)
         grid = (batch * queries * triton.cdiv(height * width, config["BLOCK"]),)
         factors = (positive.contiguous(), negative.contiguous())
@@ -88,22 +95,22 @@ def _contrastive(
 
 
 @_contrastive.register_fake
-def _(x: Tensor, weight: Tensor, constants: Tensor, positive: Tensor, negative: Tensor, size: int):
+def _(x, weight, constants, norm, of_batch: bool, positive: Tensor, negative: Tensor, size: int):
     loss = x.new_empty(positive.shape, dtype=torch.float32)
     return loss, x.new_empty(positive.shape), torch.empty_like(loss)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, _, ctx.size = inputs
+    x, weight, _, norm, ctx.of_batch, _, _, ctx.size = inputs
     slope = output[2]
     ctx.mark_non_differentiable(slope)
-    ctx.save_for_backward(x, weight, slope)
+    ctx.save_for_backward(x, weight, norm, slope)
 
 
 def _backward(ctx, dloss: Tensor, dlogits: Tensor, _):
-    slope = ctx.saved_tensors[2]
+    slope = ctx.saved_tensors[3]
     total = torch.addcmul(dlogits.float(), dloss, slope)
-    return (*similarity_gradients(ctx, total), None, None, None)
+    return (*similarity_gradients(ctx, total), None, None, None, None)
 
 
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
@@ -115,11 +122,19 @@ def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def contrastive(
-    x: Tensor, weight: Tensor, constants: Tensor, positive: Tensor, negative: Tensor, size: int
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    norm: Tensor | None,
+    of_batch: bool,
+    positive: Tensor,
+    negative: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """Loss of every pixel in float32, and logits in the dtype of ``x``, both (B, Q, H, W).
 
-    From features (B, C, H*W), kernels folded in float32, and the pixels' factors (B, Q, H, W) in float32.
+    From features (B, C, H*W), kernels folded in float32, the norm before them as :func:`.similarity.similarity` takes
+    it, and the pixels' factors (B, Q, H, W) in float32.
     """
-    loss, logits, _ = _contrastive(x, weight, constants, positive, negative, size)
+    loss, logits, _ = _contrastive(x, weight, constants, norm, of_batch, positive, negative, size)
     return loss, logits

@@ -20,6 +20,7 @@ from fastris.reference import (
     AttentionWeights,
     BidirectionalAttentionWeights,
     FeedForwardWeights,
+    PixelNorm,
     SeparateAttentionWeights,
 )
 
@@ -69,31 +70,74 @@ def drawn(shapes: dict[str, tuple[int, ...]], scale: float = 1.0) -> dict[str, T
     return {name: scale * randn(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
-def similarity_problem(case: PixelCase, **uses: bool) -> Problem:
-    def call(impl: str) -> Callable:
-        return partial(ops.text_to_pixel_similarity, impl=impl)
+GIVEN, OF_BATCH = "given norm", "norm of the batch"
+"""Statistics of a norm before the text kernels: given, or the features' own."""
 
-    samples = "features", "kernel", "bias"
-    return Problem("text_to_pixel_similarity", str(case), case.inputs, call, samples, exact=1e-13, **uses)
+
+def with_norm(inputs: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+    """The pixels' inputs with a norm's numbers, and features that lie as the kernels norm them while they read."""
+    if not norm:
+        return inputs
+    channels = inputs["features"].shape[1]
+    numbers = {"norm_weight": 1 + 0.3 * randn(channels, seed=5), "norm_bias": 0.5 * randn(channels, seed=6)}
+    if norm == GIVEN:
+        numbers |= {"norm_mean": 0.5 * randn(channels, seed=7), "norm_var": 0.5 + randn(channels, seed=8).abs()}
+    return inputs | numbers | {"features": inputs["features"].contiguous(memory_format=torch.channels_last)}
+
+
+def normed(operator: Callable, **tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """``operator`` with the norm that its inputs' names give, or without."""
+    numbers = {name: tensors.pop(name) for name in list(tensors) if name.startswith("norm_")}
+    if not numbers:
+        return operator(**tensors)
+    weight, bias = numbers["norm_weight"], numbers["norm_bias"]
+    if "norm_mean" in numbers:
+        norm = PixelNorm(numbers["norm_mean"], numbers["norm_var"], weight, bias, 1e-5, of_batch=False)
+    else:
+        norm = PixelNorm.by_statistics_of(tensors["features"], weight, bias)
+    return operator(**tensors, norm=norm)
+
+
+def similarity_problem(case: PixelCase, norm: str = "", **uses: bool) -> Problem:
+    def call(impl: str) -> Callable:
+        return partial(normed, partial(ops.text_to_pixel_similarity, impl=impl))
+
+    samples, data = ("features", "kernel", "bias"), ("norm_mean", "norm_var")
+    label = f"{case}-{norm}" if norm else str(case)
+    return Problem(
+        "text_to_pixel_similarity",
+        label,
+        lambda: with_norm(case.inputs(), norm),
+        call,
+        samples,
+        data,
+        exact=1e-13,
+        **uses,
+    )
 
 
 def contrastive_problem(
-    case: PixelCase, reduction: str, size: tuple[int, int] | None = None, weighted: bool = False, **uses: bool
+    case: PixelCase,
+    reduction: str,
+    size: tuple[int, int] | None = None,
+    weighted: bool = False,
+    norm: str = "",
+    **uses: bool,
 ) -> Problem:
     """``size`` of the target, the logits' unless given; ``weighted`` adds pos_weight and ignored pixels."""
 
     def make() -> dict[str, Tensor]:
-        inputs = case.inputs() | {"target": case.target(*(size or ()))}
+        inputs = with_norm(case.inputs(), norm) | {"target": case.target(*(size or ()))}
         if weighted:
             inputs |= {"pos_weight": 0.5 + randn(case.queries, 1, 1).abs(), "ignore_mask": case.ignore_mask()}
         return inputs
 
     def call(impl: str) -> Callable:
-        return partial(ops.text_to_pixel_contrastive_loss, impl=impl, reduction=reduction)
+        return partial(normed, partial(ops.text_to_pixel_contrastive_loss, impl=impl, reduction=reduction))
 
-    label = f"{case}-{reduction}" + ("-weighted" if weighted else "")
+    label = f"{case}-{reduction}" + ("-weighted" if weighted else "") + (f"-{norm}" if norm else "")
     samples = "features", "kernel", "bias", "target", "ignore_mask"
-    data = "target", "pos_weight", "ignore_mask"
+    data = "target", "pos_weight", "ignore_mask", "norm_mean", "norm_var"
     return Problem("text_to_pixel_contrastive_loss", label, make, call, samples, data, **uses)
 
 
@@ -395,12 +439,21 @@ def every_problem() -> Iterator[Problem]:
     yield similarity_problem(PixelCase(1, 5, 20, 11, 17, size=1))
     yield similarity_problem(PixelCase(1, 1, 256, 13, 13, pointwise=256))
 
+    # behind a norm: kernels apply it to multiples of 16 channels, one text kernel each; two tiles, two partial sums
+    yield similarity_problem(PixelCase(2, 1, 16, 3, 4, pointwise=3), GIVEN, **whole)
+    yield similarity_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), GIVEN, **small)
+    yield similarity_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), OF_BATCH, **small)
+    yield similarity_problem(PixelCase(2, 1, 80, 17, 16), OF_BATCH, kernels=True)
+    yield similarity_problem(PixelCase(2, 2, 16, 3, 4), OF_BATCH, kernels=True)  # two text kernels: applied first
+
     case = PixelCase(2, 2, 4, 5, 4, pointwise=3)
     yield contrastive_problem(case, "mean", (9, 8), **whole)
     yield contrastive_problem(case, "none", weighted=True, **whole)
     yield contrastive_problem(case, "sum", (10, 8), weighted=True, kernels=True)
     yield contrastive_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), "none", weighted=True, **small)
     yield contrastive_problem(PixelCase(2, 1, 3, 3, 4, pointwise=2), "mean", (5, 7), **small)
+    yield contrastive_problem(PixelCase(2, 1, 16, 5, 4), "none", weighted=True, norm=OF_BATCH, kernels=True)
+    yield contrastive_problem(PixelCase(3, 1, 32, 4, 5, pointwise=3), "mean", (9, 8), norm=GIVEN, kernels=True)
     yield contrastive_problem(PixelCase(1, 2, 3, 19, 14, size=5, pointwise=2), "mean", (9, 8), kernels=True)
     yield contrastive_problem(PixelCase(1, 2, 5, 6, 4, size=1), "none", (9, 8), kernels=True)
     for reduction in ("mean", "sum", "none"):

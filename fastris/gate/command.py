@@ -32,7 +32,7 @@ def _row(build: Build) -> str:
     )
 
 
-BRIEFLY = ("train", "train AlignFormer", "eval", "eval AlignFormer")
+BRIEFLY = ("train", "train AlignFormer", "eval", "eval AlignFormer", "eval folded")
 """The scenarios of a brief gate."""
 
 

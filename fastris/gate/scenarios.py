@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris import dispatch
+from fastris.inference.folding import for_inference
 from fastris.kernels.configs import kernel_name, pretended_class, replaced, watched
 from fastris.kernels.cross_attention import dropout_masks
 from fastris.kernels.launch import Launch, recording
@@ -31,7 +32,7 @@ from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -103,10 +104,11 @@ def _tf32() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _head(preset: str, dtype: torch.dtype, train: bool, converted: bool = False) -> None:
+def _head(preset: str, dtype: torch.dtype, train: bool, converted: bool = False, folded: bool = False) -> None:
     """Decoder and projector of a model: one step of training with the loss, or an evaluation.
 
-    Half precision is autocast's, or, ``converted``, that of the weights. No kernel is in the feed-forward sub-layer.
+    Half precision is autocast's, or, ``converted``, that of the weights. ``folded``, as `fastris eval` has it, no norm
+    is left in the projector. No kernel is in the feed-forward sub-layer.
     """
     config = CRISConfig.preset(preset)
     side, batch = config.input_size // 16, 2 if train else 1
@@ -115,6 +117,7 @@ def _head(preset: str, dtype: torch.dtype, train: bool, converted: bool = False)
     weights = dtype if converted else torch.float32
     for module in (decoder, projector):
         module.train(train).requires_grad_(train).to(weights)
+    projector = for_inference(projector) if folded else projector
     # What the neck gives away: a convolution's answer. Words and sentences come from matrix products.
     fused = torch.zeros(batch, config.vis_dim, side, side, dtype=dtype, requires_grad=train)
     words = torch.zeros(batch, config.word_len, config.vis_dim, dtype=dtype, requires_grad=train)
@@ -134,8 +137,8 @@ def _train(preset: str) -> Callable[[torch.dtype], None]:
     return lambda dtype: _head(preset, dtype, train=True)
 
 
-def _evaluate(preset: str, converted: bool = False) -> Callable[[torch.dtype], None]:
-    return lambda dtype: _head(preset, dtype, train=False, converted=converted)
+def _evaluate(preset: str, converted: bool = False, folded: bool = False) -> Callable[[torch.dtype], None]:
+    return lambda dtype: _head(preset, dtype, train=False, converted=converted, folded=folded)
 
 
 def _train_with_tf32(dtype: torch.dtype) -> None:
@@ -159,6 +162,15 @@ def _score(
         text_to_pixel_contrastive_loss(features, kernel, torch.zeros(2, queries, *side), bias)[0].backward()
 
     return run
+
+
+def _frozen_norm(dtype: torch.dtype) -> None:
+    """A head that is trained behind a norm by given statistics, with all gradients, where its map's side is odd."""
+    features, kernel = _leaf(2, 256, 13, 15, dtype=dtype), _leaf(2, 1, 256, 3, 3, dtype=dtype)
+    mean, var, weight, bias = torch.zeros(256), torch.ones(256), _leaf(256, dtype=dtype), _leaf(256, dtype=dtype)
+    features = features.contiguous(memory_format=torch.channels_last)
+    norm = PixelNorm(mean, var, weight, bias, 1e-5, of_batch=False)
+    text_to_pixel_similarity(features, kernel, norm=norm).sum().backward()
 
 
 def _sentences(words: int, dim: int) -> Callable[[torch.dtype], None]:
@@ -247,6 +259,7 @@ SCENARIOS = (
     Scenario("train TF32", _train_with_tf32, FLOAT32, ("large", "small")),
     Scenario("train AlignFormer", _centre(True)),
     Scenario("eval", _evaluate("cris_r50")),
+    Scenario("eval folded", _evaluate("cris_r50", folded=True)),
     Scenario("eval R101", _evaluate("cris_r101")),
     Scenario("eval AlignFormer", _centre(False)),
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
@@ -257,7 +270,8 @@ SCENARIOS = (
     Scenario("3 kernels", _score(3, 3, 256, (104, 104)), BFLOAT16, rare=True),
     Scenario("centre", _score(7, 3, 256, (104, 104), torch.channels_last), TWO, rare=True),
     Scenario("odd map", _score(1, 3, 70, (13, 15)), FLOAT32, rare=True),
-    Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), BFLOAT16, rare=True),
+    Scenario("odd map, 5x5 kernel", _score(1, 5, 70, (13, 15)), TWO, rare=True),
+    Scenario("frozen norm", _frozen_norm, TWO, ("large", "small"), rare=True),
     Scenario("16 words", _sentences(16, 512), TWO, rare=True),
     Scenario("77 words", _sentences(77, 1024), TWO, rare=True),
     Scenario("statistics", _upsample(64), TWO, rare=True),

@@ -75,18 +75,19 @@ def _shift(a: _Sizes) -> Work:
 
 def _features_gradient(a: _Sizes) -> Work:
     samples, steps = a.first // _up(a.pixels, a.BLOCK_P), _up(a.columns, a.BLOCK_N)
-    outputs = samples * a.channels * a.pixels
+    outputs = samples * a.channels * a.pixels  # x is read where a norm needs it
     small = samples * 4 * (a.columns // a.SIZE**2 * a.pixels + a.columns * a.channels)
     padded = a.BLOCK_P * a.BLOCK_C * a.BLOCK_N * steps
-    return Work(outputs, outputs * a.columns, outputs * a.size("dx_ptr") + small, padded, (steps,), samples)
+    return Work(outputs, outputs * a.columns, outputs * a.size("dx_ptr", "x_ptr") + small, padded, (steps,), samples)
 
 
 def _kernel_gradient(a: _Sizes) -> Work:
-    outputs = a.first * a.columns * a.channels  # a partial sum of every chunk
+    sums = 1 if a.norm_ptr is None else 2
+    outputs = sums * a.first * a.columns * a.channels  # partial sums of every chunk
     features = a.batch * a.channels * a.pixels
     moved = features * a.size("x_ptr") + 4 * (a.batch * a.columns // a.SIZE**2 * a.pixels + outputs)
-    padded = a.BLOCK_N * a.BLOCK_C * a.BLOCK_P * a.TILES
-    return Work(outputs, features * a.columns, moved, padded, (a.TILES,), a.batch)
+    padded = sums * a.BLOCK_N * a.BLOCK_C * a.BLOCK_P * a.TILES
+    return Work(outputs, sums * features * a.columns, moved, padded, (a.TILES,), a.batch)
 
 
 def _gather(a: _Sizes) -> Work:

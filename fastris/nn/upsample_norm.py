@@ -3,7 +3,8 @@
 A BatchNorm in training reads its input twice: for the statistics, and to apply them. The kernel that writes the
 convolution's answer has every value in registers and sums them there, so that the first of the two passes disappears.
 The gradient is the published one, through the statistics too, and nothing more is kept for it: the norm's input and two
-numbers a channel.
+numbers a channel. The other pass disappears where a text-to-pixel operator reads the map: its kernels apply norm and
+ReLU themselves, and the norm's input is the only map that is written, read and kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastris.ops.similarity import applies_norm
 from fastris.ops.upsample_conv import statistics_come_free, upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.reference import PixelNorm
+
+
+def upsampled_to_be_scored(x: Tensor, block: Any, operator: str, columns: int) -> tuple[Tensor, PixelNorm | None]:
+    """``relu(norm(conv3x3(up2(x))))`` for ``operator``, which scores its pixels: (features, norm), its arguments.
+
+    ``block`` is (3x3 convolution, norm, activation); a sample's text kernels have ``columns`` taps together. Where the
+    kernels do not run or do not apply norms, under ``torch.compile``, and for another activation or norm, or one with
+    hooks, they are called, and no norm is left to apply.
+    """
+    convolution, norm, activation = block
+    called = torch.compiler.is_compiling() or not (
+        _is_plainly(nn.BatchNorm2d, norm) and _is_plainly(nn.ReLU, activation)
+    )
+    if called or not x.shape[0] or not applies_norm(operator, x, convolution.weight.shape[0], columns):
+        return activation(upsampled_and_normed(x, convolution, norm)), None
+    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+        output = upsample2x_conv3x3(x, convolution.weight, convolution.bias)
+        return output, PixelNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, False)
+    if not (_normalises_by_the_batch(norm) and statistics_come_free(x)):
+        return activation(upsampled_and_normed(x, convolution, norm)), None
+    output, mean, var = _with_statistics(x, convolution, norm)
+    return output, PixelNorm(mean, var, norm.weight, norm.bias, norm.eps, True)
 
 
 def upsampled_and_normed(x: Tensor, convolution: Any, norm: Any) -> Tensor:
@@ -27,17 +52,28 @@ def upsampled_and_normed(x: Tensor, convolution: Any, norm: Any) -> Tensor:
     """
     if not (_normalises_by_the_batch(norm) and x.shape[0] and statistics_come_free(x)):
         return norm(upsample2x_conv3x3(x, convolution.weight, convolution.bias))
-    output, mean, var = upsample2x_conv3x3_stats(x, convolution.weight, convolution.bias)
-    mean, var = mean.detach(), var.detach()
-    _track(norm, mean, var, output.numel() // output.shape[1])
+    output, mean, var = _with_statistics(x, convolution, norm)
     return _Normalised.apply(output, norm.weight, norm.bias, mean, var, norm.eps)
 
 
-def _normalises_by_the_batch(norm: Any) -> bool:
-    if type(norm) is not nn.BatchNorm2d or torch.compiler.is_compiling():
+def _with_statistics(x: Tensor, convolution: Any, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's output, its mean and variance, which the norm has seen."""
+    output, mean, var = upsample2x_conv3x3_stats(x, convolution.weight, convolution.bias)
+    mean, var = mean.detach(), var.detach()
+    _track(norm, mean, var, output.numel() // output.shape[1])
+    return output, mean, var
+
+
+def _is_plainly(kind: type[nn.Module], module: Any) -> bool:
+    """Whether calling the module does what its kind does and nothing else."""
+    if type(module) is not kind:
         return False
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    if any(hooks) or _has_any_global_hook():
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not (any(hooks) or _has_any_global_hook())
+
+
+def _normalises_by_the_batch(norm: Any) -> bool:
+    if torch.compiler.is_compiling() or not _is_plainly(nn.BatchNorm2d, norm):
         return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if any(tensor is not None and tensor.dtype is not torch.float32 for tensor in tensors):

@@ -18,7 +18,17 @@ from torch import Tensor
 from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape, compute_dtype
-from fastris.ops.similarity import check_arguments, fold, reference_similarity, shifted_tap_sum, wide_dtype
+from fastris.ops.similarity import (
+    check_arguments,
+    check_norm,
+    fold,
+    norm_rows,
+    normed_first,
+    reference_similarity,
+    shifted_tap_sum,
+    wide_dtype,
+)
+from fastris.reference import PixelNorm
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -31,6 +41,7 @@ def text_to_pixel_contrastive_loss(
     *,
     pointwise_weight: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
+    norm: PixelNorm | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | float | None = None,
     ignore_mask: Tensor | None = None,
@@ -39,7 +50,7 @@ def text_to_pixel_contrastive_loss(
     """Score every pixel and compare it with the mask: (B, C, H, W) -> loss, logits (B, Q, H, W).
 
     Args:
-        features, kernel, bias, pointwise_weight, pointwise_bias, impl: as in
+        features, kernel, bias, pointwise_weight, pointwise_bias, norm, impl: as in
             :func:`~fastris.ops.similarity.text_to_pixel_similarity`, and so are the logits.
         target: the masks (B, Q, H', W'), floating point of any dtype, hard or soft, in [0, 1]. Where H' x W' is not
             the logits' size they are resized by nearest neighbour, as published.
@@ -63,6 +74,7 @@ def text_to_pixel_contrastive_loss(
     """
     operator = "text_to_pixel_contrastive_loss"
     check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)
+    check_norm(operator, features, norm)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     dtype = compute_dtype(features)
@@ -71,6 +83,7 @@ def text_to_pixel_contrastive_loss(
     shape = (features.shape[0], kernel.shape[1] if kernel.ndim == 5 else 1, *features.shape[-2:])
     counted = _counted_pixels(operator, features, target, pos_weight, ignore_mask, shape, wide_dtype(dtype))
 
+    features, norm = normed_first(path, features, kernel, norm, dtype)
     if path == "reference" and len(features):
         logits = reference_similarity(features, kernel, bias, pointwise_weight, pointwise_bias)
         if counted.pos_weight is None and counted.ignored is None:
@@ -84,7 +97,7 @@ def text_to_pixel_contrastive_loss(
         if path == "triton":
             from fastris.kernels.contrastive import contrastive
 
-            loss, logits = contrastive(pixels, folded.weight, folded.constants, *counted.factors(), folded.size)
+            loss, logits = contrastive(pixels, *folded[:2], *norm_rows(norm), *counted.factors(), folded.size)
         else:
             logits = shifted_tap_sum(pixels, folded, *shape[-2:])
             loss = _pixel_loss(logits, counted)

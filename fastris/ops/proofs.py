@@ -21,7 +21,7 @@ from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
 from fastris.testing import EPS, assert_path_same
 
 Inputs = dict[str, Tensor]
@@ -51,17 +51,31 @@ ON_A_GPU, INTERPRETED = Sizes(256, 13, 41, 8, 8), Sizes(32, 2, 5, 2, 2)
 
 
 def prove_similarity(device: torch.device, dtype: torch.dtype) -> None:
-    """The text-to-pixel similarity, its 1x1 convolution folded in."""
-    fast = partial(text_to_pixel_similarity, impl="triton")
-    _hold(fast, partial(text_to_pixel_similarity, impl="reference"), _pixels(device), dtype)
+    """The text-to-pixel similarity, its 1x1 convolution folded in; alone, and behind a norm as in evaluation."""
+    fast, published = (partial(text_to_pixel_similarity, impl=i) for i in ("triton", "reference"))
+    inputs, norm = _pixels(device), _norm(device)
+    given = norm.pop("mean"), norm.pop("var")
+
+    def normed(path: Callable, norm_weight: Tensor, norm_bias: Tensor, **sources: Tensor) -> Tensor:
+        return path(**sources, norm=PixelNorm(*given, norm_weight, norm_bias, 1e-5, False))
+
+    _hold(fast, published, inputs, dtype)
+    _hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
 
 
 def prove_contrastive(device: torch.device, dtype: torch.dtype) -> None:
-    """The same with its loss."""
-    inputs = _pixels(device)
+    """The same with its loss; alone, and behind a norm as in training."""
+    inputs, norm = _pixels(device), _norm(device)
+    del norm["mean"], norm["var"]
     target = (_drawn({"target": (2, 1, _sizes(device).height, 11)}, device, 1.0)["target"] > 0).float()
     fast, published = (partial(text_to_pixel_contrastive_loss, target=target, impl=i) for i in ("triton", "reference"))
+
+    def normed(path: Callable, norm_weight: Tensor, norm_bias: Tensor, **sources: Tensor) -> tuple[Tensor, ...]:
+        by_batch = PixelNorm.by_statistics_of(sources["features"], norm_weight, norm_bias)
+        return path(**sources, norm=by_batch)
+
     _hold(fast, published, inputs, dtype)
+    _hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
 
 
 def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
@@ -235,6 +249,15 @@ def _pixels(device: torch.device) -> Inputs:
     parameters |= {"pointwise_weight": (channels, channels, 1, 1), "pointwise_bias": (channels,)}
     features = _channels_last(_drawn({"features": (2, channels, height, 11)}, device, 1.0))
     return features | _drawn(parameters, device, channels**-0.5)
+
+
+def _norm(device: torch.device) -> Inputs:
+    """Of the pixels' norm: the statistics that evaluation is given, and what it has learnt."""
+    channels = (_sizes(device).channels,)
+    found = _drawn(dict.fromkeys(("mean", "var", "norm_weight", "norm_bias"), channels), device, 0.2)
+    found["var"] = 1 + found["var"].abs()
+    found["norm_weight"] += 1
+    return found
 
 
 def _attention_inputs(device: torch.device) -> Inputs:

@@ -11,7 +11,8 @@ each sample's map with that sample's own k x k kernel ``w``, which PyTorch can o
 3. The middle tap is inside the image everywhere, so the bias is added to its constant.
 
 What is left is one skinny product (H*W, C) x (C, Q*k*k) that reads the features once, and a shift-add of Q*k*k small
-maps. Only the features and the folded kernels are kept for the backward.
+maps. Only the features and the folded kernels are kept for the backward. A BatchNorm and a ReLU before all this may be
+given as ``norm``: the kernels apply them as they read, and neither's answer is written or kept.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape, check_tensors, compute_dtype
 from fastris.ops.cpu.streamed_taps import streamed_tap_sum, streams
+from fastris.reference import PixelNorm
 
 KERNEL_SIZES = (1, 3, 5)
 
@@ -49,6 +51,7 @@ def text_to_pixel_similarity(
     *,
     pointwise_weight: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
+    norm: PixelNorm | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Score every pixel against its own sample's text kernels: (B, C, H, W) -> logits (B, Q, H, W).
@@ -65,6 +68,11 @@ def text_to_pixel_similarity(
         bias: (B, Q), or (B,) for Q = 1, or None.
         pointwise_weight: (C, Cin, 1, 1) or (C, Cin), a 1x1 convolution that comes before, from features (B, Cin, H, W).
             It is folded into the kernels and never computed. pointwise_bias: its bias (C,).
+        norm: a :class:`fastris.reference.PixelNorm`, a BatchNorm and ReLU that the features go through before all else,
+            in any floating-point dtype. On ``triton`` with NVIDIA they cost no pass over features that are
+            channels_last, with a multiple of 16 channels and at most 16 columns Q*k*k; elsewhere they are applied
+            first. Its statistics are data; where they are the features' own (``of_batch``) they must be right, and the
+            features' gradient goes through them.
         impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     All tensors are on one device and of one floating-point dtype, which is also that of the logits; under autocast they
@@ -82,8 +90,10 @@ def text_to_pixel_similarity(
     """
     operator = "text_to_pixel_similarity"
     check_arguments(operator, features, kernel, bias, pointwise_weight, pointwise_bias)
+    check_norm(operator, features, norm)
     dtype = compute_dtype(features)
     path = resolve(operator, features.device, dtype, impl, features.shape[0])
+    features, norm = normed_first(path, features, kernel, norm, dtype)
     if path == "reference" and len(features):  # a grouped convolution of zero samples does not exist
         return reference_similarity(features, kernel, bias, pointwise_weight, pointwise_bias)
     height, width = features.shape[-2:]
@@ -93,8 +103,66 @@ def text_to_pixel_similarity(
         if path == "triton":
             from fastris.kernels.similarity import similarity
 
-            return similarity(pixels, folded.weight, folded.constants, height, width, folded.size)
+            return similarity(pixels, *folded[:2], *norm_rows(norm), height, width, folded.size)
         return shifted_tap_sum(pixels, folded, height, width).to(dtype)
+
+
+def normed_first(
+    path: str, features: Tensor, kernel: Tensor, norm: PixelNorm | None, dtype: torch.dtype
+) -> tuple[Tensor, PixelNorm | None]:
+    """The features and what is left of their norm for kernels to apply: all of it, or nothing."""
+    if norm is None:
+        return features, None
+    if path == "triton" and features.stride(1) == 1:
+        from fastris.kernels.similarity_tiles import norm_fits
+
+        columns = kernel.shape[-1] ** 2 * (kernel.shape[1] if kernel.ndim == 5 else 1)
+        if norm_fits(features.device, features.shape[1], columns):
+            return features, norm
+    return reference.normed_pixels(features.to(dtype), norm), None
+
+
+def applies_norm(operator: str, x: Tensor, channels: int, columns: int) -> bool:
+    """Whether ``operator``, this or the loss on it, applies the norm of channels_last features made of ``x``."""
+    if resolve(operator, x.device, compute_dtype(x), batch=x.shape[0]) != "triton":
+        return False
+    from fastris.kernels.similarity_tiles import norm_fits
+
+    return norm_fits(x.device, channels, columns)
+
+
+def norm_rows(norm: PixelNorm | None) -> tuple[Tensor | None, bool]:
+    """What kernels take of a norm: its rows (4, C) in float32, and whether its statistics are the features' own."""
+    if norm is None:
+        return None, False
+    mean, var = norm.mean.detach().float(), norm.var.detach().float()
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.float()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.float()
+    return torch.stack([mean, torch.rsqrt(var + norm.eps), weight, bias]), norm.of_batch
+
+
+def check_norm(operator: str, features: Tensor, norm: PixelNorm | None) -> None:
+    """Raise an error that names what of the norm does not fit the features."""
+    if norm is None:
+        return
+    if not isinstance(norm, PixelNorm):
+        raise TypeError(f"{operator}: norm must be a fastris.reference.PixelNorm, got {type(norm).__name__}")
+    for name in ("mean", "var", "weight", "bias"):
+        tensor = getattr(norm, name)
+        if tensor is None and name in ("weight", "bias"):
+            continue
+        check_shape(operator, f"norm.{name}", tensor, (features.shape[1],))
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: norm.{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != features.device:
+            raise ValueError(
+                f"{operator}: norm.{name} is on {tensor.device} but features is on {features.device}; "
+                "move them to one device"
+            )
+    if norm.of_batch and features.numel() <= features.shape[1]:
+        raise ValueError(
+            f"{operator}: norm is of the batch, which needs more than one pixel, got {tuple(features.shape)}"
+        )
 
 
 def check_arguments(

@@ -24,7 +24,9 @@ from fastris.reference.positions import (
 )
 from fastris.reference.region_contrast import region_contrast
 from fastris.reference.similarity import (
+    PixelNorm,
     contrastive_loss,
+    normed_pixels,
     resize_target,
     text_to_pixel_similarity,
     upsampled_bce_with_logits,
@@ -34,6 +36,7 @@ __all__ = [
     "AttentionWeights",
     "BidirectionalAttentionWeights",
     "FeedForwardWeights",
+    "PixelNorm",
     "SeparateAttentionWeights",
     "append_coordinates",
     "bidirectional_attention",
@@ -43,6 +46,7 @@ __all__ = [
     "feed_forward",
     "few_query_attention",
     "multiscale_deformable_attention",
+    "normed_pixels",
     "pixel_centres",
     "pointwise_conv_cat",
     "region_contrast",

@@ -6,10 +6,49 @@ Shapes: B batch, C channels of the pixel map, Q text kernels per sample, k their
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class PixelNorm(NamedTuple):
+    """A BatchNorm and the ReLU behind it, of a map (B, C, H, W): relu((x - mean) / sqrt(var + eps) * weight + bias).
+
+    ``mean`` and the biased ``var`` (C,) are the map's own over B, H and W where ``of_batch`` says so, as in training,
+    and the map's gradient goes through them; else they are given, as in evaluation. They have no gradient themselves.
+    ``weight`` and ``bias`` (C,), or None for 1 and 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    of_batch: bool
+
+    @classmethod
+    def by_statistics_of(
+        cls, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> PixelNorm:
+        """The norm of training: by the statistics of ``x`` itself, in float32 or wider."""
+        wide = x.detach() if x.dtype is torch.float64 else x.detach().float()
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        return cls(mean, var, weight, bias, eps, True)
+
+
+def normed_pixels(x: Tensor, norm: PixelNorm) -> Tensor:
+    """The map behind a BatchNorm and a ReLU, as the projector's last block has them.
+
+    The norm's own numbers count in float32, or float64 for float64 features, whatever dtype they came in.
+    """
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    weight, bias = (None if each is None else each.to(wide) for each in (norm.weight, norm.bias))
+    if norm.of_batch:
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps))
+    mean, var = norm.mean.detach().to(wide), norm.var.detach().to(wide)
+    return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=norm.eps))
 
 
 def text_to_pixel_similarity(

@@ -17,7 +17,7 @@ from fastris.ops import (
     text_to_pixel_similarity,
     upsample2x_conv3x3,
 )
-from fastris.reference import AttentionWeights, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DROPOUT = 0.1
 
@@ -103,21 +103,32 @@ def _pixels(batch: int, sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _similarity(batch: int, sizes: Sizes) -> Problem:
-    def forward(path: str, **tensors: Tensor) -> Tensor:
-        return text_to_pixel_similarity(**tensors, impl=path)
+    def forward(path: str, features: Tensor, kernel: Tensor, bias: Tensor, **folded: Tensor) -> Tensor:
+        weight, constants = folded["pointwise_weight"], folded["pointwise_bias"]
+        return text_to_pixel_similarity(
+            features, kernel, bias, pointwise_weight=weight, pointwise_bias=constants, impl=path
+        )
 
     return Problem(_pixels(batch, sizes), {}, forward)
 
 
 def _contrastive(batch: int, sizes: Sizes) -> Problem:
-    def forward(path: str, features: Tensor, kernel: Tensor, target: Tensor, bias: Tensor, **folded: Tensor) -> Tensor:
-        weight, constants = folded["pointwise_weight"], folded["pointwise_bias"]
+    """Behind the projector's last norm, whose statistics another operator gives."""
+
+    def forward(path: str, features: Tensor, kernel: Tensor, target: Tensor, bias: Tensor, **others: Tensor) -> Tensor:
+        weight, constants = others["pointwise_weight"], others["pointwise_bias"]
+        mean, var = others["norm_mean"], others["norm_var"]
+        norm = PixelNorm(mean, var, others["norm_weight"], others["norm_bias"], eps=1e-5, of_batch=False)
         loss, _ = text_to_pixel_contrastive_loss(
-            features, kernel, target, bias, pointwise_weight=weight, pointwise_bias=constants, impl=path
+            features, kernel, target, bias, pointwise_weight=weight, pointwise_bias=constants, norm=norm, impl=path
         )
         return loss
 
-    return Problem(_pixels(batch, sizes), {"target": torch.ones(batch, 1, 16 * sizes.side, 16 * sizes.side)}, forward)
+    channels = sizes.channels
+    tensors = _pixels(batch, sizes) | _drawn({"norm_weight": (channels,), "norm_bias": (channels,)})
+    data = {"target": torch.ones(batch, 1, 16 * sizes.side, 16 * sizes.side)}
+    data |= {"norm_mean": torch.zeros(channels), "norm_var": torch.ones(channels)}
+    return Problem(tensors, data, forward)
 
 
 def _upsample(batch: int, sizes: Sizes) -> Problem:

@@ -88,7 +88,9 @@ def test_the_operator_passes_opcheck():
     x, weight, constants = torch.randn(2, 3, 12), torch.randn(2, 9, 3), torch.randn(2, 9)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, weight, constants)]
     positive, negative = torch.rand(2, 2, 1, 4, 3, device=DEVICE)
-    torch.library.opcheck(kernels._contrastive, (*leaves, positive, negative, 3))
+    torch.library.opcheck(kernels._contrastive, (*leaves, None, False, positive, negative, 3))
+    norm = torch.rand(4, leaves[0].shape[1], device=DEVICE, requires_grad=True)
+    torch.library.opcheck(kernels._contrastive, (*leaves, norm, True, positive, negative, 3))
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="a CUDA graph needs a CUDA device")

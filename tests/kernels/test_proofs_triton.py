@@ -57,6 +57,7 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("text_to_pixel_similarity", similarity_kernels, "launch_taps", None, "output 0"),
         ("text_to_pixel_similarity", similarity_backward, "_features_gradient", None, "gradient of features"),
         ("text_to_pixel_contrastive_loss", contrastive, "launch_taps", None, "output 0"),
+        ("text_to_pixel_contrastive_loss", similarity_backward, "_kernel_gradient", 0, "gradient of"),
         ("cross_attention", cross_attention, "branch_backward", 0, "gradient of"),
         ("cross_attention", cross_attention, "query_backward", 0, "gradient of x"),
         ("upsample2x_conv3x3", upsample_conv, "_combine", 1, "output 3"),
@@ -67,6 +68,32 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
 )
 def test_kernel_that_is_a_hundredth_off_fails_its_proof(monkeypatch, operator, module, name, which, told):
     scaled(monkeypatch, module, name, which)
+    with pytest.raises(WrongNumber, match=told):
+        PROOFS[operator](DEVICE, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("operator", "row", "told"),
+    [
+        ("text_to_pixel_similarity", similarity_backward.NORM_ROWS - 1, "output 0"),
+        ("text_to_pixel_contrastive_loss", similarity_backward.NORM_ROWS + 1, "gradient of features"),
+    ],
+)
+def test_norm_that_the_kernels_read_wrongly_fails_the_proof(monkeypatch, operator, row, told):
+    """Its bias, and what goes back through the statistics of the batch."""
+
+    def spoilt(made, place: int):
+        def wrong(*args):
+            norm = args[place]
+            if norm is not None and len(norm) > row:
+                norm = norm.clone()
+                norm[row] *= 1.01
+            return made(*args[:place], norm, *args[place + 1 :])
+
+        return wrong
+
+    monkeypatch.setattr(similarity_kernels, "launch_taps", spoilt(similarity_kernels.launch_taps, 3))
+    monkeypatch.setattr(similarity_backward, "_features_gradient", spoilt(similarity_backward._features_gradient, 3))
     with pytest.raises(WrongNumber, match=told):
         PROOFS[operator](DEVICE, torch.float32)
 

@@ -73,9 +73,15 @@ def test_operators_pass_opcheck():
     case = Case(2, 1, 3, 4, 3)
     x, weight, constants = folded(case)
     dlogits = torch.randn(case.logits_shape, device=DEVICE)
-    torch.library.opcheck(kernels._similarity, (x, weight, constants, case.height, case.width, case.size))
-    torch.library.opcheck(backward_kernels._features_gradient, (dlogits, weight.detach(), x.detach(), case.size))
-    torch.library.opcheck(backward_kernels._kernel_gradient, (dlogits, x.detach(), case.size))
+    sizes = case.height, case.width, case.size
+    norm = torch.rand(4, case.channels, device=DEVICE, requires_grad=True)
+    for given, of_batch in ((None, False), (norm, False), (norm, True)):
+        torch.library.opcheck(kernels._similarity, (x, weight, constants, given, of_batch, *sizes))
+    x, weight, terms = x.detach(), weight.detach(), torch.rand(6, case.channels, device=DEVICE)
+    for given in (None, norm.detach(), terms):
+        torch.library.opcheck(backward_kernels._features_gradient, (dlogits, weight, x, given, case.size))
+    for given in (None, norm.detach()):
+        torch.library.opcheck(backward_kernels._kernel_gradient, (dlogits, x, given, case.size))
 
 
 def test_forward_and_both_gradients_count_their_operations():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastris.ops import text_to_pixel_contrastive_loss, text_to_pixel_similarity, upsample2x_conv3x3
+from fastris.reference import PixelNorm
 
 MAP, KERNEL, WEIGHT = torch.ones(2, 3, 4, 5), torch.ones(2, 3, 3, 3), torch.ones(6, 3, 3, 3)
 TARGET = torch.ones(2, 1, 4, 5)
@@ -27,6 +28,20 @@ def bad_calls():
             "pos_weight must be a finite number",
             lambda wrong=wrong, **k: text_to_pixel_contrastive_loss(MAP, KERNEL, TARGET, pos_weight=wrong, **k),
         )
+    row = torch.ones(3)
+    norms = {
+        "norm must be a fastris.reference.PixelNorm, got tuple": (row, row),
+        "norm.mean must be a tensor, got NoneType": PixelNorm(None, row, row, row, 1e-5, False),
+        r"norm.var must be \(3\), got \(4,\)": PixelNorm(row, torch.ones(4), row, row, 1e-5, False),
+        "norm.weight must be floating point": PixelNorm(row, row, row.long(), row, 1e-5, False),
+        "norm.bias is on meta but features is on cpu": PixelNorm(row, row, row, row.to("meta"), 1e-5, False),
+    }
+    for message, norm in norms.items():
+        yield message, lambda norm=norm, **k: text_to_pixel_similarity(MAP, KERNEL, norm=norm, **k)
+        yield message, lambda norm=norm, **k: text_to_pixel_contrastive_loss(MAP, KERNEL, TARGET, norm=norm, **k)
+    alone = MAP[:1, :, :1, :1], KERNEL[:1]
+    norm = PixelNorm(row, row, None, None, 1e-5, True)
+    yield "needs more than one pixel", lambda **k: text_to_pixel_similarity(*alone, norm=norm, **k)
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -171,7 +171,7 @@ def test_a_value_that_is_not_finite_stays_in_its_sample(impl, problem, value):
     others = [index for index in range(batch) if index != 1]
     for name in set(problem.samples) & {k for k, v in inputs.items() if v.is_floating_point()}:
         spoilt = inputs[name].clone()
-        spoilt[1].view(-1)[0] = value
+        spoilt[(1,) + (0,) * (spoilt.ndim - 1)] = value
         results = run_with_gradients(problem.call(impl), inputs | {name: spoilt})
         outputs = [result for key, result in results.items() if key.startswith("output")]
         assert not all((o[1] if o.ndim and len(o) == batch else o).isfinite().all() for o in outputs), name

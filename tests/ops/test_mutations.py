@@ -18,8 +18,8 @@ import torch
 from bounds import assert_path_same, assert_same
 from cross_attention_cases import Case as CrossCase
 from cross_attention_cases import masked_formula
-from operator_cases import Problem as ContractProblem
 from operator_cases import (
+    GIVEN,
     bidirectional_problem,
     coord_problem,
     cross_attention_problem,
@@ -29,10 +29,12 @@ from operator_cases import (
     pointwise_problem,
     region_contrast_problem,
     self_attention_problem,
+    similarity_problem,
     upsample_problem,
     upsampled_bce_problem,
     word_problem,
 )
+from operator_cases import Problem as ContractProblem
 from similarity_cases import Case, similarity
 from torch import Tensor
 
@@ -163,6 +165,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "text_to_pixel_similarity": pixels_against_text,
     "text_to_pixel_similarity, channels last": lambda: pixels_against_text(torch.channels_last),
     "text_to_pixel_similarity, streamed": lambda: pixels_against_text(stream=True),
+    "text_to_pixel_similarity, normed": lambda: of_contract(similarity_problem(Case(2, 1, 6, 5, 4), GIVEN)),
     "text_to_pixel_contrastive_loss": lambda: loss("mean", weighted=False),
     "text_to_pixel_contrastive_loss, weighted": lambda: loss("none", weighted=True),
     "upsample2x_conv3x3": lambda: of_contract(upsample_problem(2, 3, 4, 3, 2)),
@@ -241,6 +244,8 @@ HARMLESS = {
     "similarity.reference_similarity": "the published formula",
     "few_query_attention._pooled_by_kernels": "the Triton path, which has its proof",
     "few_query_attention._largest": "divided by before and multiplied with after; in low precision alone",
+    "similarity.normed_first": "part of every path, by the published formula; its numbers are attacked as inputs",
+    "similarity.norm_rows": "for the kernels alone, whose proofs and tests attack it",
     "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
     "contrastive._checked_pos_weight": "as _counted_pixels",
     "absorbed_scores._largest": "of float16 alone: scales that are taken out again",

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.blocks import conv_layer
-from fastris.nn.upsample_norm import upsampled_and_normed
+from fastris.nn.upsample_norm import upsampled_and_normed, upsampled_to_be_scored
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.similarity import text_to_pixel_similarity
+from fastris.reference import PixelNorm
 
 
 class Projector(nn.Module):
@@ -81,8 +82,9 @@ def projector_loss(projector: Any, x: Tensor, word: Tensor, mask: Tensor) -> tup
     parameters = text_projection(projector)(word)
     kernel, bias = _kernels_and_biases(parameters, published_reading(projector))
     last = projector.vis[4]
+    features, norm = _features(projector.vis, x, "text_to_pixel_contrastive_loss", kernel)
     return text_to_pixel_contrastive_loss(
-        _features(projector.vis, x), kernel, mask, bias, pointwise_weight=last.weight, pointwise_bias=last.bias
+        features, kernel, mask, bias, pointwise_weight=last.weight, pointwise_bias=last.bias, norm=norm
     )
 
 
@@ -109,12 +111,14 @@ def score(vis: Any, text: Any, reading: Reading, x: Tensor, word: Tensor) -> Any
     kernels, biases = _kernels_and_biases(text(word), reading)
     # Padding beyond the operator's k // 2. Only a 1x1 kernel has more, and outside the map its logit is its bias.
     more = reading.padding - reading.size // 2
+    features, norm = _features(vis, x, "text_to_pixel_similarity", kernels)
     logits = text_to_pixel_similarity(
-        _features(vis, x),
+        features,
         kernels,
         None if more > 0 else biases,
         pointwise_weight=vis[4].weight,
         pointwise_bias=vis[4].bias,
+        norm=norm,
     )
     if more > 0:
         logits = F.pad(logits, (more,) * 4) + biases.to(logits.dtype)[:, :, None, None]
@@ -134,8 +138,14 @@ def block_maps(vis: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return maps[0], maps[1]
 
 
-def _features(vis: Any, x: Tensor) -> Tensor:
-    return block_maps(vis, x)[1]
+def _features(vis: Any, x: Tensor, operator: str, kernels: Tensor) -> tuple[Tensor, PixelNorm | None]:
+    """The map before the last 1x1 convolution, (B, C, 4h, 4w), and the norm that is left for ``operator`` to apply.
+
+    ``kernels`` (B, Q, C, k, k) are what it will score the map with.
+    """
+    convolution, norm, activation = vis[1]
+    x = activation(upsampled_and_normed(x, convolution, norm))
+    return upsampled_to_be_scored(x, vis[3], operator, kernels.shape[1] * kernels.shape[-1] ** 2)
 
 
 def _kernels_and_biases(parameters: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
