@@ -51,7 +51,7 @@ OPERATORS: dict[str, Operator] = {
             "bidirectional_attention",
             "bidirectional_attention",
             "bidirectional_attention",
-            "",
+            "bidirectional_attention",
             "bidirectional_attention",
         ),
         Operator(

@@ -504,8 +504,8 @@ def every_problem() -> Iterator[Problem]:
         yield coord_problem(5, size, stride, padding)
     yield coord_problem(32, 3, padding=1, bias=False)
 
-    yield bidirectional_problem(96, 16, 8, (5, 2), project=6, thorough=True)  # through the covariance
-    yield bidirectional_problem(7, 16, 24, (3, 4), project=8, thorough=True)  # through the projected maps
+    yield bidirectional_problem(96, 16, 24, (5, 3), project=6, **whole)  # through the covariance
+    yield bidirectional_problem(7, 16, 24, (3, 4), project=8, **whole)  # through the projected maps
     yield bidirectional_problem(7, 2, 3, (3, 2), project=2, eps=0.1, **small)
     yield bidirectional_problem(3, 4, 3, (2, 3), eps=0.1, **small)
     yield bidirectional_problem(169, 32, 24, (4, 9, 7))
@@ -547,6 +547,9 @@ def every_problem() -> Iterator[Problem]:
         (3, 13, 2, 16, ((2, 3), (4, 5), (6, 7), (8, 9)), 4),
     ):
         yield deformable_problem(*shape, maps, points)
+    yield bidirectional_problem(169, 24, 24, (4, 9, 7))
+    yield bidirectional_problem(140, 20, 24, (20, 17), kernels=True)
+    yield bidirectional_problem(65, 66, 70, (4,), kernels=True)
 
 
 PROBLEMS = tuple(every_problem())

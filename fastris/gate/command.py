@@ -32,7 +32,7 @@ def _row(build: Build) -> str:
     )
 
 
-BRIEFLY = ("train", "train AlignFormer", "eval", "eval AlignFormer", "eval folded")
+BRIEFLY = ("train", "train AlignFormer", "stage 1", "eval", "eval AlignFormer", "eval folded")
 """The scenarios of a brief gate."""
 
 

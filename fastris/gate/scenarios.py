@@ -27,12 +27,13 @@ from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.projector import Projector
 from fastris.nn.query_decoder import QueryDecoder
+from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -194,6 +195,22 @@ def _sentences(words: int, dim: int) -> Callable[[torch.dtype], None]:
     return run
 
 
+def _fuse(width: int, text_width: int, side: int, words: int) -> Callable[[torch.dtype], None]:
+    """Bidirectional attention of AlignFormer's stages and CRIS's neck, under autocast as in training."""
+
+    def run(dtype: torch.dtype) -> None:
+        sizes = [(width, width), (width, text_width), (width, text_width), (width, width), (text_width, width)]
+        sizes.append((text_width, text_width))
+        own = [each for rows, columns in sizes for each in (_leaf(rows, columns, dtype=F32), _leaf(rows, dtype=F32))]
+        pixels = _leaf(1, side * side, width, dtype=dtype if dtype in HALF else F32)
+        sources = pixels, _leaf(1, words, text_width, dtype=F32), torch.ones(1, words)
+        with torch.autocast("cpu", dtype, enabled=dtype in HALF):
+            seen, heard = bidirectional_attention(*sources, BidirectionalAttentionWeights(*own))
+        (seen.sum() + heard.sum()).backward()
+
+    return run
+
+
 def _masks(dtype: torch.dtype) -> None:
     """The kernel that tests read dropout masks with."""
     dropout_masks(torch.zeros(2, dtype=torch.int64), (1, 8, 17, 512), 26 * 26, 0.1, 0.1)
@@ -249,6 +266,7 @@ def _few_queries(width: int, count: int) -> Callable[[torch.dtype], None]:
     return run
 
 
+F32 = torch.float32
 FLOAT32, FLOAT16, BFLOAT16 = ((dtype,) for dtype in DTYPES)
 TWO = FLOAT32 + BFLOAT16
 # What comes first names a build that several of them share. float16 and bfloat16 share their tiles: what is rare is
@@ -279,6 +297,10 @@ SCENARIOS = (
     Scenario("few queries", _few_queries(256, 225), TWO, rare=True),
     Scenario("few queries, wide", _few_queries(512, 169), BFLOAT16, rare=True),
     Scenario("few queries, narrow", _few_queries(40, 169), TWO, rare=True),
+    Scenario("stage 1", _fuse(128, 768, 120, 20), tuned=BFLOAT16),
+    Scenario("stage 4", _fuse(1024, 768, 15, 20)),
+    Scenario("neck", _fuse(256, 512, 26, 17), TWO, rare=True),
+    Scenario("neck, 16 words", _fuse(512, 512, 13, 16), TWO, rare=True),
     Scenario("mask alone", _masks, FLOAT32, rare=True),
 )
 

@@ -154,6 +154,39 @@ def _pool_gradients(a: _Sizes) -> Work:
     return Work(outputs, passes * maps * a.rows, moved, padded, (a.TILES,), a.batch)
 
 
+def _read(a: _Sizes) -> Work:
+    """Bidirectional attention: scores, and every tile's partial sums."""
+    tile, samples = a.BLOCK_N, a.first // _up(a.pixels, a.BLOCK_N)
+    sums = a.first * a.words * (3 + a.words + a.value_width)
+    outputs = samples * a.words * a.pixels + sums
+    wide = samples * a.pixels * (a.width * a.size("source_ptr") + a.value_width * a.size("value_ptr"))
+    few = 4 * samples * a.words * (a.width + 1)
+    products = samples * a.pixels * a.words * (a.width + a.value_width)
+    steps = _up(a.width, a.BLOCK_D)
+    padded = _split(a, "source_ptr") * a.BLOCK_L * tile * a.BLOCK_D * (steps + _up(a.value_width, a.BLOCK_D))
+    return Work(outputs, products, wide + few + 4 * outputs, padded, (steps,), samples)
+
+
+def _centre_rows(a: _Sizes) -> Work:
+    samples = a.first // _up(a.pixels, a.BLOCK_N)
+    outputs = samples * a.words * a.pixels
+    return Work(outputs, 0, outputs * a.size("rows_ptr", "scores_ptr"), 0, (), samples)
+
+
+def _read_backward(a: _Sizes) -> Work:
+    samples, steps = a.first // _up(a.pixels, a.BLOCK_N), _up(a.value_width, a.BLOCK_D)
+    outputs = samples * a.words * a.pixels
+    wide = samples * a.value_width * (a.pixels * a.size("value_ptr") + 4 * a.words)
+    moved = wide + outputs * a.size("d_scores_ptr", "columns_ptr", "scores_ptr", "d_rows_ptr")
+    padded = _split(a, "value_ptr") * a.BLOCK_L * a.BLOCK_N * a.BLOCK_D * steps
+    return Work(2 * outputs, outputs * a.value_width, moved, padded, (steps,), samples)
+
+
+def _split(a: _Sizes, pixels: str) -> int:
+    """How many products stand for one, where few rows are two numbers each."""
+    return 1 if a.size(pixels) == 4 else 2
+
+
 _BACKWARD = ("x_ptr", "upstream_ptr", "d_x_ptr", "query_ptr", "d_query_ptr")
 _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "similarity taps": _taps,
@@ -171,4 +204,7 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "cross_attention kept": _kept,
     "few_query_attention pool": _pool,
     "few_query_attention gradients": _pool_gradients,
+    "bidirectional_attention scores": _read,
+    "bidirectional_attention rows": _centre_rows,
+    "bidirectional_attention backward": _read_backward,
 }

@@ -28,17 +28,23 @@ class Scored(NamedTuple):
 
 
 def score_and_read(
-    pixels: Tensor, key: Tensor, bias: Tensor, query_weight: Tensor, sym_value_weight: Tensor, eps: float
+    pixels: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    query_weight: Tensor,
+    sym_value_weight: Tensor,
+    eps: float,
+    kernels: bool = False,
 ) -> Scored:
     """Scores ``IN(Wq x) k^T / sqrt(C) + bias``, and what is read from them.
 
     ``pixels`` (B, N, C) in the dtype of the matrix products; ``key`` (B, L, C), ``bias`` (B, L), ``query_weight``
-    (C, C) and ``sym_value_weight`` (T, C) in float32, or float64 for float64 pixels. No gradient reaches ``bias``.
+    (C, C) and ``sym_value_weight`` (T, C) in float32, or float64 for float64 pixels. No gradient reaches ``bias``. With
+    ``kernels`` what has an axis of pixels and one of words is made by Triton kernels, ``rows`` in the pixels' dtype.
     """
-    form = (
-        _ThroughCovariance if covariance_pays(pixels.shape[1], pixels.shape[2], len(sym_value_weight)) else _ThroughMaps
-    )
-    return Scored(*form.apply(pixels, key, bias, query_weight, sym_value_weight, eps))
+    through_covariance = covariance_pays(pixels.shape[1], pixels.shape[2], len(sym_value_weight))
+    form = _ThroughCovariance if through_covariance else _ThroughMaps
+    return Scored(*form.apply(pixels, key, bias, query_weight, sym_value_weight, eps, kernels))
 
 
 def covariance_pays(pixels: int, width: int, text_width: int) -> bool:
@@ -57,7 +63,7 @@ class _ThroughCovariance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps):
+    def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps, kernels):
         centred = _centred(pixels)
         covariance = product(centred.mT, centred, pixels.dtype) / pixels.shape[1]
         mixed = [torch.bmm(each.expand(len(pixels), -1, -1), covariance) for each in (query_weight, sym_value_weight)]
@@ -66,16 +72,16 @@ class _ThroughCovariance(torch.autograd.Function):
             for each, weight in zip(mixed, (query_weight, sym_value_weight), strict=True)
         ]
         absorbed = _mapped(key * scales[0] * pixels.shape[2] ** -0.5, query_weight)  # [B, L, C]
-        scores = split_product(absorbed, centred.mT, pixels.dtype) + bias[..., None]
-        rows, spread = _rows(scores)
-        heard = split_product(scores.softmax(2), centred, pixels.dtype)  # [B, L, C]
-        ctx.save_for_backward(pixels, key, query_weight, sym_value_weight, scores, absorbed, heard, *mixed, *scales)
+        scores, rows, spread, heard, sums = _read(absorbed, bias, centred, centred, kernels)  # heard [B, L, C]
+        ctx.save_for_backward(
+            pixels, key, query_weight, sym_value_weight, scores, sums, absorbed, heard, *mixed, *scales
+        )
         return rows, spread, _mapped(heard, sym_value_weight.T) * scales[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_spread, d_gathered):
-        pixels, key, query_weight, sym_value_weight, scores, absorbed, heard, *rest = ctx.saved_tensors
+        pixels, key, query_weight, sym_value_weight, scores, sums, absorbed, heard, *rest = ctx.saved_tensors
         with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
             mixed_query, mixed_value, query_scale, value_scale = rest
             dtype, count, unit = pixels.dtype, pixels.shape[1], pixels.shape[2] ** -0.5
@@ -83,8 +89,7 @@ class _ThroughCovariance(torch.autograd.Function):
             d_value_scale = (d_gathered * _mapped(heard, sym_value_weight.T)).sum(1)
             d_value = d_gathered * value_scale
             d_heard = _mapped(d_value, sym_value_weight)
-            d_columns = split_product(d_heard, centred.mT, dtype)
-            d_scores, columns = _scores_backward(scores, d_rows, d_spread, d_columns)
+            d_scores, columns = _read_backward(scores, sums, heard, d_rows, d_spread, d_heard, centred)
             d_absorbed = split_product(d_scores, centred, dtype)
             d_scaled = _mapped(d_absorbed, query_weight.T) * unit
             d_query_scale = (d_scaled * key).sum(1)
@@ -101,35 +106,32 @@ class _ThroughCovariance(torch.autograd.Function):
                 left, right = torch.cat([d_scores, columns, ones], 1), torch.cat([absorbed, d_heard, mean], 1)
                 d_pixels = product(centred, d_covariance.mul_(2 / count), dtype)
                 d_pixels = product(left.mT, right, dtype, d_pixels).to(dtype)
-            return d_pixels, d_scaled * query_scale, None, d_query_weight, d_value_weight, None
+            return d_pixels, d_scaled * query_scale, None, d_query_weight, d_value_weight, None, None
 
 
 class _ThroughMaps(torch.autograd.Function):
     """Both projected maps are made, and kept, but not their norms: these scale the words' side of each product."""
 
     @staticmethod
-    def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps):
+    def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps, kernels):
         dtype, centred = pixels.dtype, _centred(pixels)
         maps = [product(centred, weight.T, dtype).to(dtype) for weight in (query_weight, sym_value_weight)]
         scales = [_scale(each, key.dtype, eps) for each in maps]  # [B, 1, C], [B, 1, T]
         scaled = key * scales[0] * pixels.shape[2] ** -0.5
-        scores = split_product(scaled, maps[0].mT, dtype) + bias[..., None]
-        rows, spread = _rows(scores)
-        heard = split_product(scores.softmax(2), maps[1], dtype)  # [B, L, T]
-        ctx.save_for_backward(pixels, key, query_weight, sym_value_weight, scores, heard, *maps, *scales)
+        scores, rows, spread, heard, sums = _read(scaled, bias, *maps, kernels)  # heard [B, L, T]
+        ctx.save_for_backward(pixels, key, query_weight, sym_value_weight, scores, sums, heard, *maps, *scales)
         return rows, spread, heard * scales[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_spread, d_gathered):
-        pixels, key, query_weight, sym_value_weight, scores, heard, *rest = ctx.saved_tensors
+        pixels, key, query_weight, sym_value_weight, scores, sums, heard, *rest = ctx.saved_tensors
         with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
             query, value, query_scale, value_scale = rest
             dtype, count, unit = pixels.dtype, pixels.shape[1], pixels.shape[2] ** -0.5
             d_value_scale = (d_gathered * heard).sum(1)
             d_heard = d_gathered * value_scale
-            d_columns = split_product(d_heard, value.mT, dtype)
-            d_scores, columns = _scores_backward(scores, d_rows, d_spread, d_columns)
+            d_scores, columns = _read_backward(scores, sums, heard, d_rows, d_spread, d_heard, value)
             d_scaled = split_product(d_scores, query, dtype) * unit
             d_query_scale = (d_scaled * key).sum(1)
             d_variances = [
@@ -145,28 +147,24 @@ class _ThroughMaps(torch.autograd.Function):
                 d_pixels = product(d_query, query_weight, dtype)
                 d_pixels = d_pixels.add_(product(d_value, sym_value_weight, dtype))
                 d_pixels = d_pixels.sub_(d_pixels.mean(1, keepdim=True)).to(dtype)
-            return d_pixels, d_scaled * query_scale, None, *d_weights, None
+            return d_pixels, d_scaled * query_scale, None, *d_weights, None, None
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
     """``left @ right``, added to ``onto`` in place, in float32 or wider, of operands that are rounded to ``dtype``.
 
-    (B, M, K) with (B, K, N) or (K, N). float16 has few exponents: there rows and columns are scaled to 1 first.
+    (B, M, K) with (B, K, N) or (K, N). float16 has few exponents: what is rounded to it is scaled to 1 first.
     """
     wide = torch.promote_types(dtype, torch.float32)
     if dtype is wide:
         if onto is not None:
             return onto.baddbmm_(left, right)
         return torch.bmm(left, right) if right.ndim == 3 else _mapped(left, right)
-    left, right = left.to(wide), right.to(wide).expand(len(left), -1, -1)
-    rows = columns = torch.ones((), dtype=wide, device=left.device)
-    if dtype is torch.float16:
-        rows, columns = _largest(left, 2), _largest(right, 1)
-        left, right = left / rows, right / columns
-    left, right = left.to(dtype), right.to(dtype)
+    (left, rows), (right, columns) = _rounded(left, dtype, -1), _rounded(right, dtype, -2)
+    right = right.expand(len(left), -1, -1)
     on_gpu = left.device.type == "cuda"  # where products of float32 are slow, and these are summed in float32
     found = torch.bmm(left, right, out_dtype=wide) if on_gpu else torch.bmm(left.to(wide), right.to(wide))
-    found = found * rows * columns
+    found = found * rows * columns if dtype is torch.float16 else found
     return found if onto is None else onto + found
 
 
@@ -180,6 +178,15 @@ def split_product(few: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = few.to(dtype).to(wide)
     first, rest = product(torch.cat([rounded, few - rounded], 1), right, dtype).chunk(2, 1)
     return (first + rest) * size
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> tuple[Tensor, Tensor]:
+    """``x`` in ``dtype``, in float16 over its size along ``axis``; and that size."""
+    one = torch.ones((), device=x.device)
+    if x.dtype is dtype or dtype is not torch.float16:
+        return x.to(dtype), one
+    size = _largest(x, axis)
+    return (x / size).to(dtype), size
 
 
 def _largest(x: Tensor, axis: int) -> Tensor:
@@ -205,21 +212,46 @@ def _scale(centred: Tensor, wide: torch.dtype, eps: float) -> Tensor:
     return (length.square() / centred.shape[1] + eps).rsqrt_()
 
 
-def _rows(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over the words less its mean over the pixels, (B, L, N), and its covariance (B, L, L)."""
+def _read(
+    few: Tensor, bias: Tensor, source: Tensor, value: Tensor, kernels: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Scores ``few source^T + bias`` (B, L, N) and what is read from them.
+
+    That is the softmax over the words less its mean over the pixels (B, L, N), its covariance (B, L, L), and ``value``
+    (B, N, V) under the softmax over the pixels: (B, L, V). Last comes what the kernels need for their backward pass.
+    """
+    if kernels:
+        from fastris.kernels.bidirectional_attention import read
+
+        return read(few, bias, source, value)
+    scores = split_product(few, source.mT, source.dtype) + bias[..., None]
     rows = scores.softmax(1)
     rows = rows.sub_(rows.mean(2, keepdim=True))
-    return rows, torch.bmm(rows, rows.mT) / rows.shape[2]
+    heard = split_product(scores.softmax(2), value, source.dtype)
+    return scores, rows, torch.bmm(rows, rows.mT) / rows.shape[2], heard, None
 
 
-def _scores_backward(scores: Tensor, d_rows: Tensor, d_spread: Tensor, d_columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the scores, and the softmax over the pixels; all but ``d_spread`` (B, L, L) are (B, L, N)."""
+def _read_backward(
+    scores: Tensor,
+    sums: Tensor | None,
+    heard: Tensor,
+    d_rows: Tensor,
+    d_spread: Tensor,
+    d_heard: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the scores, and the softmax over the pixels, both (B, L, N)."""
+    if sums is not None:
+        from fastris.kernels.bidirectional_attention import read_backward
+
+        return read_backward(scores, sums, heard, d_rows, d_spread, d_heard, value)
     rows = scores.softmax(1)
     centred = rows - rows.mean(2, keepdim=True)
     d_rows = torch.baddbmm(d_rows, d_spread + d_spread.mT, centred, alpha=1 / scores.shape[2])
     d_rows = d_rows.sub_(d_rows.mean(2, keepdim=True)).mul_(rows)
     d_scores = d_rows.addcmul_(rows, d_rows.sum(1, keepdim=True), value=-1)
     columns = scores.softmax(2)
+    d_columns = split_product(d_heard, value.mT, value.dtype)
     d_columns = d_columns - (d_columns * columns).sum(2, keepdim=True)
     return d_scores.addcmul_(columns, d_columns), columns
 

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastris import reference
-from fastris.dispatch import requested_impl, resolve
+from fastris.dispatch import resolve
 from fastris.ops.absorbed_scores import score_and_read
 from fastris.ops.checks import check_is_tensor, check_shape, check_tensors, compute_dtype
 from fastris.reference import BidirectionalAttentionWeights
 
 NAME = "bidirectional_attention"
+MAX_KERNEL_WORDS = 32
+"""The kernels keep all words in one tile."""
 
 
 def bidirectional_attention(
@@ -61,20 +63,21 @@ def bidirectional_attention(
     padding words are 0; so are those of a sample that is all padding, and of a single pixel. Non-finite values stay in
     their sample.
 
+    Beyond 32 words ``triton`` takes the way of ``torch``.
+
     Gradients reach every tensor but ``valid``; those of the four biases that change nothing are exactly 0. The fast
     path keeps the pixels, the scores, the centred softmax, and the two projected maps where there are few pixels; it
     can be differentiated once.
 
     Raises ValueError for a wrong shape, no words, no pixels or tensors on different devices; TypeError for dtypes that
-    do not fit.
+    do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: AlignFormer's "VLBA", arXiv 2301.06429, section 3.2;
     :func:`fastris.reference.bidirectional_attention`.
     """
     _check(pixels, words, valid, weights, project_weight)
-    requested = requested_impl(impl)
     dtype = compute_dtype(pixels)
-    path = resolve(NAME, pixels.device, dtype, "reference" if requested == "reference" else "torch", len(pixels))
+    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
     if path == "reference":
         attended, heard = reference.bidirectional_attention(
             pixels, words, valid, weights, lone_word_is_zero=lone_word_is_zero, eps=eps
@@ -88,7 +91,8 @@ def bidirectional_attention(
         key = mask[..., None] * F.linear(said, own.key_weight, own.key_bias)
         key = _Silent.apply(key, own.query_bias, own.value_bias, own.out_bias, own.sym_value_bias)
         bias = 1e4 * mask - 1e4
-        scored = score_and_read(pixels.to(dtype), key, bias, own.query_weight, own.sym_value_weight, eps)
+        kernels = path == "triton" and words.shape[1] <= MAX_KERNEL_WORDS
+        scored = score_and_read(pixels.to(dtype), key, bias, own.query_weight, own.sym_value_weight, eps, kernels)
         following = None if project_weight is None else project_weight.to(wide)
         rows, absorbed = scored.rows, _absorb(said, mask, scored.spread, own, following, eps)
         if lone_word_is_zero:

@@ -8,7 +8,7 @@ kernels are held to what PyTorch's own switch allows at that moment, IEEE or TF3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
-from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 from fastris.testing import EPS, assert_path_same
 
 Inputs = dict[str, Tensor]
@@ -171,6 +172,37 @@ def prove_few_query_attention(device: torch.device, dtype: torch.dtype) -> None:
         _hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
 
 
+def prove_bidirectional_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Through projected maps, and through the pixels' covariance, with a projection behind the pixels' answer.
+
+    The biases that a norm takes out are zeros: their gradients are nothing but rounding.
+    """
+    channels, height = _sizes(device)[:2]
+    valid = torch.arange(max(REAL_WORDS), device=device)[None] < torch.tensor(REAL_WORDS, device=device)[:, None]
+    for width, text_width in ((channels, 2 * channels), (channels // 8, channels // 8)):
+        matrices = {"query": (width, width), "key": (width, text_width), "value": (width, text_width)}
+        matrices |= {"out": (width, width), "sym_value": (text_width, width), "sym_out": (text_width, text_width)}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}_weight": size for name, size in matrices.items()}
+        inputs = {name: value / shapes[name][1] ** 0.5 for name, value in _drawn(shapes, device, 1.0).items()}
+        biases = {"key_bias": (width,), "sym_out_bias": (text_width,), "project_weight": (width, width)}
+        inputs |= _drawn(biases, device, width**-0.5)
+        inputs |= _drawn({"pixels": (2, 11 * height, width)}, device, 1.0)
+        inputs |= _drawn({"words": (2, max(REAL_WORDS), text_width)}, device, 1.0)
+
+        def by(impl: str, silent: Sequence[tuple[str, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
+            def attend(pixels: Tensor, words: Tensor, project_weight: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+                zeros = {name: words.new_zeros(size) for name, size in silent}
+                weights = BidirectionalAttentionWeights(**given, **zeros)
+                return bidirectional_attention(pixels, words, valid, weights, project_weight=project_weight, impl=impl)
+
+            return attend
+
+        silent = [(f"{name}_bias", matrices[name][0]) for name in ("query", "value", "out", "sym_value")]
+        _hold(by("triton", silent), by("reference", silent), inputs, dtype)
+        if dtype is not torch.float32:
+            _hold(by("triton", silent), by("reference", silent), inputs, torch.float32, autocast=dtype)
+
+
 def masked_cross_attention(
     sources: Inputs,
     padding_mask: Tensor | None,
@@ -278,5 +310,6 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "cross_attention": prove_cross_attention,
     "upsample2x_conv3x3": prove_upsample_conv,
     "few_query_attention": prove_few_query_attention,
+    "bidirectional_attention": prove_bidirectional_attention,
 }
 """The proof of every operator that has kernels, by the operator's name."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastris.ops import (
+    bidirectional_attention,
     cross_attention,
     few_query_attention,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
     upsample2x_conv3x3,
 )
-from fastris.reference import AttentionWeights, PixelNorm, SeparateAttentionWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DROPOUT = 0.1
 
@@ -71,6 +72,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "cross_attention": _cross_attention,
         "upsample2x_conv3x3": _upsample,
         "few_query_attention": _few_query,
+        "bidirectional_attention": _bidirectional,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -202,6 +204,24 @@ def _few_query(batch: int, sizes: Sizes) -> Problem:
         return few_query_attention(*sources, SeparateAttentionWeights(**weights), sizes.heads, impl=path)
 
     return Problem(_drawn(shapes), _drawn({"positions": (count, width)}), forward)
+
+
+def _bidirectional(batch: int, sizes: Sizes) -> Problem:
+    """Of the first map that CRIS's neck reads; both answers in one tensor."""
+    width, text, rows = sizes.channels, 2 * sizes.channels, sizes.side**2
+    matrices = {"query": (width, width), "key": (width, text), "value": (width, text), "out": (width, width)}
+    matrices |= {"sym_value": (text, width), "sym_out": (text, text)}
+    shapes: Shapes = {"pixels": (batch, rows, width), "words": (batch, sizes.words, text)}
+    shapes |= {f"{name}_weight": size for name, size in matrices.items()}
+    shapes |= {f"{name}_bias": size[:1] for name, size in matrices.items()}
+
+    def forward(path: str, pixels: Tensor, words: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
+        own = BidirectionalAttentionWeights(**weights)
+        seen, heard = bidirectional_attention(pixels, words, valid, own, impl=path)
+        return torch.cat([seen.flatten(1), heard.flatten(1).to(seen.dtype)], 1)
+
+    valid = torch.arange(sizes.words).expand(batch, -1) <= 2 * sizes.words // 3
+    return Problem(_drawn(shapes), {"valid": valid}, forward)
 
 
 @contextmanager

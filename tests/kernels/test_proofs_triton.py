@@ -20,6 +20,7 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 to run the kernels on a CPU", allow_module_level=True)
 
 from fastris.kernels import (  # noqa: E402
+    bidirectional_attention,
     contrastive,
     cross_attention,
     few_query_attention,
@@ -64,6 +65,9 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("upsample2x_conv3x3", upsample_conv, "_gradients", 1, "gradient of weight"),
         ("few_query_attention", few_query_attention, "_combined", 0, "output 0"),
         ("few_query_attention", few_query_attention, "gradients", 0, "gradient of pixels"),
+        ("bidirectional_attention", bidirectional_attention, "read", 1, "output 0"),
+        ("bidirectional_attention", bidirectional_attention, "read", 3, "output 1"),
+        ("bidirectional_attention", bidirectional_attention, "read_backward", 0, "gradient of"),
     ],
 )
 def test_kernel_that_is_a_hundredth_off_fails_its_proof(monkeypatch, operator, module, name, which, told):

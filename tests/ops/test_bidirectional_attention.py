@@ -8,6 +8,8 @@ from bounds import run_with_gradients
 from torch import Tensor
 
 from fastris import ops
+from fastris.dispatch import use_impl
+from fastris.nn.fusion import Fusion, Residuals
 from fastris.ops.absorbed_scores import covariance_pays, product, split_product
 from fastris.reference import BidirectionalAttentionWeights
 
@@ -190,6 +192,33 @@ def test_dtypes_may_differ_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (call(impl, lengths(5, 2))(**inputs) for impl in ("torch", "reference"))
     assert [each.dtype for each in found] == [each.dtype for each in expected] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fusion_is_the_published_one_though_half_of_its_projection_is_absorbed(form):
+    pixels, width, text_width = FORMS[form]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        fusion = Fusion(width, text_width, lone_word_is_zero=False).double()
+    own = inputs_of(pixels, width, text_width)
+    sources = [own[name].double().requires_grad_() for name in ("pixels", "words")]
+    valid = lengths(5, 2)
+
+    def published() -> Residuals:
+        """With the modules themselves, on (B, C, N)."""
+        mask = valid[..., None].double()
+        with use_impl("reference"):
+            seen, heard = fusion.attend(*sources, valid)
+        read = torch.cat([fusion.vis_project(sources[0].mT), seen.mT], dim=1)
+        said = torch.cat([mask.mT * fusion.lang_project(sources[1].mT), heard.mT], dim=1)
+        return Residuals(fusion.project_mm(read).mT, mask * fusion.sym_project_mm(said).mT)
+
+    leaves = [*sources, *fusion.parameters()]
+    results = []
+    for residuals in (fusion(*sources, valid), published()):
+        gradients = torch.autograd.grad([each.sin().sum() for each in residuals], leaves)
+        results.append({str(n): each for n, each in enumerate([*residuals, *gradients])})
+    hold(*results)
 
 
 @pytest.mark.parametrize(
