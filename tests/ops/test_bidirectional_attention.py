@@ -217,7 +217,7 @@ def test_fusion_is_the_published_one_though_half_of_its_projection_is_absorbed(f
     results = []
     for residuals in (fusion(*sources, valid), published()):
         gradients = torch.autograd.grad([each.sin().sum() for each in residuals], leaves)
-        results.append({str(n): each for n, each in enumerate([*residuals, *gradients])})
+        results.append({str(n): each.detach() for n, each in enumerate([*residuals, *gradients])})
     hold(*results)
 
 
