@@ -30,7 +30,6 @@ FAST, SLOW, WRONG, BREAKS = (Config((("BLOCK", size),)) for size in (64, 16, 7, 
 TABLE = Config((("BLOCK", 32),), alternatives=(SLOW, WRONG, BREAKS, FAST))
 WITH_KERNELS = sum(bool(operator.kernels) for operator in OPERATORS.values())
 UP = "upsample2x_conv3x3"
-WITH_KERNELS = sum(bool(operator.kernels) for operator in OPERATORS.values())
 
 
 class FakeBench:
