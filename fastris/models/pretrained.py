@@ -121,7 +121,10 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
     switch adds may be missing as a whole, with a warning.
     """
     kind = kind_of(model)
-    taken = Adopted(weights.tensors, "") if kind.recognises(weights.tensors) else kind.adopt(weights.tensors)
+    # Another model's first: a Swin that classifies has a part "classifier", as AlignFormer has.
+    taken = kind.adopt(weights.tensors)
+    if taken is None and kind.recognises(weights.tensors):
+        taken = Adopted(weights.tensors, "")
     if taken is None:
         beginnings = sorted({name.split(".")[0] for name in weights.tensors})[:8]
         raise ValueError(

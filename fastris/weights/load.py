@@ -97,10 +97,10 @@ def load_encoder(model: nn.Module, source: Source, option: str, *, strict: bool 
             "of a whole model as weight=PATH"
         )
     weights, (whose, part) = read_weights(source), kind.starts[option]
-    if kind.recognises(weights.tensors):
+    taken = kind.adopt(weights.tensors)
+    if taken is None and kind.recognises(weights.tensors):
         example = ", such as RN50:openai" if option == "clip_pretrain" else f" ({option}), or the whole as weight=PATH"
         raise ValueError(f"{weights.source} holds a whole {title} model; give {whose} weights alone{example}")
-    taken = kind.adopt(weights.tensors)
     if taken is not None and taken.part != part:
         actual = next(name for name, (_, other) in kind.starts.items() if other == taken.part)
         raise ValueError(f"{option}: {weights.source} holds {kind.starts[actual][0]} weights; give it as {actual}=PATH")
