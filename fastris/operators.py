@@ -67,7 +67,7 @@ OPERATORS: dict[str, Operator] = {
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",
-            "",
+            "deformable_attention",
             "deformable_attention",
         ),
     )

@@ -538,15 +538,13 @@ def every_problem() -> Iterator[Problem]:
     yield word_problem(1, 1, 64, 2, (8, 5))
     yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
 
-    yield deformable_problem(2, 7, 2, 4, ((3, 5), (2, 4)), 3, thorough=True)
+    yield deformable_problem(2, 5, 2, 4, ((2, 4), (1, 3)), 2, **whole)
     yield deformable_problem(2, 2, 2, 2, ((2, 3), (1, 2)), 2, **small)
-    for *shape, maps, points in (
-        (1, 1, 1, 1, ((1, 1),), 1),
-        (1, 9, 3, 5, ((1, 7),), 8),
-        (2, 5, 4, 8, ((2, 2), (3, 4), (7, 5)), 4),
-        (3, 13, 2, 16, ((2, 3), (4, 5), (6, 7), (8, 9)), 4),
-    ):
-        yield deformable_problem(*shape, maps, points)
+    yield deformable_problem(1, 1, 1, 1, ((1, 1),), 1, kernels=True, few=True)
+    yield deformable_problem(1, 3, 2, 5, ((1, 7),), 8, kernels=True)
+    yield deformable_problem(1, 17, 1, 3, ((2, 2), (1, 3), (3, 2), (4, 1)), 2, kernels=True)  # two tiles of queries
+    yield deformable_problem(2, 5, 4, 8, ((2, 2), (3, 4), (7, 5)), 4)
+    yield deformable_problem(3, 13, 2, 16, ((2, 3), (4, 5), (6, 7), (8, 9)), 4)
     yield bidirectional_problem(169, 24, 24, (4, 9, 7))
     yield bidirectional_problem(140, 20, 24, (20, 17), kernels=True)
     yield bidirectional_problem(65, 66, 70, (4,), kernels=True)

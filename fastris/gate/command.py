@@ -32,7 +32,16 @@ def _row(build: Build) -> str:
     )
 
 
-BRIEFLY = ("train", "train AlignFormer", "stage 1", "eval", "eval AlignFormer", "eval folded")
+BRIEFLY = (
+    "train",
+    "train AlignFormer",
+    "train pixel decoder",
+    "stage 1",
+    "eval",
+    "eval AlignFormer",
+    "eval pixel decoder",
+    "eval folded",
+)
 """The scenarios of a brief gate."""
 
 

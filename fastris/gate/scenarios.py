@@ -18,7 +18,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastris import dispatch
+from fastris import dispatch, reference
 from fastris.inference.folding import for_inference
 from fastris.kernels.configs import kernel_name, pretended_class, replaced, watched
 from fastris.kernels.cross_attention import dropout_masks
@@ -31,6 +31,7 @@ from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
+from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
@@ -211,6 +212,23 @@ def _fuse(width: int, text_width: int, side: int, words: int) -> Callable[[torch
     return run
 
 
+def _deformable(points: int, *sides: int, train: bool = True) -> Callable[[torch.dtype], None]:
+    """AlignFormer's attention of the maps' pixels, without its projections, with these ``sides``, of one dtype."""
+
+    def run(dtype: torch.dtype) -> None:
+        sizes = [(side, side) for side in sides]
+        places, levels = reference.pixel_centres(sizes), len(sides)
+        value = _leaf(1, len(places), 8, 32, dtype=dtype)
+        offsets = _leaf(1, len(places), 8, levels, points, 2, dtype=dtype)
+        logits = _leaf(1, len(places), 8, levels * points, dtype=dtype)
+        with torch.set_grad_enabled(train):
+            answer = multiscale_deformable_attention(value, sizes, places, offsets, logits)
+        if train:
+            answer.sum().backward()
+
+    return run
+
+
 def _masks(dtype: torch.dtype) -> None:
     """The kernel that tests read dropout masks with."""
     dropout_masks(torch.zeros(2, dtype=torch.int64), (1, 8, 17, 512), 26 * 26, 0.1, 0.1)
@@ -281,6 +299,9 @@ SCENARIOS = (
     Scenario("eval R101", _evaluate("cris_r101")),
     Scenario("eval AlignFormer", _centre(False)),
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
+    Scenario("train pixel decoder", _deformable(4, 15, 30, 60), tuned=BFLOAT16),
+    Scenario("eval pixel decoder", _deformable(4, 15, 30, 60, train=False)),
+    Scenario("4 levels", _deformable(4, 8, 15, 30, 60), TWO, rare=True),
     Scenario("demo", _train("tiny"), BFLOAT16, rare=True),
     Scenario("demo eval", _evaluate("tiny"), BFLOAT16, rare=True),
     Scenario("NCHW", _score(1, 3, 256, (104, 104)), TWO, rare=True),

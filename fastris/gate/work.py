@@ -128,6 +128,28 @@ def _rows(pixels: tuple[str, ...], weights: str, words: str) -> Callable[[_Sizes
     return count
 
 
+def _of_queries(*rows: str) -> Callable[[_Sizes], Work]:
+    """Deformable attention's kernels by query; ``rows`` are the tensors of the output's size."""
+
+    def count(a: _Sizes) -> Work:
+        groups, samples = a.first // _up(a.queries, a.BLOCK_Q), a.LEVELS * a.POINTS
+        outputs = groups * a.queries * a.width
+        of_samples = a.size(*(name for name in _OF_SAMPLES if name in a._arguments)) + 2 * a.size("offsets_ptr")
+        moved = outputs * a.size(*rows) + groups * a.queries * samples * of_samples
+        moved += groups * a.pixels * a.width * a.size("value_ptr")
+        return Work(outputs, 0, moved, 0, (samples,), groups // a.heads)
+
+    return count
+
+
+def _of_pixels(a: _Sizes) -> Work:
+    """The maps' gradient; a cell's samples are taken to be as many in all cells."""
+    groups, samples = a.first // _up(a.pixels, a.BLOCK_P), a.queries * a.count
+    outputs = groups * a.pixels * a.width
+    read = groups * (a.queries * a.width * a.size("upstream_ptr") + samples * (8 + 3 * 4))
+    return Work(outputs, 0, outputs * a.size("d_value_ptr") + read, 0, (_up(samples, a.cells),), groups // a.heads)
+
+
 def _kept(a: _Sizes) -> Work:
     return Work(a.count, 0, a.count, 0, (), 1)
 
@@ -187,6 +209,8 @@ def _split(a: _Sizes, pixels: str) -> int:
     return 1 if a.size(pixels) == 4 else 2
 
 
+_OF_SAMPLES = ("logits_ptr", "d_logits_ptr", "cell_ptr", "shares_ptr", "shares_ptr", "shares_ptr", "d_offsets_ptr",
+               "d_offsets_ptr")  # fmt: skip
 _BACKWARD = ("x_ptr", "upstream_ptr", "d_x_ptr", "query_ptr", "d_query_ptr")
 _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "similarity taps": _taps,
@@ -207,4 +231,7 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "bidirectional_attention scores": _read,
     "bidirectional_attention rows": _centre_rows,
     "bidirectional_attention backward": _read_backward,
+    "deformable_attention samples": _of_queries("out_ptr"),
+    "deformable_attention query backward": _of_queries("upstream_ptr"),
+    "deformable_attention pixel backward": _of_pixels,
 }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastris import reference
-from fastris.dispatch import resolve_without_kernels
+from fastris.dispatch import resolve
 from fastris.ops.checks import check_shape, check_tensors
 from fastris.ops.deformable_samples import sampled_sum
 
@@ -46,30 +46,36 @@ def multiscale_deformable_attention(
         reference_points: (Q, 2), each query's x and y in [0, 1], the same in every level; in any floating dtype.
         offsets: (B, Q, H, S, P, 2), x and y in pixels of the level that is sampled.
         logits: (B, Q, H, S * P); softmax over the last axis gives the samples' weights.
-        impl: ``"reference"`` runs the published formula; every other choice the path here, on any device.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     A sample is bilinear with pixel centres at half-integers (align_corners=False); outside a map there are zeros. Where
     a place is exactly on the line between two cells, its gradient is that of one of the two.
 
     Value, offsets and logits are of one floating dtype, which is also that of the result; under autocast they may
-    differ, and the result is float32 or wider, as published. The fast path computes places, weights and sums in
-    float32, or in float64 for a float64 value. An empty batch gives an empty result. A place or weight that is not
-    finite spoils its own query and head and the gradients of that sample.
+    differ, and the result is float32 or wider, as published. The fast paths compute places, weights and sums in
+    float32, or in float64 for a float64 value, which ``triton`` does not take. An empty batch gives an empty result. A
+    place or weight that is not finite spoils its own query and head and the gradients of that sample.
 
-    Gradients reach every tensor. The fast path keeps value, offsets and logits for the backward pass, and nothing under
-    ``no_grad``; it can be differentiated once, and gives the same bits on every run.
+    Gradients reach every tensor. The fast paths keep value, offsets and logits for the backward pass, and nothing under
+    ``no_grad``; they can be differentiated once, and give the same bits on every run.
 
     Raises ValueError for a wrong shape, sizes that do not fit or tensors on different devices; TypeError for dtypes
-    that do not fit.
+    that do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: arXiv 2010.04159, section 4.1; :func:`fastris.reference.multiscale_deformable_attention`.
     """
     levels = _check(value, sizes, reference_points, offsets, logits)
-    if resolve_without_kernels(impl) == "reference" and len(value):  # grid_sample cannot tell the shape of nothing
+    path = resolve(OPERATOR, value.device, value.dtype, impl, value.shape[0])
+    if path == "reference" and len(value):  # grid_sample cannot tell the shape of nothing
         return reference.multiscale_deformable_attention(value, levels, reference_points, offsets, logits)
     widened = torch.is_autocast_enabled(value.device.type)
     with torch.autocast(value.device.type, enabled=False):
-        output = sampled_sum(value, reference_points, offsets, logits, levels).flatten(2)
+        if path == "triton":
+            from fastris.kernels.deformable_attention import deformable_attention
+
+            output = deformable_attention(value, reference_points.float(), offsets, logits, levels).flatten(2)
+        else:
+            output = sampled_sum(value, reference_points, offsets, logits, levels).flatten(2)
     return output.to(torch.promote_types(value.dtype, torch.float32)) if widened else output
 
 

@@ -20,6 +20,7 @@ from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
+from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
@@ -203,6 +204,28 @@ def prove_bidirectional_attention(device: torch.device, dtype: torch.dtype) -> N
             _hold(by("triton", silent), by("reference", silent), inputs, torch.float32, autocast=dtype)
 
 
+def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Deformable attention of AlignFormer's heads and points over three small maps, samples outside them included.
+
+    No place is so near a line between cells that rounding could move it across, where its gradient jumps.
+    """
+    sizes, heads, points = ((3, 5), (4, 2), (6, 7)), _sizes(device).heads, 4
+    queries, width = _sizes(device).rows, _sizes(device).channels // heads
+    generator = torch.Generator().manual_seed(SEED)
+    scale = torch.tensor([(columns, rows) for rows, columns in sizes], dtype=torch.float32)
+    centres = torch.randint(1, 64, (queries, 2), generator=generator) / 64  # the same in every dtype
+    shape = 2, queries, heads, len(sizes), points, 2
+    cells = (torch.rand(shape, generator=generator) * (scale[:, None] + 5) - 3).floor()
+    places = cells + 0.25 + 0.5 * torch.rand(shape, generator=generator)
+    offsets = places + 0.5 - (centres[:, None] * scale)[:, None, :, None]
+    pixels = sum(rows * columns for rows, columns in sizes)
+    logits = (2, queries, heads, len(sizes) * points)
+    inputs = _drawn({"value": (2, pixels, heads, width), "logits": logits}, device, 1.0)
+    inputs |= {"reference_points": centres.to(device), "offsets": offsets.to(device)}
+    fast, published = (partial(multiscale_deformable_attention, sizes=sizes, impl=i) for i in ("triton", "reference"))
+    _hold(fast, published, inputs, dtype)
+
+
 def masked_cross_attention(
     sources: Inputs,
     padding_mask: Tensor | None,
@@ -311,5 +334,6 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "upsample2x_conv3x3": prove_upsample_conv,
     "few_query_attention": prove_few_query_attention,
     "bidirectional_attention": prove_bidirectional_attention,
+    "multiscale_deformable_attention": prove_deformable_attention,
 }
 """The proof of every operator that has kernels, by the operator's name."""

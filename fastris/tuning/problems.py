@@ -10,10 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastris import reference
 from fastris.ops import (
     bidirectional_attention,
     cross_attention,
     few_query_attention,
+    multiscale_deformable_attention,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
     upsample2x_conv3x3,
@@ -73,6 +75,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "upsample2x_conv3x3": _upsample,
         "few_query_attention": _few_query,
         "bidirectional_attention": _bidirectional,
+        "multiscale_deformable_attention": _deformable,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -222,6 +225,23 @@ def _bidirectional(batch: int, sizes: Sizes) -> Problem:
 
     valid = torch.arange(sizes.words).expand(batch, -1) <= 2 * sizes.words // 3
     return Problem(_drawn(shapes), {"valid": valid}, forward)
+
+
+def _deformable(batch: int, sizes: Sizes) -> Problem:
+    """Maps an eighth to a half as fine as the projector's, each pixel of them a query; AlignFormer's points."""
+    maps = [(max(1, sizes.side * part // 2),) * 2 for part in (1, 2, 4)]
+    width, points = sizes.channels // sizes.heads, 4
+    places = reference.pixel_centres(maps)
+    shapes: Shapes = {"value": (batch, len(places), sizes.heads, width)}
+    shapes |= {"offsets": (batch, len(places), sizes.heads, len(maps), points, 2)}
+    shapes |= {"logits": (batch, len(places), sizes.heads, len(maps) * points)}
+    tensors = _drawn(shapes)
+    tensors["offsets"] *= 40  # in pixels
+
+    def forward(path: str, value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> Tensor:
+        return multiscale_deformable_attention(value, maps, reference_points, offsets, logits, impl=path)
+
+    return Problem(tensors, {"reference_points": places}, forward)
 
 
 @contextmanager

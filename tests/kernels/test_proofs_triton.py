@@ -27,6 +27,8 @@ from fastris.kernels import (  # noqa: E402
     similarity_backward,
     upsample_conv,
 )
+from fastris.kernels import deformable_attention as deformable_kernels  # noqa: E402
+from fastris.kernels import deformable_attention_backward as deformable_backward  # noqa: E402
 from fastris.kernels import similarity as similarity_kernels  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -68,6 +70,8 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("bidirectional_attention", bidirectional_attention, "read", 1, "output 0"),
         ("bidirectional_attention", bidirectional_attention, "read", 3, "output 1"),
         ("bidirectional_attention", bidirectional_attention, "read_backward", 0, "gradient of"),
+        ("multiscale_deformable_attention", deformable_backward, "_value_gradient", None, "gradient of value"),
+        ("multiscale_deformable_attention", deformable_kernels, "deformable_gradients", 2, "gradient of offsets"),
     ],
 )
 def test_kernel_that_is_a_hundredth_off_fails_its_proof(monkeypatch, operator, module, name, which, told):
