@@ -34,7 +34,7 @@ class PredictConfig:
         "model folder (`fastris demo` trains and writes one), CRIS checkpoint (.pth, .safetensors) or Hugging Face id",
     )
     out: str = option("predictions", "folder for the pictures and predictions.json")
-    threshold: float | None = option(
+    threshold: float = option(
         None, "pixels above it belong to the mask", "probability, 0..1", default_text="the system's"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")

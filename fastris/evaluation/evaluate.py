@@ -160,8 +160,8 @@ def evaluate(
     Raises:
         ValueError: unknown rule, sentence rule or precision, a number too small, or a data set without references.
     """
-    rule = rule or model.config.recipe.val_rule
-    method = find_rule(rule)
+    if rule is not None:
+        find_rule(rule)
     if sentences not in ("all", "first"):
         raise ValueError(f"sentences={sentences!r} is unknown; choose all or first")
     check_at_least(0, workers=workers)
@@ -169,6 +169,8 @@ def evaluate(
     if not len(dataset):
         raise ValueError(f"dataset {dataset.name} {dataset.split} is empty: there is no expression to score")
     started = time.perf_counter()
+    rule = rule or model.config.recipe.val_rule
+    method = find_rule(rule)
     device = next(model.parameters()).device if device is None else torch.device(device)
     precision = Precision.choose(amp, device)
     input_size, word_len = input_size or model.config.input_size, word_len or model.config.word_len
