@@ -17,7 +17,8 @@ every dtype and memory format, what autograd, autocast and SyncBatchNorm do, bit
 PyTorch leaves to the caller: BatchNorm's running statistics are updated once, modules compute again in the mode
 (training or not) and by the path (:mod:`fastris.dispatch`) of the forward pass, and each pass casts weights for itself.
 
-The decoder and the projector are not recomputed: their autograd functions keep little anyway.
+CRIS's decoder and projector are not recomputed: their autograd functions keep little anyway. What AlignFormer computes
+again, see :meth:`fastris.AlignFormer.set_recompute`.
 """
 
 from __future__ import annotations

@@ -171,14 +171,14 @@ def _query(x: Tensor, positions: Tensor, affine: Tensor, eps: float, dtype: torc
 
 def _attention_weights(query: Tensor, keys: Tensor, key_bias: Tensor, silent: Tensor | None) -> Tensor:
     """(B, heads, L, N) from queries (B, N, D), keys (B, heads * L, D) and their bias (B, heads, L); 0 where silent."""
-    scores = torch.bmm(keys, query.mT).to(key_bias.dtype).add_(key_bias.flatten(1)[..., None])
+    scores = torch.bmm(keys, query.mT) + key_bias.flatten(1)[..., None]  # in place, checkpoints could not keep products
     weights = torch.softmax(scores.unflatten(1, key_bias.shape[1:]), dim=2).to(keys.dtype)
     return weights if silent is None else weights.masked_fill_(silent[:, None, None, None], 0)
 
 
 def _gather(weights: Tensor, values: Tensor, bias: Tensor, attention_dropout: float) -> Tensor:
     """The attention's output (B, N, D): the kept weights times the values, plus the output bias."""
-    return torch.bmm(_kept(weights, attention_dropout).mT, values).to(bias.dtype).add_(bias)
+    return torch.bmm(_kept(weights, attention_dropout).mT, values) + bias
 
 
 def _kept(weights: Tensor, attention_dropout: float) -> Tensor:

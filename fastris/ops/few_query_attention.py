@@ -167,7 +167,7 @@ class _PooledPixels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pixels: Tensor, absorbed: Tensor, positions: Tensor) -> Tensor:
         scores = _product(absorbed, pixels.mT)
-        scores += (absorbed.flatten(0, 1) @ positions.T).view_as(scores)
+        scores = scores + (absorbed.flatten(0, 1) @ positions.T).view_as(scores)  # products may be kept: none changes
         weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(pixels, absorbed, positions, weights)
         return _product(weights, pixels)

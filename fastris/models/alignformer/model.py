@@ -19,6 +19,7 @@ from fastris.models.arguments import check_images, check_index, check_mask, chec
 from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
 from fastris.models.state_dicts import Adopted
 from fastris.nn.query_decoder import QueryDecoder
+from fastris.nn.recompute import check_setting
 from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
@@ -101,6 +102,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
         "swin_pretrain": ("Swin's", "backbone."),
         "bert_pretrain": ("BERT's", "text_encoder."),
     }
+    recompute = "none"
 
     config: AlignFormerConfig
 
@@ -118,6 +120,19 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
             intended=config.behaviour == "intended",
         )
         self.classifier = Classifier(config)
+
+    def set_recompute(self, setting: str) -> AlignFormer:
+        """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
+
+        ``"none"`` keeps what autograd keeps. ``"pointwise"`` keeps the products of Swin's blocks, of the exchanges with
+        the words and of the pixel decoder's layers, and computes norms, GELU, softmax and the rest again in the
+        backward pass; ``"stages"`` keeps the input of each of these alone. Of BERT both keep the input alone. See
+        :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
+        """
+        encoder = self.classifier.pix_dec.transformer.encoder
+        for part in (self, self.text_encoder, self.backbone, encoder):
+            part.recompute = check_setting(setting)
+        return self
 
     def encode_image(self, images: Tensor) -> Pixels:
         """The images (B, 3, H, W) as they are, normalised as ImageNet's, after their checks."""

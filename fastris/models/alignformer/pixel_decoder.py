@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastris import reference
 from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
+from fastris.nn.recompute import recomputed
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.word_attention import word_attention
@@ -96,10 +97,14 @@ class DeformableLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers in turn: pixels look at each other, then at the words."""
+    """The layers in turn: pixels look at each other, then at the words.
+
+    ``recompute`` is set by :meth:`fastris.AlignFormer.set_recompute`; each layer is computed again by itself.
+    """
 
     layers: Any
     cross_attn_layers: Any
+    recompute = "none"
 
     def __init__(self, width: int, text_width: int, word_len: int, layers: int, pixel_ffn: int, word_ffn: int):
         super().__init__()
@@ -115,10 +120,14 @@ class Encoder(nn.Module):
         padding = ~words.valid
         padding = padding & ~padding.all(dim=1, keepdim=True)  # nothing but padding: its zeros are heard
         for look, listen in zip(self.layers, self.cross_attn_layers, strict=True):
-            y = look(y, positions, sizes, places)
-            weights = listen.cross_attn.weights()
-            heard = word_attention(y + positions, keys, words.states, weights, HEADS, padding)
-            y = listen.after(y, heard)
+
+            def layer(y: Tensor, keys: Tensor, states: Tensor, look: Any = look, listen: Any = listen) -> Tensor:
+                y = look(y, positions, sizes, places)
+                weights = listen.cross_attn.weights()
+                return listen.after(y, word_attention(y + positions, keys, states, weights, HEADS, padding))
+
+            whole = self.recompute == "stages"
+            y = recomputed([look, listen], self.recompute, layer, y, keys, words.states, whole=whole)
         return y
 
 

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, win
 from torch import Tensor, nn
 
 from fastris.nn.fusion import Fusion, Gate, Residuals
+from fastris.nn.recompute import recomputed
 
 PATCH = 4
 
@@ -88,9 +89,14 @@ class Stage(nn.Module):
 
 
 class SwinWithWords(nn.Module):
-    """The four stages. Each hands its *ungated* residual, behind a LayerNorm, to the decoders."""
+    """The four stages. Each hands its *ungated* residual, behind a LayerNorm, to the decoders.
+
+    ``recompute`` is set by :meth:`fastris.AlignFormer.set_recompute`. Each block, and each exchange with its norm and
+    gates, is computed again by itself, so that one of them at a time needs its intermediate results in backward.
+    """
 
     layers: Any
+    recompute = "none"
 
     def __init__(
         self,
@@ -139,10 +145,30 @@ class SwinWithWords(nn.Module):
         x = self.patch_embed(images)
         maps: list[Tensor] = []
         for number, stage in enumerate(self.layers):
-            x = stage.blocks(x)
+            normed, x, words = self._stage(number, stage, x, words, valid)
+            maps.append(normed)
+        return Encoded(tuple(maps), words)
+
+    def _stage(
+        self, number: int, stage: Stage, x: Tensor, words: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A stage's map for the decoders, and the map and the words that the next stage gets.
+
+        Of the last stage the words are the residual, and the map is the one for the decoders.
+        """
+        norm, last = self.get_submodule(f"norm{number}"), number + 1 == len(self.layers)
+
+        def exchange(x: Tensor, words: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             residuals = stage.fuse(x, words, valid)
-            normed = self.get_submodule(f"norm{number}")(residuals.pixels)
-            maps.append(normed.view_as(x).permute(0, 3, 1, 2))
-            if number + 1 < len(self.layers):
-                x, words = stage.pass_on(x, words, residuals, valid)
-        return Encoded(tuple(maps), residuals.words)
+            normed = norm(residuals.pixels).view_as(x).permute(0, 3, 1, 2)
+            if last:
+                return normed, normed, residuals.words
+            return normed, *stage.pass_on(x, words, residuals, valid)
+
+        whole = self.recompute == "stages"
+        if self.recompute == "none":
+            x = stage.blocks(x)
+        else:
+            for block in stage.blocks:
+                x = recomputed([block], self.recompute, block, x, whole=whole)
+        return recomputed([stage, norm], self.recompute, exchange, x, words, valid, whole=whole)

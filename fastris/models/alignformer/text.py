@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris.models.alignformer.config import BERTConfig
+from fastris.nn.recompute import recomputed
 from fastris.runtime.extras import need
 
 MASKED = -10000.0
@@ -18,8 +19,11 @@ _STD = 0.02
 class TextEncoder(nn.Module):
     """BERT without a pooler, under its own names: token ids (B, L) to states (B, L, T).
 
-    Raises MissingExtra, saying how to install it, where ``transformers`` is not installed.
+    ``recompute`` is set by :meth:`fastris.AlignFormer.set_recompute`. Raises MissingExtra, saying how to install it,
+    where ``transformers`` is not installed.
     """
+
+    recompute = "none"
 
     def __init__(self, sizes: BERTConfig):
         super().__init__()
@@ -32,6 +36,9 @@ class TextEncoder(nn.Module):
         """The states of all tokens; no token attends to one that is not ``valid`` (B, L)."""
         embedded = self.embeddings(input_ids=tokens)
         mask = (1.0 - valid.to(embedded.dtype))[:, None, None, :] * MASKED
+        return recomputed([self.encoder], self.recompute, self._encode, embedded, mask, whole=True)
+
+    def _encode(self, embedded: Tensor, mask: Tensor) -> Tensor:
         return self.encoder(embedded, attention_mask=mask)[0]
 
 
