@@ -27,6 +27,10 @@ OPERATOR_CASES = (
     "cross_attention",
     "projector_loss",
     "decoder",
+    "bidirectional_attention_stage0",
+    "bidirectional_attention_stage3",
+    "few_query_attention",
+    "deformable_attention",
 )
 """The cases of operators with kernels, and of the parts of CRIS that are made of them. None needs open_clip."""
 
