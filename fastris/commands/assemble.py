@@ -314,7 +314,12 @@ def options_text(options: TrainConfig) -> str:
 def memory_use(options: TrainConfig) -> MemoryUse:
     """What decides how much memory a step needs."""
     return MemoryUse(
-        options.batch_size, options.accumulate, options.recompute, options.gpu, processes=distributed.world_size()
+        options.batch_size,
+        options.accumulate,
+        options.recompute,
+        options.gpu,
+        processes=distributed.world_size(),
+        system=options.system,
     )
 
 

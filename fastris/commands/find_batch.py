@@ -10,7 +10,7 @@ import torch
 from fastris.commands.assemble import choose_precision, make_optimizer, place_model
 from fastris.runtime.device import choose_device, layout_for
 from fastris.training.find_batch import HEADROOM, StepProbe, largest_that_fits
-from fastris.training.gpu_settings import parts_for
+from fastris.training.gpu_settings import memory_of
 
 if TYPE_CHECKING:
     from fastris.commands.train_options import TrainConfig
@@ -55,7 +55,8 @@ def search(options: TrainConfig, fits: Callable[[int], bool]) -> int:
         print(f"  {micro_batch:>4} references {'fit' if good else 'do not fit'}", flush=True)
         return good
 
-    most = largest_that_fits(tried, options.batch_size, options.expressions_per_image)
+    least = memory_of(options.system).smallest_part
+    most = largest_that_fits(tried, options.batch_size, options.expressions_per_image, least)
     if most is None:
         raise RuntimeError(
             f"not even the smallest micro-batch fits this GPU with recompute={options.recompute} and "
@@ -66,11 +67,13 @@ def search(options: TrainConfig, fits: Callable[[int], bool]) -> int:
 
 def report(options: TrainConfig, most: int) -> str:
     """What the search found, and the option to use."""
-    parts = parts_for(options.batch_size, most, multiple_of=options.expressions_per_image)
+    parts = options.parts_of(most)
     size = options.batch_size // parts
     whole = "the whole batch at once" if parts == 1 else f"{parts} parts of {size}"
-    return (
+    found = (
         f"the largest micro-batch that fits is {most} references (recompute={options.recompute}); batch_size="
-        f"{options.batch_size} in equal parts: {whole}\nuse:  accumulate={parts}\n"
-        f"BatchNorm's statistics follow the micro-batch: they are over {size} references"
+        f"{options.batch_size} in equal parts: {whole}\nuse:  accumulate={parts}"
     )
+    if not memory_of(options.system).statistics:
+        return found
+    return f"{found}\nBatchNorm's statistics follow the micro-batch: they are over {size} references"

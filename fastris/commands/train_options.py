@@ -171,19 +171,28 @@ class TrainConfig(DataOptions):
                 setattr(self, name, value)
 
     def _system(self) -> type[ModelConfig]:
-        system = registry.system_of_preset(self.model) if self.model else registry.system_of(self.extra)
-        return registry.config_class(system or registry.DEFAULT)
+        return registry.config_class(self.system)
+
+    @property
+    def system(self) -> str:
+        """The name of the system that is trained."""
+        found = registry.system_of_preset(self.model) if self.model else registry.system_of(self.extra)
+        return found or registry.DEFAULT
 
     def _follow_gpu(self) -> None:
         """Fill in what the user left to `gpu`, so that the saved options say what was done."""
-        setting = find_setting(self.gpu) if self.gpu else None
+        setting = find_setting(self.gpu, self.system) if self.gpu else None
         if self.accumulate == 0:
-            several = max(1, self.expressions_per_image)
-            self.accumulate = parts_for(self.batch_size, setting.micro_batch, world_size(), several) if setting else 1
+            self.accumulate = self.parts_of(setting.micro_batch, world_size()) if setting else 1
         if self.recompute == "auto":
             self.recompute = setting.recompute if setting else "none"
         if self.fused is None:
             self.fused = setting.fused if setting else False
+
+    def parts_of(self, most: int, processes: int = 1) -> int:
+        """The fewest equal parts of the batch in which no process holds more than ``most`` references."""
+        several = max(1, self.expressions_per_image)
+        return parts_for(self.batch_size, most, processes, several, self._system().smallest_batch)
 
     @property
     def micro_batch(self) -> int:

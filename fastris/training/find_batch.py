@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from fastris.models.base import ReferringModel
 
 LEAST = 2
-"""References in the smallest micro-batch: BatchNorm over sentences needs two."""
+"""References in CRIS's smallest micro-batch: BatchNorm over sentences needs two."""
 
 HEADROOM = 0.05
 """Share of the GPU's memory that is left free, because a long run's memory is more fragmented than a trial's."""
 
 
-def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 1) -> int | None:
+def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 1, least: int = LEAST) -> int | None:
     """The largest n up to `most` for which `fits(n)`, by doubling, then bisection; None if not even the first fits.
 
-    n goes over the multiples of `step` from :data:`LEAST` on. `fits` must be monotone: what fits, fits smaller too.
+    n goes over the multiples of `step` from `least` on. `fits` must be monotone: what fits, fits smaller too.
     """
-    first = -(-LEAST // step) * step
+    first = -(-least // step) * step
     good, bad = 0, most // step * step + step
     trial = first
     while trial < bad:

@@ -15,10 +15,25 @@ one. `--find-batch` looks for the largest part that fits; recomputation changes 
 
 The sizes are worked out, not measured on these cards: see :func:`estimate_gib`. They leave a quarter of the card, which
 is also enough for cris_r101. On 24 GiB recompute=none should fit cris_r50 (19.1 GiB), and is faster.
+
+alignformer_swin_b at 480 pixels with 20 words, bf16. It has no BatchNorm: parts average the gradient of the whole
+batch, but for rounding, what dropout draws, and the instance contrast, which compares the references of one part:
+
+=====  ===========  ==========  =====  ===================================================
+gpu=   micro-batch  recompute   GiB    of a batch of 32
+=====  ===========  ==========  =====  ===================================================
+8gb    1            stages      6.0    32 parts
+12gb   8            stages      7.7    4 parts
+16gb   16           stages      9.7    2 parts
+24gb   8            pointwise   15.3   4 parts; less is computed again
+=====  ===========  ==========  =====  ===================================================
+
+Every system has a row in :data:`SYSTEMS`; one without a row of its own goes by CRIS's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,54 +57,105 @@ class GpuSetting:
     fused: bool = True
 
 
-GPU_SETTINGS = {
-    "8gb": GpuSetting(8, 16, "stages"),
-    "12gb": GpuSetting(12, 32, "stages"),
-    "16gb": GpuSetting(16, 64, "stages"),
-    "24gb": GpuSetting(24, 64, "pointwise"),
+_OTHER_GIB = 1.5
+"""A guess at what CUDA's context, cuDNN's workspaces and fragmentation take."""
+
+
+@dataclass(frozen=True)
+class SystemMemory:
+    """What a system's training needs on a GPU, and what is chosen for each card.
+
+    Attributes:
+        settings: by name, from the smallest card to the largest.
+        step_mib: peak of forward and backward in MiB, (whatever the batch, for each reference), by recompute setting;
+            counted from the storages alive in a step on a CPU, in bf16 autocast at the recipe's size.
+        weights_gib: weights with gradients and Adam's two moments in float32.
+        smallest_part: references in the smallest part of a batch.
+    """
+
+    settings: Mapping[str, GpuSetting]
+    step_mib: Mapping[str, tuple[int, int]]
+    weights_gib: float
+    smallest_part: int
+
+    @property
+    def statistics(self) -> bool:
+        """Whether BatchNorm takes statistics from a part of the batch."""
+        return self.smallest_part > 1
+
+
+SYSTEMS = {
+    "cris": SystemMemory(
+        {
+            "8gb": GpuSetting(8, 16, "stages"),
+            "12gb": GpuSetting(12, 32, "stages"),
+            "16gb": GpuSetting(16, 64, "stages"),
+            "24gb": GpuSetting(24, 64, "pointwise"),
+        },
+        # cris_r50, 416 pixels, 17 tokens: the peaks in bench/results/whole_memory.json
+        {"none": (263, 242), "pointwise": (72, 169), "stages": (72, 103)},
+        2.19,  # 146.8 million
+        smallest_part=2,
+    ),
+    "alignformer": SystemMemory(
+        {
+            "8gb": GpuSetting(8, 1, "stages"),
+            "12gb": GpuSetting(12, 8, "stages"),
+            "16gb": GpuSetting(16, 16, "stages"),
+            "24gb": GpuSetting(24, 8, "pointwise"),
+        },
+        # alignformer_swin_b, 480 pixels, 20 words: counted as CRIS's, but "none" at one reference alone, where casts of
+        # weights and gradients are taken as fixed
+        {"none": (526, 1807), "pointwise": (130, 1231), "stages": (177, 251)},
+        4.07,  # 273.2 million
+        smallest_part=1,
+    ),
 }
-"""The table above, from the smallest card to the largest."""
+"""The tables above, by system."""
 
-_STEP_MIB = {"none": (263, 242), "pointwise": (72, 169), "stages": (72, 103)}
-"""Peak of forward and backward in MiB, (whatever the batch, for each reference): cris_r50, 416 pixels, bf16 autocast,
-17 tokens. Counted from the storages alive in a step on a CPU: the peaks in ``bench/results/whole_memory.json``."""
-
-_WEIGHTS_GIB, _OTHER_GIB = 2.19, 1.5
-"""146.8 million weights with gradients and Adam's two moments in float32; and a guess at what CUDA's context, cuDNN's
-workspaces and fragmentation take."""
+DEFAULT = "cris"
+GPU_SETTINGS = SYSTEMS[DEFAULT].settings
+"""CRIS's settings, whose names are those of all systems."""
 
 
-def estimate_gib(micro_batch: int, recompute: str) -> float:
-    """What a training step of cris_r50 at 416 pixels in bf16 should need, in GiB. Worked out, not measured on a GPU."""
-    fixed, each = _STEP_MIB[recompute]
-    return _WEIGHTS_GIB + _OTHER_GIB + (fixed + each * micro_batch) / 1024
+def memory_of(system: str) -> SystemMemory:
+    """The row of a system, or CRIS's for one without."""
+    return SYSTEMS.get(system, SYSTEMS[DEFAULT])
 
 
-def find_setting(name: str) -> GpuSetting:
-    """The setting of that name.
+def estimate_gib(micro_batch: int, recompute: str, system: str = DEFAULT) -> float:
+    """What a training step of cris_r50, or a ``system``'s model, should need, in GiB. Worked out, not measured."""
+    memory = memory_of(system)
+    fixed, each = memory.step_mib[recompute]
+    return memory.weights_gib + _OTHER_GIB + (fixed + each * micro_batch) / 1024
+
+
+def find_setting(name: str, system: str = DEFAULT) -> GpuSetting:
+    """The setting of that name for a system.
 
     Raises:
         ValueError: there is none.
     """
-    if name not in GPU_SETTINGS:
-        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(GPU_SETTINGS)}, the memory of the card")
-    return GPU_SETTINGS[name]
+    settings = memory_of(system).settings
+    if name not in settings:
+        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(settings)}, the memory of the card")
+    return settings[name]
 
 
-def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of: int = 1) -> int:
+def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of: int = 1, smallest: int = 2) -> int:
     """The fewest equal parts (`accumulate`) of a batch in which no process holds more than `micro_batch` references.
 
-    `multiple_of`: a part holds a multiple of so many references (those of one image).
+    `multiple_of`: a part holds a multiple of so many references (those of one image), and at least `smallest`.
 
     Raises:
         ValueError: the batch does not split that way.
     """
     for parts in range(1, batch_size // processes + 1):
         size, rest = divmod(batch_size, parts * processes)
-        if not rest and size <= micro_batch and size % multiple_of == 0 and size >= 2:
+        if not rest and size <= micro_batch and size % multiple_of == 0 and size >= smallest:
             return parts
     raise ValueError(
-        f"batch_size={batch_size} does not split into equal parts of 2 to {micro_batch} references"
+        f"batch_size={batch_size} does not split into equal parts of {smallest} to {micro_batch} references"
         + (f" for each of {processes} processes" if processes > 1 else "")
         + (f", a multiple of {multiple_of} (expressions_per_image)" if multiple_of > 1 else "")
         + "; choose another batch_size, such as 64, or give accumulate"
@@ -98,13 +164,14 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What decides how much memory a training step needs: the options of those names, and the number of processes."""
+    """What decides how much memory a training step needs: the options of those names, the processes, the system."""
 
     batch_size: int
     accumulate: int = 1
     recompute: str = "none"
     gpu: str | None = None
     processes: int = 1
+    system: str = DEFAULT
 
     @property
     def at_once(self) -> int:
@@ -121,17 +188,18 @@ def what_next(use: MemoryUse) -> str:
     )
     if use.recompute != "stages":
         text += "recompute=stages needs less memory and changes no number, so that --resume takes it. "
-    smaller = next_smaller(use)
+    memory, smaller = memory_of(use.system), next_smaller(use)
     if smaller is None:
         text += f"There is no smaller setting; more parts are accumulate={2 * use.accumulate}"
     else:
-        setting = GPU_SETTINGS[smaller]
+        setting = memory.settings[smaller]
         text += (
             f"The next smaller setting is gpu={smaller} (micro-batch {setting.micro_batch}, "
             f"recompute={setting.recompute}; leave out accumulate= and recompute=)"
         )
+    because = ", because BatchNorm's statistics follow the micro-batch" if memory.statistics else ""
     return text + (
-        ", which is another run, because BatchNorm's statistics follow the micro-batch: choose a new output_folder. "
+        f", which is another run{because}: choose a new output_folder. "
         "--find-batch searches for the largest micro-batch that fits"
     )
 
@@ -141,10 +209,13 @@ def next_smaller(use: MemoryUse) -> str | None:
 
     Where `gpu` is given, only settings for smaller cards come into question.
     """
-    names = list(GPU_SETTINGS)
+    settings = memory_of(use.system).settings
+    names = list(settings)
     names = names[: names.index(use.gpu)] if use.gpu else names
-    now = estimate_gib(use.at_once, use.recompute)
-    less = [
-        name for name in names if estimate_gib(GPU_SETTINGS[name].micro_batch, GPU_SETTINGS[name].recompute) < now - 0.1
-    ]
+    now = estimate_gib(use.at_once, use.recompute, use.system)
+
+    def needs(setting: GpuSetting) -> float:
+        return estimate_gib(setting.micro_batch, setting.recompute, use.system)
+
+    less = [name for name in names if needs(settings[name]) < now - 0.1]
     return less[-1] if less else None

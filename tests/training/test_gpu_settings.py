@@ -14,6 +14,8 @@ from fastris import CRIS, CRISConfig
 from fastris.commands import find_batch
 from fastris.commands.assemble import memory_use
 from fastris.commands.train import TrainConfig, run, train
+from fastris.models import registry
+from fastris.models.registry import config_class
 from fastris.options.declare import load_options
 from fastris.training import gpu_settings
 from fastris.training import loop as training
@@ -62,13 +64,53 @@ def test_the_estimate_uses_the_counted_peaks(file: str, recompute: str) -> None:
     (cell,) = (cell for cell in cells if (cell["arm"], cell["recompute"]) == ("torch", recompute))
     for references in {setting.micro_batch for setting in GPU_SETTINGS.values()}:
         fixed, each = max(cell["lines"].values(), key=lambda line: line[0] + references * line[1])
-        assert (round(fixed / 2**20), round(each / 2**20)) == gpu_settings._STEP_MIB[recompute]
+        assert (round(fixed / 2**20), round(each / 2**20)) == gpu_settings.SYSTEMS["cris"].step_mib[recompute]
 
 
 def test_the_estimate_counts_the_weights_their_gradients_and_two_moments() -> None:
     with torch.device("meta"):
         model = CRIS(CRISConfig.preset("cris_r50"))
-    assert round(16 * sum(p.numel() for p in model.parameters()) / 2**30, 2) == gpu_settings._WEIGHTS_GIB
+    assert round(16 * sum(p.numel() for p in model.parameters()) / 2**30, 2) == gpu_settings.SYSTEMS["cris"].weights_gib
+
+
+def test_alignformers_settings_split_its_own_batch_into_parts_of_any_size() -> None:
+    page = (ROOT / "docs" / "training.md").read_text().splitlines()
+    system = gpu_settings.SYSTEMS["alignformer"]
+    assert list(system.settings) == list(GPU_SETTINGS)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in registry.create("alignformer_swin_b").parameters())
+    assert round(16 * count / 2**30, 2) == system.weights_gib
+    rows = gpu_settings.__doc__.split("alignformer_swin_b", 1)[1].splitlines()
+    for name, setting in system.settings.items():
+        config = load_options(TrainConfig, ["model=alignformer_swin_b", f"gpu={name}"])
+        assert config.micro_batch == setting.micro_batch and config.batch_size == 32
+        assert (config.recompute, config.fused) == (setting.recompute, True)
+        needed = estimate_gib(setting.micro_batch, setting.recompute, "alignformer")
+        assert needed < 0.75 * setting.memory
+        row = next(line for line in rows if line.startswith(f"{name} "))
+        assert row.split()[:4] == [name, str(setting.micro_batch), setting.recompute, f"{needed:.1f}"]
+        assert f"| `{name}` | {setting.micro_batch} | {setting.recompute} | {needed:.1f} GiB |" in page
+    smallest = load_options(TrainConfig, ["model=alignformer_swin_b", "gpu=8gb"])
+    assert smallest.micro_batch == config_class("alignformer").smallest_batch == 1
+    assert next_smaller(memory_use(smallest)) is None
+
+
+def test_alignformers_advice_when_memory_runs_out_is_its_own() -> None:
+    use = memory_use(load_options(TrainConfig, ["model=alignformer_swin_b"]))
+    text = gpu_settings.what_next(use)
+    assert "32 references at once" in text and "gpu=24gb (micro-batch 8, recompute=pointwise" in text
+    assert "BatchNorm" not in text and "choose a new output_folder" in text
+
+
+def test_search_for_alignformers_batch_begins_at_one_reference(capsys) -> None:
+    config = load_options(TrainConfig, ["model=alignformer_swin_b", "gpu=8gb"])
+    assert find_batch.search(config, lambda number: number <= 1) == 1
+    assert "accumulate=32" in find_batch.report(config, 1) and "BatchNorm" not in find_batch.report(config, 1)
+
+
+@pytest.mark.parametrize("name", list(gpu_settings.SYSTEMS))
+def test_smallest_parts_are_the_systems_own(name: str) -> None:
+    assert gpu_settings.SYSTEMS[name].smallest_part == config_class(name).smallest_batch
 
 
 def test_settings_ask_for_less_memory_from_large_to_small() -> None:
