@@ -90,3 +90,25 @@ def test_eval_mode_takes_no_detour(monkeypatch):
     monkeypatch.setattr(recompute, "checkpoint", None)
     model, (images, tokens, _) = prepared("stages").eval(), batch(SIZE)
     assert model.segment(model.encode_image(images), tokens).requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", recompute.RECOMPUTE_SETTINGS)
+def test_compiled_equals_eager(setting):
+    images, tokens, masks = batch(SIZE)
+
+    def step(compiled: bool) -> dict[str, Tensor]:
+        model = small().double().train().set_recompute(setting if compiled else "none")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # compiled, it draws other numbers
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(images.double(), tokens, masks.double())[2]
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    actual, expected = step(True), step(False)
+    assert actual.keys() == expected.keys()
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        assert (actual[name] - value).abs().max() <= 1e-10 * largest, name

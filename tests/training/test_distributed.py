@@ -102,6 +102,37 @@ def test_two_processes_train_as_one_does(tmp_path, changes):
     assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def alignformer_run(folder: Path, changes: dict) -> str:
+    """Of a small AlignFormer, in float64 and with every gate open. BERT's dropout draws apart in each process: off."""
+    pytest.importorskip("transformers")
+    build, sample = assemble.build_model, TrainSamples.__getitem__
+
+    def item(samples, index):
+        found = sample(samples, index)
+        return found | {"image": found["image"].double(), "mask": found["mask"].double()}
+
+    def built(*args, **kwargs):
+        model = build(*args, **kwargs).double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for number, stage in enumerate(model.backbone.layers):
+            for gate in (stage.res_gate, stage.sym_res_gate):
+                nn.init.normal_(gate[2].weight, std=0.3, generator=torch.Generator().manual_seed(number))
+        return model
+
+    assemble.build_model, TrainSamples.__getitem__ = built, item
+    return run(folder, {"model": "alignformer_tiny", "extra": {}, **changes})
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_alignformer_as_one_does(tmp_path):
+    changes = {"max_steps": 2}
+    assert run_processes(alignformer_run, 1, tmp_path / "one", changes)
+    assert run_processes(alignformer_run, 2, tmp_path / "two", changes)
+    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_run_of_two_processes_goes_on_in_one(tmp_path):
     run_processes(exact_run, 1, tmp_path / "one", {})
