@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,32 +15,24 @@ def pixel_positions(height: int, width: int, dim: int, device: torch.device) -> 
     """The table of a pixel grid, (height*width, dim) float32; see :func:`fastris.reference.sine_positions_2d`."""
     if torch.compiler.is_compiling():
         return reference.sine_positions_2d(height, width, dim, device)
-    return _cached(height, width, dim, device)
+    return _cached(reference.sine_positions_2d, device, height, width, dim)
 
 
 def word_positions(length: int, dim: int, device: torch.device) -> Tensor:
     """The table of a sentence's words, (length, dim) float32; see :func:`fastris.reference.sine_positions_1d`."""
     if torch.compiler.is_compiling():
         return reference.sine_positions_1d(length, dim, device)
-    return _cached(length, None, dim, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached(length: int, width: int | None, dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a table made under inference mode could not take part in training later
-        if width is None:
-            return reference.sine_positions_1d(length, dim).to(device)
-        return reference.sine_positions_2d(length, width, dim).to(device)
+    return _cached(reference.sine_positions_1d, device, length, dim)
 
 
 def box_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """The table of a pixel grid in AlignFormer; see :func:`fastris.reference.sine_positions_of_box`."""
     if torch.compiler.is_compiling():
         return reference.sine_positions_of_box(height, width, dim, device)
-    return _cached_of_box(height, width, dim, device)
+    return _cached(reference.sine_positions_of_box, device, height, width, dim)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_of_box(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return reference.sine_positions_of_box(height, width, dim, device)
+def _cached(table: Callable[..., Tensor], device: torch.device, *sizes: int) -> Tensor:
+    with torch.inference_mode(False):  # a table made under inference mode could not take part in training later
+        return table(*sizes).to(device)
