@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastris.models.alignformer.config import AlignFormerConfig, BERTConfig, swin_name
+from fastris.models.alignformer.config import AlignFormerConfig
 from fastris.models.encoder_weights import bert_weights, fitted_table, swin_weights
+from fastris.models.encoders import BERTConfig, swin_name
 from fastris.models.state_dicts import Adopted
 
 _BLOCK = "backbone.layers.{}.blocks."

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fastris import reference
 from fastris.models.alignformer import keys
-from fastris.models.alignformer.config import AlignFormerConfig, swin_name
+from fastris.models.alignformer.config import AlignFormerConfig
 from fastris.models.alignformer.pixel_decoder import PixelDecoder, Words
 from fastris.models.alignformer.swin import SwinWithWords
-from fastris.models.alignformer.text import TextEncoder
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
 from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
+from fastris.models.encoders import swin_name
 from fastris.models.state_dicts import Adopted
+from fastris.nn.bert import TextEncoder
 from fastris.nn.query_decoder import QueryDecoder
 from fastris.nn.recompute import check_setting
 from fastris.ops.region_contrast import region_contrast
@@ -109,7 +110,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     def __init__(self, config: AlignFormerConfig):
         super().__init__(config)
         config = self.config
-        self.text_encoder = TextEncoder(config.bert)
+        self.text_encoder = TextEncoder(config.bert, "AlignFormer")
         self.backbone = SwinWithWords(
             config.embed_dim,
             config.depths,

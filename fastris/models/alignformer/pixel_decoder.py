@@ -5,7 +5,6 @@ Shapes: B batch, D width, M pixels of the three maps one behind the other (low t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from fastris import reference
 from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
+from fastris.nn.deformable import DeformableLayer
 from fastris.nn.recompute import recomputed
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier
-from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.word_attention import word_attention
 
 
@@ -38,64 +37,6 @@ class Decoded(NamedTuple):
     pixels: Tensor
 
 
-class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention with its four projections, of a map's pixels over all maps."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.sampling_offsets = nn.Linear(width, HEADS * LEVELS * POINTS * 2)
-        self.attention_weights = nn.Linear(width, HEADS * LEVELS * POINTS)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
-        xavier(self)
-        self.reset()
-
-    def reset(self) -> None:
-        """Samples start 1 to 4 pixels away in eight directions, one for each head, all with the same weight."""
-        angle = torch.arange(HEADS, dtype=torch.float32) * (2 * math.pi / HEADS)
-        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)  # [H, 2]
-        steps = torch.arange(1, POINTS + 1, dtype=torch.float32)
-        start = (direction[:, None, None] * steps[:, None]).expand(HEADS, LEVELS, POINTS, 2)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(start.flatten())
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-        for layer in (self.attention_weights, self.value_proj, self.output_proj):
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, query: Tensor, value: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
-        """Queries and values (B, M, D) of maps of these sizes, whose centres are ``places`` (M, 2): (B, M, D)."""
-        batch, count, width = query.shape
-        sampled = multiscale_deformable_attention(
-            self.value_proj(value).view(batch, count, HEADS, width // HEADS),
-            sizes,
-            places,
-            self.sampling_offsets(query).view(batch, count, HEADS, LEVELS, POINTS, 2),
-            self.attention_weights(query).view(batch, count, HEADS, LEVELS * POINTS),
-        )
-        return self.output_proj(sampled)
-
-
-class DeformableLayer(nn.Module):
-    """``y = LN(y + attention(y + positions, y))``, then ``y = LN(y + FFN(y))``."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.self_attn = DeformableAttention(width)
-        self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
-        self.norm2 = nn.LayerNorm(width)
-        xavier(self.linear1)
-        xavier(self.linear2)
-
-    def forward(self, y: Tensor, positions: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
-        """(B, M, D) to (B, M, D); ``positions`` (M, D)."""
-        y = self.norm1(y + self.self_attn(y + positions, y, sizes, places))
-        return self.norm2(y + self.linear2(F.relu(self.linear1(y))))
-
-
 class Encoder(nn.Module):
     """The layers in turn: pixels look at each other, then at the words.
 
@@ -109,7 +50,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int, text_width: int, word_len: int, layers: int, pixel_ffn: int, word_ffn: int):
         super().__init__()
         self.key_embed = nn.Embedding(word_len, text_width)
-        self.layers = stacked(DeformableLayer(width, pixel_ffn), layers)
+        self.layers = stacked(DeformableLayer(width, pixel_ffn, HEADS, LEVELS, POINTS), layers)
         self.cross_attn_layers = stacked(CrossAttentionLayer(width, text_width, word_ffn), layers)
 
     def forward(

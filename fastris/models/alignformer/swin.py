@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from fastris.nn.fusion import Fusion, Gate, Residuals
 from fastris.nn.recompute import recomputed
-
-PATCH = 4
+from fastris.nn.swin import SwinBlock, initialise_linear, stages_of_blocks, stem
 
 
 class Encoded(NamedTuple):
@@ -23,43 +18,6 @@ class Encoded(NamedTuple):
 
     maps: tuple[Tensor, ...]
     words: Tensor
-
-
-class SwinBlock(SwinTransformerBlock):
-    """timm's block with the padding of the segmentation Swin: zeros first, then the shift; windows are never clipped.
-
-    timm shifts first, which differs wherever a map is padded by another width than the shift's. Padded pixels are keys.
-    """
-
-    def __init__(self, width: int, num_heads: int, window: int, shifted: bool, drop_path: float):
-        super().__init__(
-            width,
-            (window, window),
-            num_heads,
-            window_size=window,
-            shift_size=window // 2 if shifted else 0,
-            always_partition=True,
-            dynamic_mask=True,
-            drop_path=drop_path,
-        )
-        index: Any = self.attn.relative_position_index  # the released files have it
-        self.attn.register_buffer("relative_position_index", index, persistent=True)
-
-    def _attn(self, x: Tensor) -> Tensor:
-        """Attention in windows of a normed map (B, H, W, C)."""
-        height, width = x.shape[1:3]
-        side, shift = self.window_size[0], self.shift_size[0]
-        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
-        padded = x.shape
-        mask = self.get_attn_mask(x) if shift else None
-        if shift:
-            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
-        windows = window_partition(x, self.window_size).view(-1, self.window_area, padded[-1])
-        windows = self.attn(windows, mask=mask).view(-1, side, side, padded[-1])
-        x = window_reverse(windows, self.window_size, padded[1], padded[2])
-        if shift:
-            x = torch.roll(x, (shift, shift), dims=(1, 2))
-        return x[:, :height, :width]
 
 
 class Stage(nn.Module):
@@ -109,32 +67,16 @@ class SwinWithWords(nn.Module):
         intended: bool,
     ):
         super().__init__()
-        self.patch_embed = PatchEmbed(
-            None, PATCH, 3, embed_dim, nn.LayerNorm, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
-        )
-        first = [sum(depths[:stage]) for stage in range(len(depths) + 1)]
-        last = max(1, first[-1] - 1)
-        stages = []
-        for stage, (begin, end) in enumerate(pairwise(first)):
-            width, heads = embed_dim * 2**stage, num_heads[stage]
-            blocks = [
-                SwinBlock(width, heads, window, shifted=bool((number - begin) % 2), drop_path=drop_path * number / last)
-                for number in range(begin, end)
-            ]
-            stages.append(Stage(blocks, width, text_width, stage + 1 < len(depths), intended))
+        self.patch_embed = stem(embed_dim)
+        stages = [
+            Stage(blocks, embed_dim * 2**stage, text_width, stage + 1 < len(depths), intended)
+            for stage, blocks in enumerate(stages_of_blocks(embed_dim, depths, num_heads, window, drop_path))
+        ]
         self.layers = nn.ModuleList(stages)
         for stage in range(len(depths)):
             self.add_module(f"norm{stage}", nn.LayerNorm(embed_dim * 2**stage))
-        self.blocks_initialised()
-
-    def blocks_initialised(self) -> None:
-        """Swin's own initialisation of its matrices: truncated normal of deviation 0.02, biases zero."""
-        for stage in self.layers:
-            for module in (*stage.blocks.modules(), *([stage.downsample.reduction] if stage.downsample else [])):
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        for each in stages:
+            initialise_linear(each.blocks, *([each.downsample.reduction] if each.downsample else []))
 
     def forward(self, images: Tensor, words: Tensor, valid: Tensor) -> Encoded:
         """Encode images (B, 3, H, W) with words (B, L, T), of which ``valid`` (B, L) are not padding.

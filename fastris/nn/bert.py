@@ -1,4 +1,4 @@
-"""AlignFormer's text encoder: BERT, made of the pieces of the optional library ``transformers``."""
+"""BERT as a text encoder, made of the pieces of the optional library ``transformers``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastris.models.alignformer.config import BERTConfig
 from fastris.nn.recompute import recomputed
 from fastris.runtime.extras import need
 
@@ -19,15 +18,16 @@ _STD = 0.02
 class TextEncoder(nn.Module):
     """BERT without a pooler, under its own names: token ids (B, L) to states (B, L, T).
 
-    ``recompute`` is set by :meth:`fastris.AlignFormer.set_recompute`. Raises MissingExtra, saying how to install it,
-    where ``transformers`` is not installed.
+    ``sizes`` are a :class:`fastris.models.encoders.BERTConfig`; ``system`` is whose encoder it is, and the name of the
+    extra that installs it. ``recompute`` is set by the system. Raises MissingExtra, saying how to install it, where
+    ``transformers`` is not installed.
     """
 
     recompute = "none"
 
-    def __init__(self, sizes: BERTConfig):
+    def __init__(self, sizes: Any, system: str):
         super().__init__()
-        config, embeddings, encoder = _pieces(sizes)
+        config, embeddings, encoder = _pieces(sizes, system)
         self.embeddings = embeddings(config)
         self.encoder = encoder(config)
         self.apply(_initialise)
@@ -42,11 +42,12 @@ class TextEncoder(nn.Module):
         return self.encoder(embedded, attention_mask=mask)[0]
 
 
-def _pieces(sizes: BERTConfig) -> tuple[Any, Any, Any]:
+def _pieces(sizes: Any, system: str) -> tuple[Any, Any, Any]:
     """The library's configuration of these sizes, and its classes of BERT's two parts."""
-    purpose = "for AlignFormer's text encoder, BERT"
-    config = need("transformers", "alignformer", purpose).BertConfig
-    pieces = need("transformers.models.bert.modeling_bert", "alignformer", purpose)
+    purpose = f"for {system}'s text encoder, BERT"
+    extra = system.lower()
+    config = need("transformers", extra, purpose).BertConfig
+    pieces = need("transformers.models.bert.modeling_bert", extra, purpose)
     # Eager attention is BERT's own arithmetic, and takes any additive mask.
     return config(**vars(sizes), attn_implementation="eager"), pieces.BertEmbeddings, pieces.BertEncoder
 
