@@ -160,21 +160,32 @@ def _inner(bordered: Tensor, size: tuple[int, int]) -> Tensor:
 def _find(origins: Tensor, offsets: Tensor, logits: Tensor, sizes: Sizes) -> _Samples:
     """The samples at origins (Q, S, 2) plus offsets (b, h, Q, S, P, 2), weighted by logits (b, h, Q, S P)."""
     batch, heads, _, levels, points, _ = offsets.shape
-    weight = logits.softmax(-1, dtype=origins.dtype).unflatten(-1, (levels, points))
+    weight = _softmax(logits.to(origins.dtype).contiguous()).unflatten(-1, (levels, points))
     place = offsets.movedim(-1, 0).to(origins.dtype, memory_format=torch.contiguous_format, copy=True)
-    place += origins.movedim(-1, 0)[:, None, None, :, :, None]
+    place += _each_point(origins.movedim(-1, 0)[:, None, None], points)
     corner = place.floor()
     right, down = place.sub_(corner)  # NaN where the place is infinite
-    last = _scale(sizes, origins).T.reshape(2, 1, 1, 1, levels, 1)
+    last = _each_point(_scale(sizes, origins).T.view(2, 1, 1, 1, levels), points)
     corner = corner.nan_to_num_(nan=-BORDER).clamp_(torch.full_like(last, -BORDER), last).to(torch.int32)
     shapes = _bordered(sizes)
     areas = [height * width for height, width in shapes]
     starts = [sum(areas[:level]) + BORDER * width + BORDER for level, (_, width) in enumerate(shapes)]
-    widths, firsts = corner.new_tensor([[width for _, width in shapes], starts])[..., None]
+    widths, firsts = _each_point(corner.new_tensor([[width for _, width in shapes], starts]), points)
     group = torch.arange(batch * heads, dtype=torch.int32, device=corner.device) * sum(areas)
     firsts = firsts + group.view(batch, heads, 1, 1, 1)
     above = corner[0].add_(firsts).addcmul_(corner[1], widths)
     return _Samples(above, above + widths, right, down, weight)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last axis; PyTorch's own is slow on a CPU for rows as short as these."""
+    shares = (logits - logits.amax(-1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(-1, keepdim=True))
+
+
+def _each_point(level: Tensor, points: int) -> Tensor:
+    """(..., S) to (..., S, P), in memory: adding a number that is repeated along short rows is slow on a CPU."""
+    return level[..., None].expand(*level.shape, points).contiguous()
 
 
 def _summed(table: Tensor, samples: _Samples) -> Tensor:
@@ -227,7 +238,7 @@ def _value_gradient(gradient: Tensor, samples: _Samples, sizes: Sizes) -> Tensor
     bags = torch.div(order, levels * points, rounding_mode="floor").to(torch.int32)
     gradient = gradient.flatten(0, 2)
     upper, upper_right, lower, lower_right = (
-        F.embedding_bag(bags, gradient, starts, per_sample_weights=share.flatten().take(order), mode="sum")
+        F.embedding_bag(bags, gradient, starts, per_sample_weights=share.flatten().index_select(0, order), mode="sum")
         for share in samples.coefficients()
     )
     upper[1:] += upper_right[:-1]
