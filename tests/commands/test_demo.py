@@ -49,7 +49,7 @@ def test_any_preset_that_learns_in_minutes_has_a_demo_in_its_own_rule(tmp_path):
     assert (metrics["model"], metrics["right_phrase"]["rule"]) == ("alignformer_tiny", "alignformer")
     segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
     assert segmenter.threshold == 0.5
-    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 96, 96)
+    assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 64, 64)
     assert (tmp_path / "gallery.png").is_file()
 
 

@@ -30,7 +30,7 @@ ALIGNFORMER_PRESETS: dict[str, dict[str, Any]] = {
         "embed_dim": 24,
         "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 4, 8),
-        "window": 6,
+        "window": 4,
         "drop_path": 0.0,
         "conv_dim": 64,
         "pixel_layers": 2,
@@ -38,7 +38,7 @@ ALIGNFORMER_PRESETS: dict[str, dict[str, Any]] = {
         "word_ffn": 128,
         "query_layers": 3,
         "query_ffn": 128,
-        "input_size": 96,
+        "input_size": 64,
     },
 }
 """``alignformer_swin_b`` as released; ``alignformer_tiny`` is for the built-in scenes on a laptop's CPU."""
