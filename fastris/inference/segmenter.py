@@ -174,8 +174,8 @@ class Segmenter:
         tokens, truncated = find_tokenizer(inputs.tokenizer)(checked, config.word_len)
         for phrase, cut in zip(checked, truncated, strict=True):
             if cut:
-                read = config.word_len - 2
-                warnings.warn(f"phrase {phrase!r} is too long: only its first {read} tokens are read", stacklevel=3)
+                marked = f"{config.word_len} tokens, marks of start and end included"
+                warnings.warn(f"phrase {phrase!r} is too long and was cut: the model reads {marked}", stacklevel=3)
         height, width = rgb.shape[:2]
         warp = to_square(height, width, config.input_size, inputs)
         return Prediction(rgb, checked, self._logits(warp.warp_image(rgb, inputs), tokens), warp, self.threshold)

@@ -64,13 +64,19 @@ def check_same_recipe(path: Path, saved: Mapping[str, Any], now: Mapping[str, An
     """ValueError that names every setting in which a checkpoint and the run that wants to resume from it differ."""
     names = sorted(saved.keys() | now.keys())
     changed = [
-        f"{name}={saved.get(name)!r}, now {now.get(name)!r}" for name in names if saved.get(name) != now.get(name)
+        f"{name}={_shown(saved.get(name))}, now {_shown(now.get(name))}"
+        for name in names
+        if saved.get(name) != now.get(name)
     ]
     if changed:
         raise ValueError(
             f"resume: {path} was trained with {'; '.join(changed)}. These settings change the run: give the same ones, "
             f"or start a new run in another folder from its weights with weight={path}"
         )
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is None else repr(value)
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def test_phrases_that_name_nothing_are_refused(phrases: Any, error: type[Excepti
 
 
 def test_a_phrase_that_is_cut_is_named_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match="'one two three four five' is too long: only its first 4 tokens are read"):
+    with pytest.warns(UserWarning, match="'one two three four five' is too long and was cut: the model reads 6 tokens"):
         Segmenter(Corner()).predict(photo(), ["one two three four five"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -136,7 +136,7 @@ def test_interrupted_run_with_several_expressions_goes_on_exactly(tmp_path) -> N
 
 def test_number_of_expressions_is_part_of_a_runs_identity(tmp_path) -> None:
     run_with(tmp_path, max_steps=1, evaluate=False)
-    with pytest.raises(ValueError, match="expressions_per_image=2, now None"):
+    with pytest.raises(ValueError, match=r"expressions_per_image=2, now .not set"):
         run_with(tmp_path, expressions_per_image=1, resume=True)
 
 
