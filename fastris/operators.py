@@ -62,7 +62,9 @@ OPERATORS: dict[str, Operator] = {
             "few_query_attention",
         ),
         Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
-        Operator("upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "", "upsampled_bce"),
+        Operator(
+            "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce"
+        ),
         Operator(
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",

@@ -70,3 +70,21 @@ def spread_bits(bits):
     even = tl.interleave((bits & 1) != 0, (bits & 4) != 0)
     odd = tl.interleave((bits & 2) != 0, (bits & 8) != 0)
     return tl.interleave(even, odd)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0 to full relative precision: the second term gives back what rounding 1 + x lost."""
+    y = 1.0 + x
+    return tl.log(y) + (x - (y - 1.0)) / y
+
+
+@triton.jit
+def cross_entropy(logits, positive, negative):
+    """``positive * softplus(-z) + negative * softplus(z)`` of logits z in float32, and its slope."""
+    small = tl.exp(-tl.abs(logits))  # in (0, 1]: no overflow for any logit
+    log_sum = _log1p(small)
+    loss = positive * (log_sum + tl.maximum(-logits, 0.0)) + negative * (log_sum + tl.maximum(logits, 0.0))
+    sigma = tl.where(logits >= 0.0, 1.0, small) / (1.0 + small)
+    sigma_minus = tl.where(logits >= 0.0, small, 1.0) / (1.0 + small)
+    return loss, negative * sigma - positive * sigma_minus

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .common import cross_entropy
 from .configs import Config, choose
 from .launch import launch
 from .similarity import launch_taps, shifted_sum
@@ -26,13 +27,6 @@ from .similarity_backward import similarity_gradients
 from .similarity_tiles import SIZES, similarity_flops
 
 LOSS_CONFIG = Config((("BLOCK", 256),), num_warps=4, num_stages=1)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0 to full relative precision: the second term gives back what rounding 1 + x lost."""
-    y = 1.0 + x
-    return tl.log(y) + (x - (y - 1.0)) / y
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -60,13 +54,9 @@ def _loss_kernel(
     positive = tl.load(positive_ptr + index, mask=inside, other=0.0)
     negative = tl.load(negative_ptr + index, mask=inside, other=0.0)
     z = tl.where((positive == 0.0) & (negative == 0.0), 0.0, logits)
-    small = tl.exp(-tl.abs(z))  # in (0, 1]: no overflow for any z
-    log_sum = _log1p(small)
-    loss = positive * (log_sum + tl.maximum(-z, 0.0)) + negative * (log_sum + tl.maximum(z, 0.0))
-    sigma = tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
-    sigma_minus = tl.where(z >= 0.0, small, 1.0) / (1.0 + small)
+    loss, slope = cross_entropy(z, positive, negative)
     tl.store(loss_ptr + index, loss, mask=inside)
-    tl.store(slope_ptr + index, negative * sigma - positive * sigma_minus, mask=inside)
+    tl.store(slope_ptr + index, slope, mask=inside)
 
 
 @torch.library.custom_op("fastris::text_contrastive", mutates_args=())

@@ -526,11 +526,14 @@ def every_problem() -> Iterator[Problem]:
     yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
 
     yield upsampled_bce_problem(3, 2, (3, 5), (12, 20), thorough=True)
+    yield upsampled_bce_problem(2, 1, (2, 3), (8, 11), **whole)
     yield upsampled_bce_problem(2, 1, (2, 3), (5, 4), **small)
-    yield upsampled_bce_problem(1, 1, (1, 1), (1, 1), pos_weight=1.0)
-    yield upsampled_bce_problem(2, 3, (1, 4), (7, 9))
+    yield upsampled_bce_problem(1, 1, (1, 1), (1, 1), pos_weight=1.0, kernels=True)
+    yield upsampled_bce_problem(2, 3, (1, 4), (7, 9), kernels=True)
     yield upsampled_bce_problem(1, 7, (13, 11), (37, 29))
-    yield upsampled_bce_problem(2, 2, (9, 14), (4, 14))  # down, and as it is
+    yield upsampled_bce_problem(1, 1, (13, 11), (37, 29), kernels=True)
+    yield upsampled_bce_problem(2, 2, (9, 14), (4, 14), kernels=True)  # down, and as it is
+    yield upsampled_bce_problem(1, 1, (2, 1), (3, 40), kernels=True)  # in several steps
     yield upsampled_bce_problem(1, 7, (30, 60), (120, 240))  # several tiles
     yield word_problem(2, 5, 32, 4, (12, 7), real=(6, 2), thorough=True)
     yield word_problem(2, 5, 16, 4, (12, 7), real=(5, 2), thorough=True)  # projected, not absorbed

@@ -34,6 +34,7 @@ from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -229,6 +230,15 @@ def _deformable(points: int, *sides: int, train: bool = True) -> Callable[[torch
     return run
 
 
+def _losses(queries: int, low: tuple[int, int], full: tuple[int, int]) -> Callable[[torch.dtype], None]:
+    """AlignFormer's loss of maps of size ``low`` under masks of size ``full``."""
+
+    def run(dtype: torch.dtype) -> None:
+        upsampled_bce_with_logits(_leaf(2, queries, *low, dtype=dtype), torch.zeros(2, 1, *full)).backward()
+
+    return run
+
+
 def _masks(dtype: torch.dtype) -> None:
     """The kernel that tests read dropout masks with."""
     dropout_masks(torch.zeros(2, dtype=torch.int64), (1, 8, 17, 512), 26 * 26, 0.1, 0.1)
@@ -301,6 +311,7 @@ SCENARIOS = (
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
     Scenario("train pixel decoder", _deformable(4, 15, 30, 60), tuned=BFLOAT16),
     Scenario("eval pixel decoder", _deformable(4, 15, 30, 60, train=False)),
+    Scenario("train loss", _losses(7, (120, 120), (480, 480)), tuned=BFLOAT16),
     Scenario("4 levels", _deformable(4, 8, 15, 30, 60), TWO, rare=True),
     Scenario("demo", _train("tiny"), BFLOAT16, rare=True),
     Scenario("demo eval", _evaluate("tiny"), BFLOAT16, rare=True),
@@ -322,6 +333,7 @@ SCENARIOS = (
     Scenario("stage 4", _fuse(1024, 768, 15, 20)),
     Scenario("neck", _fuse(256, 512, 26, 17), TWO, rare=True),
     Scenario("neck, 16 words", _fuse(512, 512, 13, 16), TWO, rare=True),
+    Scenario("large masks", _losses(2, (13, 15), (480, 300)), BFLOAT16, rare=True),
     Scenario("mask alone", _masks, FLOAT32, rare=True),
 )
 

@@ -209,6 +209,23 @@ def _split(a: _Sizes, pixels: str) -> int:
     return 1 if a.size(pixels) == 4 else 2
 
 
+def _upsampled_loss(a: _Sizes) -> Work:
+    """Every pixel of the large maps is made once; the masks are read by each of their maps, and count once."""
+    cells = (a.height + 1) * (a.width + 1)
+    planes = a.first // _up(cells, a.BLOCK // a.PHASES)
+    outputs = a.first + (0 if a.corners_ptr is None else 4 * planes * cells)
+    samples = planes // a.maps
+    read = planes * a.height * a.width * a.size("logits_ptr") + samples * a.rows * a.columns * a.size("target_ptr")
+    return Work(outputs, 0, read + 4 * outputs, 0, (a.steps, a.tall), samples)
+
+
+def _corners(a: _Sizes) -> Work:
+    pixels = a.height * a.width
+    planes = a.first // _up(pixels, a.BLOCK)
+    read = 16 * planes * (a.height + 1) * (a.width + 1)
+    return Work(planes * pixels, 0, read + 4 * planes * pixels, 0, (), planes)
+
+
 _OF_SAMPLES = ("logits_ptr", "d_logits_ptr", "cell_ptr", "shares_ptr", "shares_ptr", "shares_ptr", "d_offsets_ptr",
                "d_offsets_ptr")  # fmt: skip
 _BACKWARD = ("x_ptr", "upstream_ptr", "d_x_ptr", "query_ptr", "d_query_ptr")
@@ -234,4 +251,6 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "deformable_attention samples": _of_queries("out_ptr"),
     "deformable_attention query backward": _of_queries("upstream_ptr"),
     "deformable_attention pixel backward": _of_pixels,
+    "upsampled_bce loss": _upsampled_loss,
+    "upsampled_bce corners": _corners,
 }

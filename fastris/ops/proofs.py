@@ -23,6 +23,7 @@ from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
+from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 from fastris.testing import EPS, assert_path_same
 
@@ -226,6 +227,19 @@ def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None
     _hold(fast, published, inputs, dtype)
 
 
+def prove_upsampled_bce(device: torch.device, dtype: torch.dtype) -> None:
+    """AlignFormer's maps under masks four times as large, and of a size that is no multiple of theirs."""
+    maps, height = 7 if device.type == "cuda" else 1, _sizes(device).height
+    logits = _drawn({"logits": (2, maps, height, 11)}, device, 3.0)
+    for size in ((4 * height, 44), (3 * height + 1, 35)):
+        target = _drawn({"target": (2, 1, *size)}, device, 1.0)["target"].clamp(0, 1)
+
+        def by(impl: str, target: Tensor = target) -> Callable[..., Tensor]:
+            return partial(upsampled_bce_with_logits, target=target, pos_weight=1.1, impl=impl)
+
+        _hold(by("triton"), by("reference"), logits, dtype)
+
+
 def masked_cross_attention(
     sources: Inputs,
     padding_mask: Tensor | None,
@@ -335,5 +349,6 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "few_query_attention": prove_few_query_attention,
     "bidirectional_attention": prove_bidirectional_attention,
     "multiscale_deformable_attention": prove_deformable_attention,
+    "upsampled_bce_with_logits": prove_upsampled_bce,
 }
 """The proof of every operator that has kernels, by the operator's name."""

@@ -9,7 +9,8 @@ Rx (W, w), of two numbers a row, and the slope l' of a pixel's loss l at z = Ry 
 The rows of z are made a few at a time; each tile adds its loss to one number and Ry^T l' to its few rows of (h, W), and
 is forgotten. The upstream gradient of a sum is one number, so the gradient is made with the loss: the pixels are
 visited once, and what is kept is dX, of the logits' own size. Products with small matrices add in a fixed order, where
-PyTorch's backward of bilinear upsampling uses atomics on a GPU.
+PyTorch's backward of bilinear upsampling uses atomics on a GPU. The kernels (``kernels/upsampled_bce.py``) make the
+pixels in registers and form no product at all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastris import reference
-from fastris.dispatch import requested_impl
+from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape
 
 TILE = 2**16
@@ -38,25 +39,31 @@ def upsampled_bce_with_logits(logits: Tensor, target: Tensor, *, pos_weight: flo
             ``F.interpolate(..., mode="bilinear", align_corners=False)`` does.
         target: (B, 1, H, W), the masks that all Q maps share, floating point of any dtype, hard or soft, in [0, 1].
         pos_weight: factor of the loss on the object, a number.
-        impl: ``"auto"``, ``"reference"`` or ``"torch"``; see :mod:`fastris.dispatch`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     Computed and returned in float32, or float64 for float64 logits, under autocast, too. Where a gradient is wanted it
     is computed with the loss and kept, (B, Q, h, w), and nothing of size H x W is; the masks are data and get none. It
-    can be differentiated once, and is the same at every run. Under ``torch.compile`` the published formula runs, which
-    the compiler fuses by itself. The loss of an empty batch is NaN, as everywhere in PyTorch.
+    can be differentiated once, and is the same at every run. Any two sizes are ``triton``'s, too, in logits up to
+    float32. Under ``torch.compile`` the published formula runs in place of ``torch``'s, as the compiler fuses it by
+    itself. The loss of an empty batch is NaN, as everywhere in PyTorch.
 
     Raises ValueError for a wrong shape or tensors on different devices, TypeError for dtypes that do not fit and for a
-    ``pos_weight`` that is no finite number.
+    ``pos_weight`` that is no finite number; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: arXiv 2301.06429, released code; :func:`fastris.reference.upsampled_bce_with_logits`.
     """
     _check(logits, target, pos_weight)
     target = target.detach()
-    if requested_impl(impl) == "reference" or torch.compiler.is_compiling():
+    path = resolve("upsampled_bce_with_logits", logits.device, logits.dtype, impl, len(logits))
+    if path == "reference" or (path == "torch" and torch.compiler.is_compiling()):
         return reference.upsampled_bce_with_logits(logits, target, pos_weight=pos_weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     with torch.autocast(logits.device.type, enabled=False):
+        if path == "triton" and len(logits):
+            from fastris.kernels.upsampled_bce import upsampled_bce
+
+            return upsampled_bce(logits, target, float(pos_weight), wanted)
         return _StreamedLoss.apply(logits.to(wide), target, pos_weight, wanted)
 
 

@@ -19,6 +19,7 @@ from fastris.ops import (
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
     upsample2x_conv3x3,
+    upsampled_bce_with_logits,
 )
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
@@ -76,6 +77,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "few_query_attention": _few_query,
         "bidirectional_attention": _bidirectional,
         "multiscale_deformable_attention": _deformable,
+        "upsampled_bce_with_logits": _upsampled_bce,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -242,6 +244,17 @@ def _deformable(batch: int, sizes: Sizes) -> Problem:
         return multiscale_deformable_attention(value, maps, reference_points, offsets, logits, impl=path)
 
     return Problem(tensors, {"reference_points": places}, forward)
+
+
+def _upsampled_bce(batch: int, sizes: Sizes) -> Problem:
+    """Of as many maps as AlignFormer has where there are eight heads, under masks four times as large."""
+    side, maps = 4 * sizes.side, max(1, sizes.heads - 1)
+
+    def forward(path: str, logits: Tensor, target: Tensor) -> Tensor:
+        return upsampled_bce_with_logits(logits, target, pos_weight=1.1, impl=path)
+
+    data = {"target": torch.ones(batch, 1, 4 * side, 4 * side)}
+    return Problem(_drawn({"logits": (batch, maps, side, side)}), data, forward)
 
 
 @contextmanager

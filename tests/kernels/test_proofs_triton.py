@@ -26,6 +26,7 @@ from fastris.kernels import (  # noqa: E402
     few_query_attention,
     similarity_backward,
     upsample_conv,
+    upsampled_bce,
 )
 from fastris.kernels import deformable_attention as deformable_kernels  # noqa: E402
 from fastris.kernels import deformable_attention_backward as deformable_backward  # noqa: E402
@@ -72,6 +73,8 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("bidirectional_attention", bidirectional_attention, "read_backward", 0, "gradient of"),
         ("multiscale_deformable_attention", deformable_backward, "_value_gradient", None, "gradient of value"),
         ("multiscale_deformable_attention", deformable_kernels, "deformable_gradients", 2, "gradient of offsets"),
+        ("upsampled_bce_with_logits", upsampled_bce, "_upsampled_bce", 0, "output 0"),
+        ("upsampled_bce_with_logits", upsampled_bce, "_gradient", None, "gradient of logits"),
     ],
 )
 def test_kernel_that_is_a_hundredth_off_fails_its_proof(monkeypatch, operator, module, name, which, told):
