@@ -15,6 +15,8 @@ _LAZY = {
     "CRISConfig": "fastris.models.cris.config",
     "CLIPConfig": "fastris.models.cris.config",
     "ImageFeatures": "fastris.models.cris.model",
+    "MagNet": "fastris.models.magnet.model",
+    "MagNetConfig": "fastris.models.magnet.config",
     "Segmenter": "fastris.inference.segmenter",
     "allow_fp16_accumulation": "fastris.runtime.float16_sums",
     "for_inference": "fastris.inference.folding",
@@ -31,6 +33,8 @@ __all__ = [
     "CLIPConfig",
     "CRISConfig",
     "ImageFeatures",
+    "MagNet",
+    "MagNetConfig",
     "Segmenter",
     "__version__",
     "allow_fp16_accumulation",
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from fastris.models.alignformer.model import AlignFormer
     from fastris.models.cris.config import CLIPConfig, CRISConfig
     from fastris.models.cris.model import CRIS, ImageFeatures
+    from fastris.models.magnet.config import MagNetConfig
+    from fastris.models.magnet.model import MagNet
     from fastris.runtime.float16_sums import allow_fp16_accumulation
     from fastris.runtime.host_memory import keep_freed_memory
 

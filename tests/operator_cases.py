@@ -294,29 +294,52 @@ def bidirectional_problem(
 
 
 def few_query_problem(
-    batch: int, queries: int, count: int, dim: int, width: int, heads: int, *, fixed: bool = False, **uses: bool
+    batch: int,
+    queries: int,
+    count: int,
+    dim: int,
+    width: int,
+    heads: int,
+    *,
+    fixed: bool = False,
+    hides: bool = False,
+    **uses: bool,
 ) -> Problem:
-    """With learnt positions, or ``fixed`` ones, which have no gradient."""
+    """With learnt positions, or ``fixed`` ones, which have no gradient; ``hides`` some pixels of each sample."""
 
     def make() -> dict[str, Tensor]:
         matrices = {"query_weight": (dim, dim), "key_weight": (dim, width), "value_weight": (dim, width)}
         inputs = drawn(matrices | {"out_weight": (dim, dim)}, width**-0.5)
         others = {"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query_positions": (queries, dim), "level": (width,)}
         samples = {"query": (batch, queries, dim), "pixels": (batch, count, width), "positions": (count, width)}
-        return inputs | {name: randn(*shape, seed=7 + n) for n, (name, shape) in enumerate((others | samples).items())}
+        inputs |= {name: randn(*shape, seed=7 + n) for n, (name, shape) in enumerate((others | samples).items())}
+        forbidden = (randn(batch, count, seed=31) > 0.4) & (torch.arange(count) > 0)
+        return inputs | ({"forbidden": forbidden} if hides else {})
 
     def call(impl: str) -> Callable:
         def function(
-            query: Tensor, query_positions: Tensor, pixels: Tensor, level: Tensor, positions: Tensor, **weights: Tensor
+            query: Tensor,
+            query_positions: Tensor,
+            pixels: Tensor,
+            level: Tensor,
+            positions: Tensor,
+            forbidden: Tensor | None = None,
+            **weights: Tensor,
         ) -> Tensor:
             sources = query, query_positions, pixels, level, positions.detach() if fixed else positions
-            return ops.few_query_attention(*sources, SeparateAttentionWeights(**weights), heads, impl=impl)
+            own = SeparateAttentionWeights(**weights)
+            return ops.few_query_attention(*sources, own, heads, forbidden, impl=impl)
 
         return function
 
-    label = f"B{batch}-Q{queries}-N{count}-D{dim}-K{width}-h{heads}" + ("-fixed" if fixed else "")
-    data = ("positions",) if fixed else ()
-    return Problem("few_query_attention", label, make, call, ("query", "pixels"), data, **uses)
+    label = (
+        f"B{batch}-Q{queries}-N{count}-D{dim}-K{width}-h{heads}"
+        + ("-fixed" if fixed else "")
+        + ("-hides" if hides else "")
+    )
+    data = ("positions",) * fixed + ("forbidden",) * hides
+    samples = ("query", "pixels") + ("forbidden",) * hides
+    return Problem("few_query_attention", label, make, call, samples, data, **uses)
 
 
 def region_contrast_problem(
@@ -512,6 +535,7 @@ def every_problem() -> Iterator[Problem]:
     yield bidirectional_problem(13, 40, 12, (20,))
     yield few_query_problem(2, 2, 9, 16, 6, 4, **whole)
     yield few_query_problem(2, 2, 3, 6, 3, 2, **small)
+    yield few_query_problem(2, 1, 20, 24, 24, 4, hides=True, thorough=True)
     for sizes in ((1, 1, 1, 8, 4, 2), (2, 1, 37, 24, 16, 8), (1, 8, 140, 24, 40, 2)):
         yield few_query_problem(*sizes, kernels=True)
     yield few_query_problem(3, 8, 50, 64, 20, 4)  # more rows than a kernel's tile has

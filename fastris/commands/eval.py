@@ -17,12 +17,13 @@ from fastris.runtime.processes import is_main
 class EvalConfig(DataOptions):
     """Scores a model: mIoU, oIoU and Pr@50-90, with the rule, the split and the sentence rule beside the numbers.
 
-    The rule is that of the model's own system unless another is given: cris for CRIS, alignformer for AlignFormer.
+    The rule is that of the model's own system unless another is given: cris for CRIS, and so on.
     Numbers compare only under one rule:
       cris      threshold 0.35, at each image's own size, as CRIS published
       cgformer  threshold 0.5, otherwise the same
       lavt      threshold 0.5, at 480 x 480, where every image weighs the same in oIoU
       alignformer  as lavt, for models that squash the image to 480 x 480
+      magnet    the same, with aligned corners; magnet448 at 448 x 448
       gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
     """
 

@@ -4,9 +4,9 @@ Published numbers of referring segmentation differ by these rules alone, so ever
 share, and what is no part of them: the model's input is its own square (CRIS's is letterboxed), and the sentences
 scored are the caller's choice. What they differ in, and where that is written down:
 
-========  =======================================  ====================  =========  ======  =====================
+========= =======================================  ====================  =========  ======  =====================
 rule      from the model's map to the scored one   scored at             threshold  Pr@X    no target, or union 0
-========  =======================================  ====================  =========  ======  =====================
+========= =======================================  ====================  =========  ======  =====================
 cris      sigmoid, bicubic to the square, cubic    the image's own size  0.35       IoU>X   IoU 0
           inverse letterbox
 lavt      logits, bilinear to the square, linear   480 x 480, the image  0.5        IoU>=X  IoU 0
@@ -16,18 +16,22 @@ gres      logits, bilinear (corners not aligned)   480 x 480, the image  0.5    
           to the square, linear inverse letterbox  stretched
 align-    logits, bilinear (corners not aligned)   480 x 480, the image  0.5        IoU>=X  IoU 0
 former    to the square, which is 480 x 480        squashed
-========  =======================================  ====================  =========  ======  =====================
+magnet    as lavt, for models that squash the      480 x 480, the image  0.5        IoU>=X  IoU 0
+          image to that square                     squashed
+magnet448 the same at 448 x 448                    448 x 448             0.5        IoU>=X  IoU 0
+========= =======================================  ====================  =========  ======  =====================
 
 oIoU is the sum of intersections over the sum of unions in all of them; at 480 x 480 every image weighs the same in it,
 at the images' own sizes large images weigh more. cris and cgformer add 1e-6 pixels to the union of each IoU.
 
 Sources: CRIS `engine/engine.py` (`inference`); LAVT-RIS `test.py`, `transforms.py` (`Resize` shrinks the truth to the
 network's 480 x 480 too, by nearest neighbour) and `lib/_utils.py`; CGFormer `engine/engine.py` (`inference`); ReLA
-`gres_model/evaluation/refer_evaluation.py` and `GRES.py`; the released code of LGFormer, AlignFormer's later version.
-The last four stretch the image to the network's square where CRIS letterboxes it; the inverse letterbox stands for
-that, and a model that squashes its images needs none. ReLA draws its truth from polygons at 480 x 480, and a head
-of its own says that there is no target; here the truth is resized by nearest neighbour, and a mask of fewer than 50
-pixels says so, as the GRES paper (CVPR 2023) does for networks without such a head.
+`gres_model/evaluation/refer_evaluation.py` and `GRES.py`; the released code of LGFormer, AlignFormer's later version;
+MagNet's evaluation code (mask-grounding), whose weights for all data sets together were made and scored at 448.
+All but CRIS and CGFormer stretch the image to the network's square where CRIS letterboxes it; the inverse letterbox
+stands for that, and a model that squashes its images needs none. ReLA draws its truth from polygons at 480 x 480, and a
+head of its own says that there is no target; here the truth is resized by nearest neighbour, and a mask of fewer than
+50 pixels says so, as the GRES paper (CVPR 2023) does for networks without such a head.
 """
 
 from __future__ import annotations
@@ -154,6 +158,10 @@ RULES = {
     "gres": Rule(0.5, "logit", "bilinear", False, 480, 0.0, True, 50, "ReLA / GRES (CVPR 2023)", "gIoU"),
     "alignformer": Rule(
         0.5, "logit", "bilinear", False, 480, 0.0, True, None, "AlignFormer (arXiv 2301.06429)", "oIoU"
+    ),
+    "magnet": Rule(0.5, "logit", "bilinear", True, 480, 0.0, True, None, "MagNet (CVPR 2024)", "oIoU"),
+    "magnet448": Rule(
+        0.5, "logit", "bilinear", True, 448, 0.0, True, None, "MagNet (CVPR 2024), all data sets", "oIoU"
     ),
 }
 """Scoring rules by name; see the module's table. "cris" is the one behind CRIS's published numbers."""

@@ -7,11 +7,13 @@ transformers', with or without its pooler and heads, old names of LayerNorm's pa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastris.models.encoders import BERTConfig
 
 _TABLE = "relative_position_bias_table"
 _MICROSOFT = "layers.0.blocks.0.attn." + _TABLE
@@ -25,6 +27,7 @@ _SWIN_BLOCK = {
 }
 _THIRDS = ("query", "key", "value")
 _WORDS = "embeddings.word_embeddings.weight"
+_HEAD_WIDTH = 64  # of BERT's attentions, in every size that was published
 
 
 def swin_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -111,3 +114,43 @@ def fitted_table(name: str, tensor: Tensor, size: torch.Size) -> Tensor:
     grid = tensor.float().T.reshape(1, -1, theirs, theirs)
     resized = F.interpolate(grid, (ours, ours), mode="bicubic", align_corners=False)
     return resized.flatten(2)[0].T.to(tensor.dtype)
+
+
+def bert_sizes(state: Iterable[str], part: str, size: Callable[[str, int], int]) -> BERTConfig:
+    """The sizes of the BERT whose names begin with ``part``, its heads taken as 64 wide.
+
+    ``size`` gives a tensor's size along an axis by its name, and raises ValueError where there is none.
+    """
+    embeddings = f"{part}embeddings."
+    width = size(f"{embeddings}word_embeddings.weight", 1)
+    return BERTConfig(
+        vocab_size=size(f"{embeddings}word_embeddings.weight", 0),
+        hidden_size=width,
+        num_hidden_layers=count_blocks(state, re.escape(part) + r"encoder\.layer\.(\d{1,9})\."),
+        num_attention_heads=max(1, width // _HEAD_WIDTH),
+        intermediate_size=size(f"{part}encoder.layer.0.intermediate.dense.weight", 0),
+        max_position_embeddings=size(f"{embeddings}position_embeddings.weight", 0),
+        type_vocab_size=size(f"{embeddings}token_type_embeddings.weight", 0),
+    )
+
+
+def swin_depths(state: Iterable[str], part: str) -> tuple[int, ...]:
+    """The blocks in each stage of the Swin whose names begin with ``part``; 0 where there are none."""
+    names = list(state)
+    return tuple(count_blocks(names, rf"{re.escape(part)}layers\.{stage}\.blocks\.(\d{{1,9}})\.") for stage in range(4))
+
+
+def swin_sizes(state: Iterable[str], part: str, size: Callable[[str, int], int]) -> dict[str, object]:
+    """The fields ``embed_dim``, ``depths``, ``num_heads`` and ``window`` of that Swin; ``size`` as above."""
+    table = part + "layers.{}.blocks.0.attn." + _TABLE
+    return {
+        "embed_dim": size(f"{part}patch_embed.proj.weight", 0),
+        "depths": swin_depths(state, part),
+        "num_heads": tuple(size(table.format(stage), 1) for stage in range(4)),
+        "window": (round(size(table.format(0), 0) ** 0.5) + 1) // 2,
+    }
+
+
+def count_blocks(names: Iterable[str], pattern: str) -> int:
+    """The number of blocks: the largest number that ``pattern`` finds in the names plus one, 0 if it finds none."""
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)

@@ -43,6 +43,12 @@ SYSTEMS: dict[str, System] = {
         "fastris.models.alignformer.config:AlignFormerConfig",
         ("alignformer_swin_b", "alignformer_tiny"),
     ),
+    "magnet": System(
+        "magnet",
+        "fastris.models.magnet.model:MagNet",
+        "fastris.models.magnet.config:MagNetConfig",
+        ("magnet_swin_b", "magnet_tiny"),
+    ),
 }
 DEFAULT = "cris"
 """The system of files that name none: published checkpoints, and configurations older than the ``system`` key."""

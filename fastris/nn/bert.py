@@ -34,9 +34,29 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """The states of all tokens; no token attends to one that is not ``valid`` (B, L)."""
-        embedded = self.embeddings(input_ids=tokens)
-        mask = (1.0 - valid.to(embedded.dtype))[:, None, None, :] * MASKED
+        embedded, mask = self.embed(tokens, valid)
         return recomputed([self.encoder], self.recompute, self._encode, embedded, mask, whole=True)
+
+    def embed(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, L, T), and what is added to the scores of keys (B, 1, 1, L): 0 where they are valid."""
+        embedded = self.embeddings(input_ids=tokens)
+        return embedded, (1.0 - valid.to(embedded.dtype))[:, None, None, :] * MASKED
+
+    def part(self, number: int, parts: int, states: Tensor, mask: Tensor) -> Tensor:
+        """The states behind part ``number`` of the layers cut into ``parts`` equal ones, from those before it.
+
+        ``mask`` is that of :meth:`embed`. The parts one behind the other are :meth:`forward`.
+        """
+        count = len(self.encoder.layer) // parts
+        layers = list(self.encoder.layer[number * count : (number + 1) * count])
+
+        def run(states: Tensor, mask: Tensor) -> Tensor:
+            for layer in layers:
+                found = layer(states, mask)
+                states = found[0] if isinstance(found, tuple) else found  # a tuple in transformers before 5
+            return states
+
+        return recomputed(layers, self.recompute, run, states, mask, whole=True)
 
     def _encode(self, embedded: Tensor, mask: Tensor) -> Tensor:
         return self.encoder(embedded, attention_mask=mask)[0]

@@ -68,11 +68,11 @@ class Fusion(nn.Module):
 
 
 class Gate(nn.Sequential):
-    """``x + tanh(G2 relu(G1 r)) r``: how much of a residual r goes on, at each place and channel."""
+    """``x + tanh(G2 f(G1 r)) r``: how much of a residual r goes on, at each place and channel; f is ReLU or another."""
 
-    def __init__(self, width: int, starts_closed: bool):
+    def __init__(self, width: int, starts_closed: bool, activation: type[nn.Module] = nn.ReLU):
         first, second = (nn.Linear(width, width, bias=False) for _ in range(2))
-        super().__init__(first, nn.ReLU(), second, nn.Tanh())
+        super().__init__(first, activation(), second, nn.Tanh())
         nn.init.trunc_normal_(first.weight, std=0.02)
         if starts_closed:  # with both matrices zero it could never learn
             nn.init.zeros_(second.weight)

@@ -1,4 +1,4 @@
-"""The decoders' fixed sine position tables, computed once per size and device and then cached."""
+"""Fixed tables, of sine positions and of resizing, computed once per size and device and then cached."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def box_positions(height: int, width: int, dim: int, device: torch.device) -> Te
     if torch.compiler.is_compiling():
         return reference.sine_positions_of_box(height, width, dim, device)
     return _cached(reference.sine_positions_of_box, device, height, width, dim)
+
+
+def pyramid_spread(height: int, width: int, sides: tuple[int, ...], device: torch.device) -> Tensor:
+    """The matrix that resizes pooled maps; see :func:`fastris.reference.spread_matrix`."""
+    if torch.compiler.is_compiling():
+        return reference.spread_matrix(height, width, *sides, device=device)
+    return _cached(reference.spread_matrix, device, height, width, *sides)
 
 
 @functools.lru_cache(maxsize=64)

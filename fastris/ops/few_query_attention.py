@@ -34,6 +34,7 @@ def few_query_attention(
     positions: Tensor,
     weights: SeparateAttentionWeights,
     num_heads: int,
+    forbidden: Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> Tensor:
@@ -50,6 +51,8 @@ def few_query_attention(
         weights: :class:`fastris.reference.SeparateAttentionWeights`, those of ``nn.MultiheadAttention(D, heads,
             kdim=K, vdim=K)``.
         num_heads: any divisor of D.
+        forbidden: (B, N) bool, True at pixels that no query reads, or None. A sample with no other pixel gives NaN, as
+            in PyTorch. Kernels take none: with it ``triton`` means ``torch``.
         impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     Returns (B, Q, D) in the query's dtype, or in autocast's where it is on. The products with the pixels run in that
@@ -66,21 +69,24 @@ def few_query_attention(
     Source: arXiv 2301.06429, section 3.3, and its released code; :func:`fastris.reference.few_query_attention`.
     """
     _check(query, query_positions, pixels, level, positions, weights, num_heads)
+    _check_forbidden(forbidden, pixels)
     dim = query.shape[-1]
     dtype, rows = compute_dtype(query), num_heads * query.shape[1]
     count, channels = pixels.shape[1:]
     path = resolve("few_query_attention", query.device, dtype, impl, len(query))
     if path == "reference" or rows >= dim:
-        return reference.few_query_attention(query, query_positions, pixels, level, positions, weights, num_heads)
+        published = reference.few_query_attention
+        return published(query, query_positions, pixels, level, positions, weights, num_heads, forbidden)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         weights = SeparateAttentionWeights(*(each.to(wide) for each in weights))
         absorbed = _absorb(query.to(wide) + query_positions.to(wide), weights, num_heads)
-        pool = _PooledPixels.apply
-        if path == "triton" and _kernels_take(rows, count, channels, dtype, pixels.device):
-            pool = _pooled_by_kernels
-        pooled = pool(pixels.to(dtype), absorbed, positions.to(wide)) + level.to(wide)
-        return _project(pooled, weights, num_heads).to(dtype)
+        pixels, positions = pixels.to(dtype), positions.to(wide)
+        if path == "triton" and forbidden is None and _kernels_take(rows, count, channels, dtype, pixels.device):
+            pooled = _pooled_by_kernels(pixels, absorbed, positions)
+        else:
+            pooled = _PooledPixels.apply(pixels, absorbed, positions, forbidden)
+        return _project(pooled + level.to(wide), weights, num_heads).to(dtype)
 
 
 def _kernels_take(rows: int, count: int, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -139,6 +145,20 @@ def _check(
         raise ValueError(f"{name}: num_heads must divide the width {dim} of query, got {num_heads}")
 
 
+def _check_forbidden(forbidden: Tensor | None, pixels: Tensor) -> None:
+    if forbidden is None:
+        return
+    name = "few_query_attention"
+    check_is_tensor(name, "forbidden", forbidden)
+    check_shape(name, "forbidden", forbidden, pixels.shape[:2])
+    if forbidden.dtype != torch.bool:
+        raise TypeError(f"{name}: forbidden must be bool, got {forbidden.dtype}; compare it first, such as scores < 0")
+    if forbidden.device != pixels.device:
+        raise ValueError(
+            f"{name}: forbidden is on {forbidden.device} but pixels is on {pixels.device}; move them to one device"
+        )
+
+
 def _absorb(query: Tensor, weights: SeparateAttentionWeights, num_heads: int) -> Tensor:
     """The queries (B, Q, D) in the pixels' own space, scaled: a (B, heads * Q, K) of the module's docstring."""
     batch, queries, dim = query.shape
@@ -161,13 +181,16 @@ def _project(pooled: Tensor, weights: SeparateAttentionWeights, num_heads: int) 
 class _PooledPixels(torch.autograd.Function):
     """``softmax((y + pos) a^T) y``: (B, R, K) from pixels (B, N, K), a (B, R, K) in ``wide``, positions (N, K).
 
-    Keeps the softmax (B, R, N) besides its inputs. The pixels' gradient is one product of depth 2R.
+    Pixels that are ``forbidden`` (B, N), where that is not None, have weight 0. Keeps the softmax (B, R, N) besides its
+    inputs. The pixels' gradient is one product of depth 2R.
     """
 
     @staticmethod
-    def forward(ctx, pixels: Tensor, absorbed: Tensor, positions: Tensor) -> Tensor:
+    def forward(ctx, pixels: Tensor, absorbed: Tensor, positions: Tensor, forbidden: Tensor | None) -> Tensor:
         scores = _product(absorbed, pixels.mT)
         scores = scores + (absorbed.flatten(0, 1) @ positions.T).view_as(scores)  # products may be kept: none changes
+        if forbidden is not None:
+            scores = scores.masked_fill(forbidden[:, None], -torch.inf)
         weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(pixels, absorbed, positions, weights)
         return _product(weights, pixels)
@@ -176,7 +199,7 @@ class _PooledPixels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         pixels, absorbed, positions, weights = ctx.saved_tensors
-        need_pixels, need_absorbed, need_positions = ctx.needs_input_grad
+        need_pixels, need_absorbed, need_positions, _ = ctx.needs_input_grad
         d_weights = _product(upstream, pixels.mT)
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         d_pixels = d_absorbed = d_positions = None
@@ -188,7 +211,7 @@ class _PooledPixels(torch.autograd.Function):
             d_absorbed += (d_scores.flatten(0, 1) @ positions).view_as(d_absorbed)
         if need_positions:
             d_positions = d_scores.flatten(0, 1).T @ absorbed.flatten(0, 1)
-        return d_pixels, d_absorbed, d_positions
+        return d_pixels, d_absorbed, d_positions, None
 
 
 def _product(rows: Tensor, pixels: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention between tensors of different widths, which AlignFormer's decoders use.
 
-Few queries over many pixels for its centre embedding, many pixels over few words in its pixel decoder (arXiv
-2301.06429, section 3.3, and its released code). Shapes: B batch, Q queries of width D, N pixels of width K.
+Few queries over many pixels for its centre embedding (and for MagNet's mask decoder), many pixels over few words in its
+pixel decoder (arXiv 2301.06429, section 3.3, and its released code). Shapes: B batch, Q queries of width D, N pixels of
+width K.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ def few_query_attention(
     positions: Tensor,
     weights: SeparateAttentionWeights,
     num_heads: int,
+    forbidden: Tensor | None = None,
 ) -> Tensor:
     """``MHA(query + query_positions, y + positions, y)`` with ``y = pixels + level``: (B, Q, D).
 
     ``query`` (B, Q, D), ``query_positions`` (Q, D), ``pixels`` (B, N, K), ``level`` (K,) the embedding of their
-    resolution, ``positions`` (N, K). Values carry the level's embedding but no positions.
+    resolution, ``positions`` (N, K). Values carry the level's embedding but no positions. No query reads a pixel that
+    is ``forbidden`` (B, N), as in MagNet's mask decoder.
     """
     values = pixels + level
     keys = values + positions.to(values.dtype)
-    return separate_attention(query + query_positions, keys, values, weights, num_heads)
+    forbidden = forbidden if len(query) else None  # PyTorch takes no mask of nothing
+    return separate_attention(query + query_positions, keys, values, weights, num_heads, forbidden)
 
 
 def separate_attention(

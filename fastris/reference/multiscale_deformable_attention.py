@@ -47,11 +47,13 @@ def multiscale_deformable_attention(
     return total.reshape(batch, -1, queries).transpose(1, 2)
 
 
-def pixel_centres(sizes: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> Tensor:
-    """Reference points (M, 2) of queries that are the levels' own pixels: x and y in [0, 1], float32."""
+def pixel_centres(
+    sizes: Sequence[tuple[int, int]], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Reference points (M, 2) of queries that are the levels' own pixels: x and y in [0, 1]."""
     levels = []
     for height, width in sizes:
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
         levels.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1))
     return torch.cat(levels)

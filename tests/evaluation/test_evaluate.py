@@ -170,6 +170,8 @@ def test_each_rule_scores_and_stands_beside_its_numbers(model, rule, tmp_path):
 def test_rules_differ_in_their_numbers(model):
     found = {rule: evaluate(model, Boxes(), rule=rule).scores.mIoU for rule in RULES}
     assert found.pop("alignformer") == found["gres"]  # which only adds what it makes of targets that are not there
+    assert found.pop("magnet") == found["lavt"]  # which lets the image keep its shape until then
+    assert found.pop("magnet448") != found["cris"]
     assert len(set(found.values())) == len(found) == 4
 
 

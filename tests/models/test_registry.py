@@ -8,14 +8,14 @@ import sys
 import pytest
 from model_helpers import small_config
 
-from fastris import CRIS, AlignFormerConfig, CRISConfig
+from fastris import CRIS, AlignFormerConfig, CRISConfig, MagNetConfig
 from fastris.models import registry
 from fastris.models.registry import System
 
 
 def test_every_preset_is_built_by_name_configuration_or_mapping():
-    kinds = (CRISConfig, AlignFormerConfig)
-    named = ["cris_r50", "cris_r101", "tiny", "alignformer_swin_b", "alignformer_tiny"]
+    kinds = (CRISConfig, AlignFormerConfig, MagNetConfig)
+    named = ["cris_r50", "cris_r101", "tiny", "alignformer_swin_b", "alignformer_tiny", "magnet_swin_b", "magnet_tiny"]
     assert registry.presets() == named == [name for kind in kinds for name in kind.presets]
     for kind in kinds:
         for name in kind.presets:
@@ -30,9 +30,9 @@ def test_unknown_names_are_told_with_the_known_ones():
     for ask in (registry.preset, CRISConfig.preset, registry.create):
         with pytest.raises(ValueError, match="unknown model 'tine'; choose from cris_r50, cris_r101, tiny"):
             ask("tine")
-    known = "and known are cris, alignformer; register it first"
-    with pytest.raises(ValueError, match=f"config: it is of the system 'magnet', {known}"):
-        registry.read_config({"system": "magnet", "input_size": 416, "word_len": 17}, "config")
+    known = "and known are cris, alignformer, magnet; register it first"
+    with pytest.raises(ValueError, match=f"config: it is of the system 'magnat', {known}"):
+        registry.read_config({"system": "magnat", "input_size": 416, "word_len": 17}, "config")
 
 
 def test_what_names_no_system_is_cris_and_what_others_call_system_means_nothing():
@@ -49,7 +49,7 @@ def test_names_that_are_taken_are_refused(monkeypatch):
     for name, preset in (("cris", "mine"), ("mine", "tiny")):
         with pytest.raises(ValueError, match=r"brings names that are taken: (cris|tiny); rename them"):
             registry.register(System(name, "mine:Model", "mine:Config", (preset,)))
-    assert list(registry.SYSTEMS) == ["cris", "alignformer"]
+    assert list(registry.SYSTEMS) == ["cris", "alignformer", "magnet"]
 
 
 def test_names_and_configurations_are_known_without_torch():

@@ -278,7 +278,7 @@ def test_wrong_class_system_or_weights_are_one_error_that_says_the_mend(tmp_path
         Toy(3)
     weights = load_file(tmp_path / "toy" / "model.safetensors")
     monkeypatch.delitem(registry.SYSTEMS, "toy")
-    known = "known are cris, alignformer, looking; register it first"
+    known = "known are cris, alignformer, magnet, looking; register it first"
     with pytest.raises(ValueError, match=f"of the system 'toy', and {known}"):
         load_model(tmp_path / "toy")
     assert set(weights) == {"pixels.weight", "pixels.bias", "letters.weight"}

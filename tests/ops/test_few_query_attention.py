@@ -103,6 +103,32 @@ def test_what_does_not_fit_is_named(message, inputs, impl):
         run(inputs, impl)
 
 
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("forbidden must be (2, 300), got (1, 300)", lambda x: x[:1]),
+        ("forbidden must be bool, got torch.float32", lambda x: x.float()),
+        ("forbidden must be a tensor, got list", lambda x: x.tolist()),
+        ("forbidden is on meta but pixels is on cpu", lambda x: x.to("meta")),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named(message, change):
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"few_query_attention: {message}")):
+        PROBLEM.call("torch")(**PROBLEM.make(), forbidden=change(torch.zeros(2, 300, dtype=torch.bool)))
+
+
+def test_forbidden_pixels_are_neither_read_nor_moved():
+    problem = few_query_problem(2, 1, 20, 24, 24, 4, hides=True)
+    inputs = problem.make()
+    hidden = inputs["forbidden"][..., None]
+    answer = problem.call("torch")(**inputs)
+    inputs["pixels"] = torch.where(hidden, 1e4, inputs["pixels"]).requires_grad_()
+    changed = problem.call("torch")(**inputs)
+    torch.testing.assert_close(changed, answer, rtol=0, atol=0)
+    changed.sum().backward()
+    assert not (inputs["pixels"].grad * hidden).any() and inputs["pixels"].grad.any()
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="num_heads must divide the width 64 of query, got 5"):
         few_query_problem(2, 1, 300, 64, 32, 5).call("torch")(**PROBLEM.make())

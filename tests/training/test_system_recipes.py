@@ -27,6 +27,12 @@ def test_alignformers_recipe_is_its_default_and_options_win():
     assert (from_keys.epochs, from_keys.val_rule) == (40, "alignformer")
 
 
+def test_magnets_recipe_is_its_default():
+    config = TrainConfig(model="magnet_swin_b")
+    assert (config.optimizer, config.schedule, config.base_lr, config.weight_decay) == ("adamw", "poly", 5e-5, 0.01)
+    assert (config.epochs, config.batch_size, config.val_rule, config.val_sentences) == (40, 32, "magnet", "all")
+
+
 def test_a_micro_batch_of_one_is_refused_only_where_batchnorm_needs_two():
     TrainConfig(model="alignformer_swin_b", batch_size=4, accumulate=4)
     with pytest.raises(ValueError, match="parts of 2 or more references, because BatchNorm needs two"):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris import reference
-from fastris.models.alignformer.config import HEADS, LEVELS, NORM_GROUPS, POINTS
+from fastris.models.alignformer.config import HEADS, LEVELS, POINTS
+from fastris.models.swin_bert import NORM_GROUPS
 from fastris.nn.deformable import DeformableLayer
 from fastris.nn.recompute import recomputed
 from fastris.nn.separate_attention import CrossAttentionLayer, stacked, xavier

@@ -1,0 +1,143 @@
+"""MagNet's configuration: the sizes of its encoders and decoders, and its two switches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fastris.models.encoders import BERT_TINY, BERTConfig
+from fastris.models.recipe import Recipe
+from fastris.models.swin_bert import SwinBertConfig
+from fastris.options.values import shown
+
+LEVELS, POINTS = 4, 4
+"""Maps of the deformable attention, and its samples in each of them."""
+STAGES = 4
+"""Of Swin, and the parts that BERT is cut into."""
+
+LANGUAGE_MASKS = ("masked", "intended", "released")
+CLASS_SCORES = ("off", "on")
+
+MAGNET_PRESETS: dict[str, dict[str, Any]] = {
+    "magnet_swin_b": {},
+    "magnet_tiny": {
+        "bert": {**BERT_TINY, "num_hidden_layers": 4},
+        "vocabulary": "built-in",
+        "embed_dim": 24,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
+        "window": 6,
+        "drop_path": 0.0,
+        "conv_dim": 64,
+        "pixel_layers": 2,
+        "pixel_ffn": 128,
+        "query_layers": 3,
+        "query_ffn": 128,
+        "input_size": 96,
+    },
+}
+"""``magnet_swin_b`` as released; ``magnet_tiny`` is for the built-in scenes on a laptop's CPU."""
+
+
+@dataclass
+class MagNetConfig(SwinBertConfig):
+    """Dimensions of a MagNet; the defaults are those of the released Swin-B weights.
+
+    ``window`` is the side in patches of Swin's windows, ``conv_dim`` the width of both decoders and ``decoder_heads``
+    their heads, ``drop_path`` the chance of leaving out the last Swin block (the first is never left out).
+    ``vocabulary`` is where the WordPiece vocabulary comes from: a vocab.txt, a Hugging Face id, or ``built-in``, the
+    words of the built-in scenes. ``word_len`` counts [CLS] and [SEP].
+
+    ``language_mask`` says what padding does where words read pixels: ``released``, what the released code computes and
+    its weights were made with; ``intended``, the same with the mask that was meant; ``masked``, ours, where padding
+    changes nothing. See :func:`fastris.reference.word_pixel_attention`. ``class_score`` is ``off``, as released, where
+    the score is the mask's probability, or ``on``: times the probability of the class head, which nothing trains.
+    Raises ValueError, naming the fields, where the sizes do not fit together.
+    """
+
+    system: ClassVar[str] = "magnet"
+    title: ClassVar[str] = "MagNet"
+    published: ClassVar[str] = "arXiv 2312.12198 (Mask Grounding, CVPR 2024), and its released evaluation code"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MAGNET_PRESETS
+    parts: ClassVar[tuple[str, ...]] = ("image_model", "language_model", "classifier", "lang_proj")
+    not_in_shapes: ClassVar[tuple[str, ...]] = (
+        "vocabulary",
+        "word_len",
+        "drop_path",
+        "input_size",
+        "language_mask",
+        "class_score",
+    )
+    limits: ClassVar[Mapping[str, int]] = {
+        "embed_dim": 4096,
+        "window": 64,
+        "conv_dim": 16384,
+        "decoder_heads": 1024,
+        "pixel_layers": 128,
+        "pixel_ffn": 131072,
+        "query_layers": 128,
+        "query_ffn": 131072,
+    }
+
+    recipe: ClassVar[Recipe] = Recipe(
+        epochs=40,
+        batch_size=32,
+        optimizer="adamw",
+        base_lr=5e-5,
+        lr_multi=1.0,
+        weight_decay=0.01,
+        schedule="poly",
+        val_rule="magnet",
+        val_sentences="all",
+    )
+    threshold: ClassVar[float] = 0.5
+    smallest_batch: ClassVar[int] = 1
+
+    bert: BERTConfig = field(default_factory=BERTConfig)
+    vocabulary: str = "google-bert/bert-base-uncased"
+    word_len: int = 20
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 12
+    drop_path: float = 0.3
+    conv_dim: int = 256
+    decoder_heads: int = 8
+    pixel_layers: int = 4
+    pixel_ffn: int = 1024
+    query_layers: int = 9
+    query_ffn: int = 2048
+    input_size: int = 480
+    language_mask: str = "masked"
+    class_score: str = "off"
+
+    def _validate(self) -> None:
+        super()._validate()
+        if self.embed_dim % 4:  # the pooled maps have a quarter of each stage's width
+            raise ValueError(f"embed_dim must be a multiple of 4, got {self.embed_dim}")
+        if self.bert.num_hidden_layers % STAGES:
+            raise ValueError(
+                f"bert.num_hidden_layers must be a multiple of {STAGES}, an equal part for each stage of Swin, "
+                f"got {self.bert.num_hidden_layers}"
+            )
+        if self.conv_dim % self.decoder_heads:
+            raise ValueError(f"decoder_heads ({self.decoder_heads}) must divide conv_dim ({self.conv_dim})")
+        for name, values in (("language_mask", LANGUAGE_MASKS), ("class_score", CLASS_SCORES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(getattr(self, name))}")
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the text encoder, the image encoder, what is between them, and the two decoders."""
+        text, width = self.text_width, self.conv_dim
+        bert, swin = self.encoder_counts()
+        exchange = sum(43 * size**2 + 7 * text**2 + 6 * size * text for size in self.widths)
+        samples = self.decoder_heads * LEVELS * POINTS
+        pixel = 2 * width**2 + 3 * samples * width + 2 * width * self.pixel_ffn
+        query = 8 * width**2 + 2 * width * self.query_ffn
+        return {
+            "bert.hidden_size, bert.num_hidden_layers, bert.vocab_size": bert,
+            "embed_dim, depths, window": swin + exchange,
+            "conv_dim, pixel_layers, pixel_ffn": self.pixel_layers * pixel + width * sum(self.widths) + width**2,
+            "query_layers, query_ffn": self.query_layers * query + 3 * width**2 + text * width,
+        }
