@@ -65,6 +65,7 @@ OPERATORS: dict[str, Operator] = {
         Operator(
             "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce"
         ),
+        Operator("pixel_contrast", "pixel_contrast", "pixel_contrast", "", "pixel_contrast"),
         Operator(
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",

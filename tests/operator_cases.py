@@ -372,6 +372,27 @@ def region_contrast_problem(
     return Problem("region_contrast", label, make, call, ("features", "centres", *data), data, coupled=True, **uses)
 
 
+def pixel_contrast_problem(batch: int, channels: int, height: int, width: int, **uses: bool) -> Problem:
+    """Of masks four times as large; the second object is too small for a cell, the last sample has none."""
+
+    def make() -> dict[str, Tensor]:
+        mask = torch.zeros(batch, 1, 4 * height, 4 * width, dtype=torch.bool)
+        for row in range(max(1, batch - 1)):
+            mask[row, :, : 2 * height + row + 1, row : 3 * width] = True
+        if batch > 2:
+            mask[1] = False
+            mask[1, :, :2, 3:6] = True
+        shapes = {"features": (batch, channels, height, width), "sentence": (batch, channels)}
+        return drawn(shapes) | {"mask": mask}
+
+    def call(impl: str) -> Callable:
+        return partial(ops.pixel_contrast, pixel_temperature=0.5, text_temperature=0.3, impl=impl)
+
+    samples = "features", "sentence", "mask"
+    label = f"B{batch}-D{channels}-{height}x{width}"
+    return Problem("pixel_contrast", label, make, call, samples, ("mask",), **uses)
+
+
 def upsampled_bce_problem(
     batch: int, queries: int, low: tuple[int, int], full: tuple[int, int], pos_weight: float = 1.1, **uses: bool
 ) -> Problem:
@@ -548,6 +569,11 @@ def every_problem() -> Iterator[Problem]:
     yield region_contrast_problem(1, 4, 5, 3)
     yield region_contrast_problem(2, 3, 1, 1)
     yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
+
+    yield pixel_contrast_problem(4, 5, 6, 7, thorough=True)
+    yield pixel_contrast_problem(3, 3, 4, 4, **small)
+    yield pixel_contrast_problem(1, 4, 5, 3)
+    yield pixel_contrast_problem(5, 20, 13, 12)
 
     yield upsampled_bce_problem(3, 2, (3, 5), (12, 20), thorough=True)
     yield upsampled_bce_problem(2, 1, (2, 3), (8, 11), **whole)

@@ -187,11 +187,8 @@ def _few_query_attention(own: Any, query: Tensor, **maps: Tensor) -> tuple[Tenso
 def region_contrast(batch: int, channels: int, side: int, mask_side: int) -> Problem:
     """AlignFormer's 1x1 convolution and the instance contrast of what it makes, rectangles as masks."""
     inputs = {"features": torch.randn(batch, channels, side, side).relu(), "centres": torch.randn(batch, channels)}
-    mask = torch.zeros(batch, 1, mask_side, mask_side)
-    for row in range(batch):
-        mask[row, :, : mask_side // (row % 3 + 2), mask_side // 5 :] = 1
     own = Own(_region_contrast, pointwise=nn.Conv2d(channels, channels, 1))
-    return Problem(own, inputs, {"mask": mask})
+    return Problem(own, inputs, {"mask": _rectangles(batch, mask_side)})
 
 
 def _region_contrast(own: Any, features: Tensor, centres: Tensor, mask: Tensor) -> Tensor:
@@ -199,6 +196,25 @@ def _region_contrast(own: Any, features: Tensor, centres: Tensor, mask: Tensor) 
 
     convolution = {"pointwise_weight": own.pointwise.weight, "pointwise_bias": own.pointwise.bias}
     return region_contrast(features, centres, mask, **convolution)
+
+
+def pixel_contrast(batch: int, channels: int, side: int, mask_side: int) -> Problem:
+    """The alignment loss of a projected map and sentences, rectangles as masks."""
+    inputs = {"features": torch.randn(batch, channels, side, side), "sentence": torch.randn(batch, channels)}
+    return Problem(Own(_pixel_contrast), inputs, {"mask": _rectangles(batch, mask_side)})
+
+
+def _pixel_contrast(own: Any, features: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
+    from fastris.ops.pixel_contrast import pixel_contrast
+
+    return pixel_contrast(features, sentence, mask)
+
+
+def _rectangles(batch: int, side: int) -> Tensor:
+    mask = torch.zeros(batch, 1, side, side)
+    for row in range(batch):
+        mask[row, :, : side // (row % 3 + 2), side // 5 :] = 1
+    return mask
 
 
 def deformable_attention(batch: int, maps: Sequence[tuple[int, int]], heads: int, width: int, points: int) -> Problem:

@@ -333,6 +333,15 @@ CASES: tuple[Case, ...] = (
         check_small=True,
     ),
     Case(
+        name="pixel_contrast",
+        op="pixel_contrast",
+        title="alignment loss: 256 channels, 120x120, masks 480x480, B=2 (checked smaller)",
+        build=builders.pixel_contrast,
+        sizes={"batch": 2, "channels": 256, "side": 120, "mask_side": 480},
+        small={"channels": 16, "side": 12, "mask_side": 48},
+        check_small=True,
+    ),
+    Case(
         name="upsampled_bce",
         op="upsampled_bce",
         title="up4 + loss: 7 maps of 120x120, masks 480x480, B=2",

@@ -7,6 +7,7 @@ from fastris.ops.cross_attention import cross_attention
 from fastris.ops.feed_forward import feed_forward
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.pixel_contrast import pixel_contrast
 from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
 from fastris.ops.region_contrast import region_contrast
@@ -29,6 +30,7 @@ __all__ = [
     "feed_forward",
     "few_query_attention",
     "multiscale_deformable_attention",
+    "pixel_contrast",
     "pointwise_conv_cat",
     "region_contrast",
     "self_attention",

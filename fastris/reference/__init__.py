@@ -17,6 +17,7 @@ from fastris.reference.convolution import coord_conv, pointwise_conv_cat, upsamp
 from fastris.reference.few_query_attention import SeparateAttentionWeights, few_query_attention, separate_attention
 from fastris.reference.mask_loss import upsampled_bce_and_dice
 from fastris.reference.multiscale_deformable_attention import multiscale_deformable_attention, pixel_centres
+from fastris.reference.pixel_contrast import pixel_contrast
 from fastris.reference.pixel_word_attention import PixelWordWeights, pixel_word_attention
 from fastris.reference.positions import (
     append_coordinates,
@@ -63,6 +64,7 @@ __all__ = [
     "multiscale_deformable_attention",
     "normed_pixels",
     "pixel_centres",
+    "pixel_contrast",
     "pixel_word_attention",
     "pointwise_conv_cat",
     "pyramid_mix",

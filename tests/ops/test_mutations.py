@@ -26,6 +26,7 @@ from operator_cases import (
     deformable_problem,
     feed_forward_problem,
     few_query_problem,
+    pixel_contrast_problem,
     pointwise_problem,
     region_contrast_problem,
     self_attention_problem,
@@ -155,6 +156,18 @@ def regions_against_shifted_centres() -> Problem:
     return Problem(shifted(problem.fast), shifted(problem.published), problem.inputs, problem.data)
 
 
+def pixels_from_elsewhere() -> Problem:
+    """Pixels and sentence are normalised, so that their length is seen by nothing: the inputs are what is added."""
+    problem = of_contract(pixel_contrast_problem(4, 5, 6, 7))
+
+    def moved(call: Callable) -> Callable:
+        return lambda features, sentence, **others: call(
+            features=features + torch.arange(5)[:, None, None], sentence=sentence + torch.arange(5), **others
+        )
+
+    return Problem(moved(problem.fast), moved(problem.published), problem.inputs, problem.data)
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "cross_attention": lambda: of_contract(cross_attention_problem(CrossCase(2, 5, 3, 32, 2, real=(3, 2)))),
     "cross_attention, projected": lambda: of_contract(cross_attention_problem(CrossCase(2, 5, 3, 16, 8, real=(3, 2)))),
@@ -176,6 +189,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "bidirectional_attention, maps": lambda: of_contract(bidirectional_problem(5, 8, 6, (3, 2), eps=0.1)),
     "few_query_attention": lambda: of_contract(few_query_problem(2, 2, 9, 16, 6, 4)),
     "region_contrast": regions_against_shifted_centres,
+    "pixel_contrast": pixels_from_elsewhere,
     "upsampled_bce_with_logits": lambda: of_contract(upsampled_bce_problem(2, 3, (4, 5), (9, 14))),
     "word_attention": lambda: of_contract(word_problem(2, 5, 32, 2, (7, 3), real=(3, 2))),
     "word_attention, projected": lambda: of_contract(word_problem(2, 5, 16, 8, (7, 3), real=(3, 2))),
@@ -222,6 +236,9 @@ INSIDE = {
     "region_contrast": """
         region_contrast._unit_means region_contrast._RegionMeans.forward region_contrast._RegionMeans.backward
         region_contrast._rows_times region_contrast._two_vectors""",
+    "pixel_contrast": """
+        pixel_contrast._PixelContrast.forward pixel_contrast._PixelContrast.backward pixel_contrast._combined
+        pixel_contrast._shares pixel_contrast._in_turns pixel_contrast._log_sum pixel_contrast._slopes""",
     "upsampled_bce_with_logits": """
         upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
         upsampled_bce._group_loss""",
