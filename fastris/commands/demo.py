@@ -39,7 +39,11 @@ class Lesson(NamedTuple):
     lr: float
 
 
-LESSONS = {"tiny": Lesson(900, 16, 1e-3), "alignformer_tiny": Lesson(3000, 8, 1e-3)}
+LESSONS = {
+    "tiny": Lesson(900, 16, 1e-3),
+    "alignformer_tiny": Lesson(3000, 8, 1e-3),
+    "magnet_tiny": Lesson(2000, 8, 1e-3),
+}
 """By preset: those that a laptop's CPU can train."""
 
 

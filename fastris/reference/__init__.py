@@ -36,7 +36,6 @@ from fastris.reference.similarity import (
     upsampled_bce_with_logits,
 )
 from fastris.reference.word_pixel_attention import (
-    LANGUAGE_MASKS,
     LanguageMask,
     WordPixelWeights,
     masked_instance_norm,
@@ -44,7 +43,6 @@ from fastris.reference.word_pixel_attention import (
 )
 
 __all__ = [
-    "LANGUAGE_MASKS",
     "AttentionWeights",
     "BidirectionalAttentionWeights",
     "FeedForwardWeights",

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastris.reference.bidirectional_attention import instance_norm
 
 LanguageMask = Literal["masked", "intended", "released"]
-LANGUAGE_MASKS: tuple[LanguageMask, ...] = ("masked", "intended", "released")
 
 EPS = 1e-5
 """Of the two instance norms, which have no parameters."""
