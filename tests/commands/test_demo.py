@@ -43,10 +43,11 @@ def test_demo_leaves_model_metrics_gallery_and_scenes(demo):
     assert "another object's phrase" in (demo / "printed").read_text()
 
 
-def test_any_preset_that_learns_in_minutes_has_a_demo_in_its_own_rule(tmp_path):
-    run(DemoConfig(out=str(tmp_path), model="alignformer_tiny", **SHORT))
+@pytest.mark.parametrize("system", ["alignformer", "magnet"])
+def test_any_preset_that_learns_in_minutes_has_a_demo_in_its_own_rule(tmp_path, system):
+    run(DemoConfig(out=str(tmp_path), model=f"{system}_tiny", **SHORT))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["model"], metrics["right_phrase"]["rule"]) == ("alignformer_tiny", "alignformer")
+    assert (metrics["model"], metrics["right_phrase"]["rule"]) == (f"{system}_tiny", system)
     segmenter = Segmenter.from_pretrained(tmp_path / "model", device="cpu")
     assert segmenter.threshold == 0.5
     assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 64, 64)

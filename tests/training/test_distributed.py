@@ -125,6 +125,36 @@ def alignformer_run(folder: Path, changes: dict) -> str:
     return run(folder, {"model": "alignformer_tiny", "extra": {}, **changes})
 
 
+def magnet_run(folder: Path, changes: dict) -> str:
+    """Of a small MagNet, as :func:`alignformer_run`."""
+    pytest.importorskip("transformers")
+    build, sample = assemble.build_model, TrainSamples.__getitem__
+
+    def item(samples, index):
+        found = sample(samples, index)
+        return found | {"image": found["image"].double(), "mask": found["mask"].double()}
+
+    def built(*args, **kwargs):
+        model = build(*args, **kwargs).double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for number, gate in enumerate(model.language_model.res_gates):
+            nn.init.normal_(gate[2].weight, std=0.3, generator=torch.Generator().manual_seed(number))
+        return model
+
+    assemble.build_model, TrainSamples.__getitem__ = built, item
+    return run(folder, {"model": "magnet_tiny", "extra": {}, **changes})
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_magnet_as_one_does(tmp_path):
+    changes = {"max_steps": 2}
+    assert run_processes(magnet_run, 1, tmp_path / "one", changes)
+    assert run_processes(magnet_run, 2, tmp_path / "two", changes)
+    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_two_processes_train_an_alignformer_as_one_does(tmp_path):
     changes = {"max_steps": 2}

@@ -17,7 +17,7 @@ SIZES = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
 
 
 def small(**changes: object) -> AlignFormer:
-    fields = AlignFormerConfig.preset("alignformer_tiny").to_dict() | SIZES | changes
+    fields = AlignFormerConfig.preset("alignformer_tiny").to_dict() | SIZES | {"window": 6} | changes
     return AlignFormer(AlignFormerConfig.from_dict(fields)).eval()
 
 
@@ -151,3 +151,25 @@ def test_a_run_starts_from_both_and_says_so_where_one_is_missing(swin, tmp_path,
     advice = AlignFormerConfig.preset("alignformer_swin_b").without_weights()
     assert "bert_pretrain=google-bert/bert-base-uncased and swin_pretrain=" in advice
     assert swin_weights({"visual.conv1.weight": weight}) is None
+
+
+def test_the_same_weights_start_a_magnet(swin):
+    import transformers
+
+    from fastris.models.magnet import MagNet, MagNetConfig
+
+    fields = MagNetConfig.preset("magnet_tiny").to_dict() | SIZES | {"window": 6}
+    model = MagNet(MagNetConfig.from_dict(fields)).eval()
+    assert load_encoder(model, as_microsoft(swin.state_dict()), "swin_pretrain").fits
+    sizes = vars(model.config.bert)
+    bert = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation="eager")).eval()
+    assert load_encoder(model, bert.state_dict(), "bert_pretrain").fits
+    image, tokens = torch.randn(1, 3, 96, 96), torch.tensor([[2, 17, 33, 3, 0]])
+    with torch.no_grad():
+        x = model.image_model.layers[0].blocks(model.image_model.patch_embed(image))
+        torch.testing.assert_close(x, swin.layers[0](swin.patch_embed(image)), rtol=0, atol=1e-5)
+        words, mask = model.language_model.embed(tokens, tokens != 0)
+        for number in range(4):
+            words = model.language_model.part(number, 4, words, mask)
+        theirs = bert(tokens, attention_mask=(tokens != 0).long()).last_hidden_state
+    torch.testing.assert_close(words[tokens != 0], theirs[tokens != 0], rtol=0, atol=1e-5)
