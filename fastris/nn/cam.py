@@ -20,7 +20,7 @@ from fastris.reference import LanguageMask, PixelWordWeights, WordPixelWeights
 
 SIDES = (1, 2, 3, 6)
 """Sides of the pooled maps."""
-_EXPANSION, _REDUCTION = 4, 4
+_REDUCTION = 4
 
 
 class PixelWordAttention(nn.Module):
@@ -84,12 +84,12 @@ class WordPixelAttention(nn.Module):
 class Pyramid(nn.Sequential):
     """A map pooled to side x side pixels and squeezed: (B, H, W, C) to (B, side * side, C / 4)."""
 
-    def __init__(self, width: int, side: int):
+    def __init__(self, width: int, side: int, expansion: int):
         super().__init__(
             nn.AdaptiveAvgPool2d(side),
-            nn.Conv2d(width, _EXPANSION * width, 1, bias=False),
-            nn.LayerNorm(_EXPANSION * width, eps=1e-6),
-            nn.Conv2d(_EXPANSION * width, width, 1, bias=False),
+            nn.Conv2d(width, expansion * width, 1, bias=False),
+            nn.LayerNorm(expansion * width, eps=1e-6),
+            nn.Conv2d(expansion * width, width, 1, bias=False),
             nn.GELU(),
             nn.Conv2d(width, width // _REDUCTION, 1, bias=False),
         )
@@ -109,14 +109,18 @@ class Seen(NamedTuple):
 
 
 class VisionSide(nn.Module):
-    """Pixel-word attention of a map and of its four pooled ones, what mixes them, and the gate to the next stage."""
+    """Pixel-word attention of a map and of its four pooled ones, what mixes them, and the gate to the next stage.
 
-    def __init__(self, width: int, text_width: int):
+    ``expansion``: how many times wider the pooled maps become in between, 4 as released. ``starts_closed``: whether the
+    gate lets nothing pass at first; as released it does not.
+    """
+
+    def __init__(self, width: int, text_width: int, expansion: int = 4, starts_closed: bool = False):
         super().__init__()
         small = width // _REDUCTION
         self.fusion = PixelWordAttention(width, text_width)
-        self.res_gate = Gate(width, starts_closed=False, activation=nn.GELU)
-        self.pyramids = nn.ModuleList(Pyramid(width, side) for side in SIDES)
+        self.res_gate = Gate(width, starts_closed, activation=nn.GELU)
+        self.pyramids = nn.ModuleList(Pyramid(width, side, expansion) for side in SIDES)
         self.fusions = nn.ModuleList(PixelWordAttention(small, text_width) for _ in SIDES)
         self.mixer = nn.Sequential(
             nn.Linear(len(SIDES) * small + width, width), nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()

@@ -164,11 +164,27 @@ class CLIPBackbone(nn.Module):
 
         The end token has the largest id of the vocabulary, so argmax finds it.
         """
-        length = text.shape[1]
-        x = self.token_embedding(text) + self.positional_embedding[:length]
-        causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
-        words = self.ln_final(recomputed([self.transformer], self.recompute, self.transformer, x, causal, whole=True))
+        words = self.ln_final(self.text_part(0, 1, self.embed_text(text)))
         return words, self.sentence(words, text)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """What the text encoder's first layer gets (B, L, D), of token ids (B, L)."""
+        return self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+
+    def text_part(self, part: int, parts: int, x: Tensor) -> Tensor:
+        """The states (B, L, D) behind one of ``parts`` equal parts of the text encoder's layers, from 0 on."""
+        length, layers = x.shape[1], self.transformer.layers
+        causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        if parts == 1:
+            return recomputed([self.transformer], self.recompute, self.transformer, x, causal, whole=True)
+        blocks = self.transformer.resblocks[layers * part // parts : layers * (part + 1) // parts]
+
+        def run(x: Tensor, causal: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, attn_mask=causal)
+            return x
+
+        return recomputed([blocks], self.recompute, run, x, causal, whole=True)
 
     def sentence(self, words: Tensor, text: Tensor) -> Tensor:
         """The ``state`` (B, E) of sentences with the words (B, L, D) and token ids (B, L)."""

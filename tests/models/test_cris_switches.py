@@ -26,8 +26,9 @@ from fastris.weights.convert import write_model
 from fastris.weights.load import WeightsError, load_model, load_weights
 
 NECK, TRUNK, CENTRE, ONE_LAYER = {"vlba": "neck"}, {"vlba": "trunk"}, {"centre_layers": 3}, {"centre_layers": 1}
+CAM = {"alignment_module": "trunk"}
 ALL = NECK | CENTRE
-SWITCHES = [NECK, TRUNK, CENTRE, NECK | {"centre_layers": 6}, TRUNK | ONE_LAYER]
+SWITCHES = [NECK, TRUNK, CENTRE, CAM, NECK | {"centre_layers": 6}, TRUNK | ONE_LAYER, CAM | NECK]
 LENGTHS = (5, 4, 9)
 
 
@@ -35,7 +36,7 @@ def by_name(switches: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in switches.items()) or "off"
 
 
-each_switch = pytest.mark.parametrize("switches", [NECK, TRUNK, CENTRE], ids=by_name)
+each_switch = pytest.mark.parametrize("switches", [NECK, TRUNK, CENTRE, CAM], ids=by_name)
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=by_name)
 
 
@@ -63,7 +64,7 @@ def opened(model: CRIS) -> CRIS:
 
 
 def is_new(name: str) -> bool:
-    return name.startswith(("vlba.", "centre."))
+    return name.startswith(("vlba.", "centre.", "cam."))
 
 
 def new_keys(model: CRIS) -> set[str]:
@@ -128,6 +129,8 @@ def test_gradients_of_the_first_step_are_those_of_cris(switches):
 CANCELLED = ("query.0.bias", "W.0.bias", "value.bias", "sym_value.0.bias")
 """An instance norm behind them takes these out again (of ``value``, because a softmax row sums to one): in exact
 arithmetic they change no result and never get a gradient. They are kept, because the released weights have them."""
+CANCELLED_IN_CAM = ("f_key.0.bias", "pwam.image_lang_att.f_value.0.bias", "pwam.image_lang_att.W.0.bias")
+"""The same; a key's bias adds the same to all scores of a softmax."""
 
 
 @every_switch
@@ -142,7 +145,8 @@ def test_every_new_parameter_learns_from_the_second_step_on(switches):
         found.update({n: p.grad.abs().max().item() for n, p in model.named_parameters() if is_new(n)})
         optimizer.step()
     for name, gradient in second.items():
-        cancelled = "image_lang_att" in name and name.endswith(CANCELLED)
+        biases = CANCELLED_IN_CAM if name.startswith("cam.") else CANCELLED
+        cancelled = "image_lang_att" in name and name.endswith(biases)
         assert (gradient < 1e-15) if cancelled else (gradient > 1e-12), name
     learned_at_once = {name for name, gradient in first.items() if gradient > 1e-15}
     zero_at_first = {n for n, p in make_cris(**switches).named_parameters() if is_new(n) and not p.any()}
@@ -150,7 +154,7 @@ def test_every_new_parameter_learns_from_the_second_step_on(switches):
     assert learned_at_once == gates
 
 
-@pytest.mark.parametrize("switches", [ALL, TRUNK | ONE_LAYER], ids=by_name)
+@pytest.mark.parametrize("switches", [ALL, TRUNK | ONE_LAYER, CAM], ids=by_name)
 def test_ten_adam_steps_with_instance_contrast_lower_the_loss(switches):
     model, batch = make_cris(**switches).float().train(), make_batch(torch.float32)
     model.instance_contrast = 0.1
@@ -226,14 +230,14 @@ def test_words_change_what_each_stage_of_the_trunk_sees():
     assert (seen[0] - seen[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("switches", [NECK, TRUNK, ALL], ids=by_name)
+@pytest.mark.parametrize("switches", [NECK, TRUNK, ALL, CAM], ids=by_name)
 def test_padding_changes_nothing(switches):
     model, (images, tokens, _) = opened(make_cris(**switches)).eval(), make_batch()
     alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(model(images, tokens), alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("switches", [{}, ALL, TRUNK], ids=by_name)
+@pytest.mark.parametrize("switches", [{}, ALL, TRUNK, CAM], ids=by_name)
 def test_odd_sentences_and_the_smallest_image_are_answered(switches):
     model = opened(make_cris(**switches))
     images, tokens = torch.randn(3, 3, 32, 32).double(), torch.zeros(3, 6, dtype=torch.int64)
@@ -250,7 +254,7 @@ def test_odd_sentences_and_the_smallest_image_are_answered(switches):
 # Many phrases about one image.
 
 
-@pytest.mark.parametrize("switches", [NECK, TRUNK, ALL, TRUNK | CENTRE], ids=by_name)
+@pytest.mark.parametrize("switches", [NECK, TRUNK, ALL, TRUNK | CENTRE, CAM], ids=by_name)
 def test_several_phrases_about_an_image_are_answered_as_one_by_one(switches):
     model, (images, tokens, masks) = opened(make_cris(**switches)).eval(), make_batch()
     index = torch.tensor([1, 0, 1])
@@ -265,7 +269,7 @@ def test_several_phrases_about_an_image_are_answered_as_one_by_one(switches):
 
 def test_only_the_trunk_encodes_an_image_for_each_phrase():
     (images, tokens, _), encoded = make_batch(), []
-    for switches, count in ((NECK, 1), (TRUNK, 3)):
+    for switches, count in ((NECK, 1), (TRUNK, 3), (CAM, 3)):
         model = make_cris(**switches).eval()
         assert model.shares_image is (switches is NECK)
         hook = model.backbone.visual.layer1.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
@@ -274,11 +278,12 @@ def test_only_the_trunk_encodes_an_image_for_each_phrase():
         assert encoded.pop() == count and not encoded
 
 
-def test_encoding_once_for_all_phrases_is_refused_where_the_trunk_hears_them():
-    (images, tokens, masks), trunk = make_batch(), make_cris(**TRUNK)
+@pytest.mark.parametrize("switch", ["vlba", "alignment_module"])
+def test_encoding_once_for_all_phrases_is_refused_where_the_trunk_hears_them(switch):
+    (images, tokens, masks), trunk = make_batch(), make_cris(**{switch: "trunk"})
     features = make_cris(**NECK).encode_image(images)
     for call in (lambda: trunk.segment(features, tokens), lambda: trunk.loss(features, tokens, masks)):
-        with pytest.raises(TypeError, match="encoded once for all phrases, and with vlba='trunk'"):
+        with pytest.raises(TypeError, match=f"encoded once for all phrases, and with {switch}='trunk'"):
             call()
     with pytest.raises(TypeError, match="features must be what encode_image returns, got Pixels"):
         make_cris(**NECK).segment(Pixels(images), tokens)
@@ -352,7 +357,7 @@ def test_instance_contrast_hears_which_expressions_share_an_image_or_a_reference
 
 
 @pytest.mark.parametrize("setting", ["pointwise", "stages"])
-@pytest.mark.parametrize("switches", [ALL, TRUNK], ids=by_name)
+@pytest.mark.parametrize("switches", [ALL, TRUNK, CAM], ids=by_name)
 def test_recomputing_changes_no_bit(switches, setting):
     batch, found = make_batch(), []
     for each in ("none", setting):
@@ -376,7 +381,7 @@ def test_exchanges_of_the_trunk_are_recomputed_with_their_stage(setting):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("switches", [ALL, TRUNK | CENTRE], ids=by_name)
+@pytest.mark.parametrize("switches", [ALL, TRUNK | CENTRE, CAM], ids=by_name)
 def test_half_precision_is_near_float32(switches, impl):
     model, batch = opened(make_cris(**switches)).float().train(), make_batch(torch.float32)
     model.instance_contrast = 0.1
@@ -390,7 +395,11 @@ def test_half_precision_is_near_float32(switches, impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", [NECK | ONE_LAYER, pytest.param(TRUNK, marks=pytest.mark.long)], ids=by_name)
+@pytest.mark.parametrize(
+    "switches",
+    [NECK | ONE_LAYER, *(pytest.param(each, marks=pytest.mark.long) for each in (TRUNK, CAM))],
+    ids=by_name,
+)
 def test_compiled_without_graph_breaks_equals_eager(switches):
     model, batch = opened(make_cris(**switches)).train(), make_batch()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -401,7 +410,7 @@ def test_compiled_without_graph_breaks_equals_eager(switches):
 
 def test_channels_last_gives_the_same_numbers():
     (images, tokens, masks), layout = make_batch(), {"memory_format": torch.channels_last}
-    for switches in (ALL, TRUNK):
+    for switches in (ALL, TRUNK, CAM):
         model = opened(make_cris(**switches)).train()
         expected = model(images, tokens, masks)[2]
         torch.testing.assert_close(model.to(**layout)(images.to(**layout), tokens, masks)[2], expected)
@@ -419,7 +428,13 @@ def test_new_parts_train_at_the_full_rate():
 
 @pytest.mark.parametrize(
     ("switches", "count"),
-    [(NECK, 19_287_808), (TRUNK, 57_839_872), ({"centre_layers": 6}, 20_886_785), ({"centre_layers": 3}, 11_429_633)],
+    [
+        (NECK, 19_287_808),
+        (TRUNK, 57_839_872),
+        ({"centre_layers": 6}, 20_886_785),
+        ({"centre_layers": 3}, 11_429_633),
+        (CAM, 120_448_000),
+    ],
     ids=str,
 )
 def test_parameters_of_each_switch_on_rn50(switches, count):
@@ -449,6 +464,8 @@ def test_keys_are_the_released_ones():
     [
         ({"vlba": "head"}, r"vlba must be one of off, neck, trunk, got 'head' \(text\)"),
         ({"vlba": True}, "vlba must be one of off, neck, trunk, got True"),
+        ({"alignment_module": "neck"}, "alignment_module must be one of off, trunk, got 'neck'"),
+        (TRUNK | CAM, "vlba=trunk and alignment_module=trunk both change what the same stages pass on; choose one"),
         ({"centre_layers": -1}, r"centre_layers must be a whole number from 0 \(off\) to 128, got -1"),
         ({"centre_layers": 3.0}, "centre_layers must be a whole number"),
         ({"centre_layers": True}, "centre_layers must be a whole number"),

@@ -76,7 +76,9 @@ VLBA = ("off", "neck", "trunk")
 """Where pixels and words exchange; see :mod:`fastris.models.cris.vlba`."""
 HEADS = 8
 """Heads of the centre embedding's attention, as published."""
-_SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0}
+ALIGNMENT_MODULE = ("off", "trunk")
+"""Where MagNet's alignment module is; see :mod:`fastris.models.cris.cam`."""
+_SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0, "alignment_module": "off"}
 
 
 @dataclass
@@ -132,7 +134,7 @@ class CRISConfig(ModelConfig):
     Two switches add parts of AlignFormer, which start so that the model computes what CRIS computes: ``vlba`` is the
     place of attention between pixels and words in both directions, "neck" or "trunk" (:mod:`fastris.models.cris.vlba`),
     ``centre_layers`` the depth of a centre embedding, 3 or 6 (:mod:`fastris.models.cris.centre`). "off" and 0 leave
-    them out.
+    them out. ``alignment_module`` is MagNet's, "trunk" or "off" (:mod:`fastris.models.cris.cam`).
     """
 
     system: ClassVar[str] = "cris"
@@ -140,7 +142,7 @@ class CRISConfig(ModelConfig):
     published: ClassVar[str] = "CVPR 2022, arXiv 2111.15174"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = CRIS_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
-    added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre")
+    added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre", "cam")
     not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
     published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
     # fmt: off
@@ -175,6 +177,7 @@ class CRISConfig(ModelConfig):
     input_size: int = 416
     vlba: str = "off"
     centre_layers: int = 0
+    alignment_module: str = "off"
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
@@ -189,10 +192,16 @@ class CRISConfig(ModelConfig):
         check_parameters(self.parameter_counts())
 
     def _validate_switches(self) -> None:
-        if self.vlba is False:  # what YAML makes of a bare off
-            self.vlba = "off"
-        if self.vlba not in VLBA:
-            raise ValueError(f"vlba must be one of {', '.join(VLBA)}, got {shown(self.vlba)}")
+        for name, places in (("vlba", VLBA), ("alignment_module", ALIGNMENT_MODULE)):
+            if getattr(self, name) is False:  # what YAML makes of a bare off
+                setattr(self, name, "off")
+            if getattr(self, name) not in places:
+                raise ValueError(f"{name} must be one of {', '.join(places)}, got {shown(getattr(self, name))}")
+        if self.vlba == self.alignment_module == "trunk":
+            raise ValueError(
+                "vlba=trunk and alignment_module=trunk both change what the same stages pass on; choose one of them, "
+                "or give vlba=neck"
+            )
         layers = self.centre_layers
         if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= _MAX_BLOCKS:
             raise ValueError(f"centre_layers must be a whole number from 0 (off) to {_MAX_BLOCKS}, got {shown(layers)}")
@@ -207,6 +216,17 @@ class CRISConfig(ModelConfig):
         """Widths of the maps that exchange with the words, in the order in which they do."""
         stages = tuple(self.clip.vision_width * 4 * 2**stage for stage in range(4))
         return {"off": (), "neck": self.fpn_out, "trunk": stages}[self.vlba]
+
+    @property
+    def trunk_switch(self) -> str:
+        """The switch that makes the image encoder hear the words; empty where none does."""
+        return next((name for name in ("vlba", "alignment_module") if getattr(self, name) == "trunk"), "")
+
+    @property
+    def alignment_widths(self) -> tuple[int, ...]:
+        """Widths of the maps that MagNet's alignment module is behind."""
+        stages = tuple(self.clip.vision_width * 4 * 2**stage for stage in (1, 2, 3))
+        return stages if self.alignment_module == "trunk" else ()
 
     @property
     def text_outputs(self) -> int:
@@ -245,6 +265,7 @@ class CRISConfig(ModelConfig):
         words = self.vis_dim
         exchanged = sum(8 * size**2 + 7 * words**2 + 3 * size * words for size in self.vlba_widths)
         centre = self.centre_layers * 2 * words * (2 * words + self.dim_ffn) + words * (3 * words + self.text_outputs)
+        aligned = sum(19 * size**2 + 6 * words**2 + 6 * size * words for size in self.alignment_widths)
         pool = pooled * (3 * pooled + 2 * clip.embed_dim + (clip.image_resolution // 32) ** 2)
         return {
             "clip.transformer_width, clip.transformer_layers, clip.vocab_size": width * text,
@@ -252,6 +273,7 @@ class CRISConfig(ModelConfig):
             "num_layers, vis_dim, dim_ffn": self.num_layers * 2 * self.vis_dim * (4 * self.vis_dim + self.dim_ffn),
             "fpn_out": sum(9 * a * b for a in self.fpn_out for b in self.fpn_out),
             "vlba": exchanged,
+            "alignment_module": aligned,
             "centre_layers, vis_dim, dim_ffn": centre if self.centre_layers else 0,
         }
 

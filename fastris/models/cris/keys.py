@@ -125,6 +125,7 @@ def infer_config(state: Mapping[str, Tensor], **known: Any) -> CRISConfig:
         "word_len": min(17, clip.context_length),
         "vlba": {0: "off", 4: "trunk"}.get(_count(state, r"vlba\.(\d{1,9})\."), "neck"),
         "centre_layers": _count(state, r"centre\.layers\.(\d{1,9})\."),
+        "alignment_module": "trunk" if _count(state, r"cam\.(\d{1,9})\.") else "off",
     }
     return CRISConfig(clip=clip, **{**dims, **known})
 

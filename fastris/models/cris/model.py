@@ -13,6 +13,7 @@ from fastris import reference
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
 from fastris.models.base import HEAD, Origin, Pixels, ReferringModel
 from fastris.models.cris import keys
+from fastris.models.cris.cam import alignment_modules, encode_aligned
 from fastris.models.cris.centre import Centre
 from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
@@ -68,8 +69,8 @@ class CRIS(ReferringModel, tags=["cris"]):
         features = model.encode_image(images)               # (B, 3, H, W)
         logits = model.segment(features, tokens, index)     # tokens (E, L), index (E,): the image of each expression
 
-    With ``vlba="trunk"`` the image encoder hears the words, so that an image is encoded anew for each phrase: then
-    :meth:`encode_image` returns the pixels, and the calls are the same.
+    With ``vlba="trunk"`` or ``alignment_module="trunk"`` the image encoder hears the words, so that an image is encoded
+    anew for each phrase: then :meth:`encode_image` returns the pixels, and the calls are the same.
 
     ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's (safetensors, with checksums, and config.json), and
     ``from_pretrained`` reads what they write.
@@ -103,8 +104,9 @@ class CRIS(ReferringModel, tags=["cris"]):
         )
         self.proj = Projector(config.word_dim, config.vis_dim // 2, 3)
         # Last, so that the other parts start from the same random numbers as without them.
-        self.shares_image = config.vlba != "trunk"
+        self.shares_image = not config.trunk_switch
         self.vlba = exchanges(config)
+        self.cam = alignment_modules(config)
         self.centre = None
         if config.centre_layers:
             self.centre = Centre(config.vis_dim, config.centre_layers, config.dim_ffn, config.text_outputs)
@@ -123,8 +125,8 @@ class CRIS(ReferringModel, tags=["cris"]):
     def encode_image(self, images: Tensor) -> ImageFeatures | Pixels:
         """Encode images (B, 3, H, W), normalised as CLIP's, with the image encoder and the neck's image part.
 
-        With ``vlba="trunk"`` the images as they are, after the same checks. Raises ValueError unless H and W are
-        multiples of 32 pixels, TypeError for a dtype that does not fit.
+        Where the trunk hears the words, the images as they are, after the same checks. Raises ValueError unless H and
+        W are multiples of 32 pixels, TypeError for a dtype that does not fit.
         """
         _check_images(images, next(self.backbone.visual.parameters()).dtype)
         if not self.shares_image:
@@ -205,14 +207,14 @@ class CRIS(ReferringModel, tags=["cris"]):
         _check_tokens(tokens, self.config)
         check_index(index, len(features[0]), len(tokens))
         tokens = without_shared_padding(tokens)
-        words, state = self.backbone.encode_text(tokens)
         features = features.select(index)
-        if self.vlba is None:
+        if isinstance(features, Pixels):
+            maps, words, state = self._encode_together(features.images, tokens)
+            features = self._projected(maps)
+        else:
+            words, state = self.backbone.encode_text(tokens)
+        if self.config.vlba != "neck":
             fused = recomputed([self.neck], self.recompute, self._fuse, state, *features)
-        elif isinstance(features, Pixels):
-            maps, words = encode_with_words(self.backbone.visual, self.vlba, features.images, words, tokens != 0)
-            state = self.backbone.sentence(words, tokens)
-            fused = recomputed([self.neck], self.recompute, self._fuse, state, *self._projected(maps))
         else:
             parts = [self.neck, self.vlba]
             fused, words, state = recomputed(parts, self.recompute, self._exchange_and_fuse, words, tokens, *features)
@@ -220,6 +222,14 @@ class CRIS(ReferringModel, tags=["cris"]):
         if isinstance(decoded, list):
             decoded = decoded[-1]
         return Decoded(decoded.reshape(fused.shape), words, tokens != 0, state)
+
+    def _encode_together(self, images: Tensor, tokens: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """C3, C4, C5, the words and the sentences' states of images (E, 3, H, W) and tokens (E, L), for each phrase."""
+        if self.cam is not None:
+            return encode_aligned(self.backbone, self.cam, images, tokens)
+        words, _ = self.backbone.encode_text(tokens)
+        maps, words = encode_with_words(self.backbone.visual, self.vlba, images, words, tokens != 0)
+        return maps, words, self.backbone.sentence(words, tokens)
 
     def _projected(self, maps: tuple[Tensor, ...]) -> ImageFeatures:
         return ImageFeatures(*recomputed([self.neck], self.recompute, self._project, *maps))
@@ -266,8 +276,9 @@ class CRIS(ReferringModel, tags=["cris"]):
             return
         if isinstance(features, ImageFeatures):
             raise TypeError(
-                "features are of images that were encoded once for all phrases, and with vlba='trunk' the image "
-                "encoder hears each phrase; give what this model's encode_image returns"
+                "features are of images that were encoded once for all phrases, and with "
+                f"{self.config.trunk_switch}='trunk' the image encoder hears each phrase; give what this model's "
+                "encode_image returns"
             )
         raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
 
