@@ -27,14 +27,15 @@ MAGNET_PRESETS: dict[str, dict[str, Any]] = {
         "embed_dim": 24,
         "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 4, 8),
-        "window": 6,
+        "window": 4,
         "drop_path": 0.0,
         "conv_dim": 64,
+        "decoder_heads": 4,
         "pixel_layers": 2,
         "pixel_ffn": 128,
         "query_layers": 3,
         "query_ffn": 128,
-        "input_size": 96,
+        "input_size": 64,
     },
 }
 """``magnet_swin_b`` as released; ``magnet_tiny`` is for the built-in scenes on a laptop's CPU."""
