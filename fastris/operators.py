@@ -46,7 +46,7 @@ OPERATORS: dict[str, Operator] = {
         Operator("feed_forward", "feed_forward", "feed_forward", "", "feed_forward"),
         Operator("pointwise_conv_cat", "pointwise_conv", "pointwise_conv_cat", "", "neck"),
         Operator("coord_conv", "coord_conv", "coord_conv", "", "neck"),
-        Operator("word_attention", "word_attention", "separate_attention", "", "word_attention"),
+        Operator("word_attention", "word_attention", "separate_attention", "word_attention", "word_attention"),
         Operator(
             "bidirectional_attention",
             "bidirectional_attention",
@@ -61,7 +61,7 @@ OPERATORS: dict[str, Operator] = {
             "few_query_attention",
             "few_query_attention",
         ),
-        Operator("region_contrast", "region_contrast", "region_contrast", "", "region_contrast"),
+        Operator("region_contrast", "region_contrast", "region_contrast", "region_contrast", "region_contrast"),
         Operator(
             "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce"
         ),

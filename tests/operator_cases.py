@@ -563,10 +563,11 @@ def every_problem() -> Iterator[Problem]:
     yield few_query_problem(2, 4, 11, 16, 6, 4)  # so many queries that nothing is absorbed
     yield few_query_problem(2, 1, 225, 96, 32, 8, fixed=True, kernels=True)
 
-    yield region_contrast_problem(4, 5, 6, 7, pointwise=6, thorough=True)
+    yield region_contrast_problem(4, 5, 6, 7, pointwise=6, **whole)
     yield region_contrast_problem(3, 3, 4, 4, pointwise=2, **small)
-    yield region_contrast_problem(3, 8, 9, 11, band=1)
+    yield region_contrast_problem(3, 8, 9, 11, band=1, kernels=True)
     yield region_contrast_problem(1, 4, 5, 3)
+    yield region_contrast_problem(2, 37, 33, 17, kernels=True)  # two tiles of channels, two chunks of pixels
     yield region_contrast_problem(2, 3, 1, 1)
     yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
 
@@ -585,10 +586,11 @@ def every_problem() -> Iterator[Problem]:
     yield upsampled_bce_problem(2, 2, (9, 14), (4, 14), kernels=True)  # down, and as it is
     yield upsampled_bce_problem(1, 1, (2, 1), (3, 40), kernels=True)  # in several steps
     yield upsampled_bce_problem(1, 7, (30, 60), (120, 240))  # several tiles
-    yield word_problem(2, 5, 32, 4, (12, 7), real=(6, 2), thorough=True)
+    yield word_problem(2, 5, 32, 4, (12, 7), real=(6, 2), **whole)
     yield word_problem(2, 5, 16, 4, (12, 7), real=(5, 2), thorough=True)  # projected, not absorbed
     yield word_problem(2, 3, 8, 1, (3, 4), real=(3, 2), **small)
-    yield word_problem(1, 1, 64, 2, (8, 5))
+    yield word_problem(1, 1, 64, 2, (8, 5), kernels=True)
+    yield word_problem(2, 67, 40, 5, (9, 7), real=(6, 0), kernels=True)  # tiles of pixels, a group of heads too few
     yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
 
     yield deformable_problem(2, 5, 2, 4, ((2, 4), (1, 3)), 2, **whole)

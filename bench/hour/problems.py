@@ -31,6 +31,8 @@ OPERATOR_CASES = (
     "bidirectional_attention_stage3",
     "few_query_attention",
     "deformable_attention",
+    "word_attention",
+    "region_contrast",
     "upsampled_bce",
 )
 """The cases of operators with kernels, and of the parts of CRIS that are made of them. None needs open_clip."""

@@ -32,9 +32,11 @@ from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
+from fastris.ops.word_attention import word_attention
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -144,9 +146,12 @@ def _evaluate(preset: str, converted: bool = False, folded: bool = False) -> Cal
     return lambda dtype: _head(preset, dtype, train=False, converted=converted, folded=folded)
 
 
-def _train_with_tf32(dtype: torch.dtype) -> None:
-    with _tf32():
-        _head("cris_r50", dtype, train=True)
+def _with_tf32(run: Callable[[torch.dtype], None]) -> Callable[[torch.dtype], None]:
+    def run_with_tf32(dtype: torch.dtype) -> None:
+        with _tf32():
+            run(dtype)
+
+    return run_with_tf32
 
 
 def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -230,11 +235,32 @@ def _deformable(points: int, *sides: int, train: bool = True) -> Callable[[torch
     return run
 
 
-def _losses(queries: int, low: tuple[int, int], full: tuple[int, int]) -> Callable[[torch.dtype], None]:
-    """AlignFormer's loss of maps of size ``low`` under masks of size ``full``."""
+def _listen(dim: int, heads: int, words: int, train: bool = True) -> Callable[[torch.dtype], None]:
+    """The pixels of AlignFormer's decoder, of a picture of 240 x 240, attend to words; all of one dtype."""
 
     def run(dtype: torch.dtype) -> None:
-        upsampled_bce_with_logits(_leaf(2, queries, *low, dtype=dtype), torch.zeros(2, 1, *full)).backward()
+        shapes = (dim, dim), (dim, 768), (dim, 768), (3 * dim,), (dim, dim), (dim,)
+        weights = SeparateAttentionWeights(*(_leaf(*shape, dtype=dtype) for shape in shapes))
+        query, key = _leaf(2, 21 * 15 * 15, dim, dtype=dtype), _leaf(2, words, 768, dtype=dtype)
+        padding = torch.arange(words).expand(2, -1) >= 11
+        with torch.set_grad_enabled(train):
+            answer = word_attention(query, key, key.detach(), weights, heads, padding)
+        if train:
+            answer.sum().backward()
+
+    return run
+
+
+def _losses(queries: int, low: tuple[int, int], full: tuple[int, int]) -> Callable[[torch.dtype], None]:
+    """AlignFormer's losses of maps of size ``low`` under masks of size ``full``, in both memory layouts."""
+
+    def run(dtype: torch.dtype) -> None:
+        mask = torch.zeros(2, 1, *full)
+        upsampled_bce_with_logits(_leaf(2, queries, *low, dtype=dtype), mask).backward()
+        centres, weight = torch.zeros(2, 256, dtype=dtype), torch.zeros(256, 256, dtype=dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features = torch.zeros(2, 256, *low, dtype=dtype).to(memory_format=layout).requires_grad_()
+            region_contrast(features, centres, mask, pointwise_weight=weight).backward()
 
     return run
 
@@ -302,7 +328,7 @@ TWO = FLOAT32 + BFLOAT16
 SCENARIOS = (
     Scenario("train", _train("cris_r50"), tuned=BFLOAT16),
     Scenario("train R101", _train("cris_r101")),
-    Scenario("train TF32", _train_with_tf32, FLOAT32, ("large", "small")),
+    Scenario("train TF32", _with_tf32(_train("cris_r50")), FLOAT32, ("large", "small")),
     Scenario("train AlignFormer", _centre(True)),
     Scenario("eval", _evaluate("cris_r50")),
     Scenario("eval folded", _evaluate("cris_r50", folded=True)),
@@ -311,6 +337,10 @@ SCENARIOS = (
     Scenario("eval, half weights", _evaluate("cris_r50", converted=True), FLOAT16),
     Scenario("train pixel decoder", _deformable(4, 15, 30, 60), tuned=BFLOAT16),
     Scenario("eval pixel decoder", _deformable(4, 15, 30, 60, train=False)),
+    Scenario("train words", _listen(256, 8, 20), tuned=BFLOAT16),
+    Scenario("eval words", _listen(256, 8, 20, train=False)),
+    Scenario("train words TF32", _with_tf32(_listen(256, 8, 20)), FLOAT32, ("large", "small")),
+    Scenario("few words, narrow", _listen(70, 5, 9), TWO, rare=True),
     Scenario("train loss", _losses(7, (120, 120), (480, 480)), tuned=BFLOAT16),
     Scenario("4 levels", _deformable(4, 8, 15, 30, 60), TWO, rare=True),
     Scenario("demo", _train("tiny"), BFLOAT16, rare=True),

@@ -49,7 +49,8 @@ class _Sizes:
         return self._arguments[name]
 
     def size(self, *pointers: str) -> int:
-        return sum(self._arguments[each].dtype.itemsize for each in pointers if self._arguments[each] is not None)
+        given = (self._arguments.get(each) for each in pointers)
+        return sum(pointer.dtype.itemsize for pointer in given if pointer is not None)
 
 
 def _up(count: int, step: int) -> int:
@@ -209,6 +210,32 @@ def _split(a: _Sizes, pixels: str) -> int:
     return 1 if a.size(pixels) == 4 else 2
 
 
+def _region_sums(a: _Sizes) -> Work:
+    """Of the map, both regions' weights, and the partial sums."""
+    outputs = 2 * a.first * a.channels
+    moved = a.batch * a.pixels * (a.channels * a.size("x_ptr") + 8) + 4 * outputs
+    return Work(outputs, 0, moved, 0, (a.TILES,), a.batch)
+
+
+def _region_spread(a: _Sizes) -> Work:
+    outputs = a.batch * a.pixels * a.channels
+    return Work(outputs, 0, outputs * a.size("d_x_ptr") + 8 * a.batch * (a.pixels + a.channels), 0, (), a.batch)
+
+
+def _few_words(a: _Sizes) -> Work:
+    """Word attention: the answer, or the query's gradient with the weights and the scores' gradient."""
+    samples = a.first // _up(a.rows, a.BLOCK_N)
+    backward = "upstream_ptr" in a._arguments
+    pixels, columns, passes = samples * a.rows, a.HEADS * a.words, 3 if backward else 2
+    wide = pixels * a.DIM * (a.size("query_ptr") + a.size("upstream_ptr", "d_query_ptr" if backward else "answer_ptr"))
+    narrow = pixels * columns * a.size("weights_ptr", "d_scores_ptr")
+    few = samples * columns * (a.DIM * a.size("keys_ptr", "values_ptr") + 4)
+    groups = _up(a.HEADS * a.WORDS, a.COLUMNS)
+    padded = groups * a.BLOCK_N * a.COLUMNS * ((passes - 1) * _up(a.DIM, a.BLOCK_D) * a.BLOCK_D + a.WIDTH)
+    outputs = pixels * (a.DIM + (2 * columns if backward else 0))
+    return Work(outputs, passes * pixels * a.DIM * columns, wide + narrow + few, padded, (groups,), samples)
+
+
 def _upsampled_loss(a: _Sizes) -> Work:
     """Every pixel of the large maps is made once; the masks are read by each of their maps, and count once."""
     cells = (a.height + 1) * (a.width + 1)
@@ -251,6 +278,10 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "deformable_attention samples": _of_queries("out_ptr"),
     "deformable_attention query backward": _of_queries("upstream_ptr"),
     "deformable_attention pixel backward": _of_pixels,
+    "region_contrast sums": _region_sums,
+    "region_contrast spread": _region_spread,
+    "word_attention answer": _few_words,
+    "word_attention gradients": _few_words,
     "upsampled_bce loss": _upsampled_loss,
     "upsampled_bce corners": _corners,
 }

@@ -21,9 +21,11 @@ from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
+from fastris.ops.word_attention import word_attention
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 from fastris.testing import EPS, assert_path_same
 
@@ -227,9 +229,48 @@ def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None
     _hold(fast, published, inputs, dtype)
 
 
+def prove_word_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Of AlignFormer's pixels and words, one of two sentences shorter; and of so few words that two heads go together.
+
+    The words' width is their own.
+    """
+    dim, rows, heads = _sizes(device).channels, 3 * _sizes(device).rows, _sizes(device).heads
+    for words in (17, 9) if _sizes(device) is ON_A_GPU else (11,):
+        width, padding = dim + 8, torch.arange(words, device=device) >= torch.tensor([[words], [5]], device=device)
+        shapes: dict[str, tuple[int, ...]] = {"query_weight": (dim, dim), "key_weight": (dim, width)}
+        shapes |= {"value_weight": (dim, width), "out_weight": (dim, dim)}
+        inputs = _drawn(shapes, device, dim**-0.5)
+        inputs |= _drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query": (2, rows, dim)}, device, 1.0)
+        inputs |= _drawn({"key": (2, words, width), "value": (2, words, width)}, device, 1.0)
+
+        def by(impl: str, padding: Tensor = padding) -> Callable[..., Tensor]:
+            def attend(query: Tensor, key: Tensor, value: Tensor, **weights: Tensor) -> Tensor:
+                own = SeparateAttentionWeights(**weights)
+                return word_attention(query, key, value, own, heads, padding, impl=impl)
+
+            return attend
+
+        _hold(by("triton"), by("reference"), inputs, dtype)
+
+
+def prove_region_contrast(device: torch.device, dtype: torch.dtype) -> None:
+    """Of the head's map, in both memory layouts, through a 1x1 convolution and its bias."""
+    channels, height = _sizes(device)[:2]
+    mask = torch.zeros(3, 1, 4 * height, 44, device=device)
+    for row in range(3):
+        mask[row, :, : 2 * height, row : 30 + row] = 1
+    inputs = _drawn({"pointwise_weight": (channels, channels)}, device, channels**-0.5)
+    inputs |= _drawn({"pointwise_bias": (channels,), "centres": (3, channels)}, device, 1.0)  # the means' length counts
+    inputs |= _drawn({"features": (3, channels, height, 11)}, device, 1.0)
+    fast, published = (partial(region_contrast, mask=mask, temperature=0.5, impl=i) for i in ("triton", "reference"))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs["features"] = inputs["features"].contiguous(memory_format=layout)
+        _hold(fast, published, inputs, dtype)
+
+
 def prove_upsampled_bce(device: torch.device, dtype: torch.dtype) -> None:
     """AlignFormer's maps under masks four times as large, and of a size that is no multiple of theirs."""
-    maps, height = 7 if device.type == "cuda" else 1, _sizes(device).height
+    maps, height = 7 if _sizes(device) is ON_A_GPU else 1, _sizes(device).height
     logits = _drawn({"logits": (2, maps, height, 11)}, device, 3.0)
     for size in ((4 * height, 44), (3 * height + 1, 35)):
         target = _drawn({"target": (2, 1, *size)}, device, 1.0)["target"].clamp(0, 1)
@@ -349,6 +390,8 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "few_query_attention": prove_few_query_attention,
     "bidirectional_attention": prove_bidirectional_attention,
     "multiscale_deformable_attention": prove_deformable_attention,
+    "word_attention": prove_word_attention,
+    "region_contrast": prove_region_contrast,
     "upsampled_bce_with_logits": prove_upsampled_bce,
 }
 """The proof of every operator that has kernels, by the operator's name."""

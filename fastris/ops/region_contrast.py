@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastris import reference
-from fastris.dispatch import requested_impl
+from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape, check_tensors
 from fastris.reference.region_contrast import info_nce, regions
 
@@ -56,15 +56,15 @@ def region_contrast(
         temperature: that of the softmax, above 0.
         pointwise_weight: (D, C, 1, 1) or (D, C), a 1x1 convolution that comes before, from features (B, C, h, w). It is
             folded into the means and never computed. pointwise_bias: its bias (D,).
-        impl: ``"auto"``, ``"reference"`` or ``"torch"``; see :mod:`fastris.dispatch`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     Computed and returned in float32, or float64 for float64 features, under autocast, too. Gradients reach features,
     centres and the convolution; the mask, ``known`` and the ids are data. For the backward pass the fast path keeps two
-    weights a cell and nothing else of the map's size; it can be differentiated once. An empty batch, or one without any
-    object, has loss 0.
+    weights a cell and nothing else of the map's size; it can be differentiated once. ``triton`` reads the map in its
+    own dtype, in a pass beside the similarity's. An empty batch, or one without any object, has loss 0.
 
     Raises ValueError for a wrong shape, band or temperature, or tensors on different devices; TypeError for dtypes that
-    do not fit.
+    do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: :func:`fastris.reference.region_contrast`, which defines the loss.
     """
@@ -72,7 +72,8 @@ def region_contrast(
     mask = mask.detach()
     known = None if known is None else known.detach()
     ids = {"image_ids": image_ids, "ref_ids": ref_ids}
-    if requested_impl(impl) == "reference":
+    path = resolve("region_contrast", features.device, features.dtype, impl, len(features))
+    if path == "reference":
         if pointwise_weight is not None:
             pointwise_weight = pointwise_weight.reshape(*pointwise_weight.shape[:2], 1, 1)
         convolution = {"pointwise_weight": pointwise_weight, "pointwise_bias": pointwise_bias}
@@ -84,7 +85,7 @@ def region_contrast(
         height, width = features.shape[-2:]
         cells = regions(mask, (height, width), known=known, band=band)
         weights = torch.stack(cells, dim=1).flatten(2).to(wide)  # [B, 2, N]
-        vectors = _unit_means(features, weights, pointwise_weight, pointwise_bias)
+        vectors = _unit_means(features, weights, pointwise_weight, pointwise_bias, path == "triton")
         centre = F.normalize(centres.to(wide), dim=-1, eps=LEAST_WEIGHT)
         logits = centre @ vectors.transpose(0, 1).flatten(0, 1).t() / temperature
         has_inside, has_outside = weights.any(-1).unbind(1)
@@ -92,14 +93,23 @@ def region_contrast(
 
 
 def _unit_means(
-    features: Tensor, weights: Tensor, pointwise_weight: Tensor | None, pointwise_bias: Tensor | None
+    features: Tensor,
+    weights: Tensor,
+    pointwise_weight: Tensor | None,
+    pointwise_bias: Tensor | None,
+    by_kernels: bool,
 ) -> Tensor:
     """Unit vectors (B, 2, D) of the two regions' means, in the dtype of their cells' ``weights`` (B, 2, N)."""
     wide = weights.dtype
     total = weights.sum(-1, keepdim=True)
     least = total.clamp_min(LEAST_WEIGHT)
     weight = None if pointwise_weight is None else pointwise_weight.to(wide).flatten(1)
-    means = _RegionMeans.apply(features.to(wide), weights, 1 / least, weight)
+    if by_kernels:
+        from fastris.kernels.region_contrast import region_means
+
+        means = region_means(features.flatten(2), weights, 1 / least, weight)
+    else:
+        means = _RegionMeans.apply(features.to(wide), weights, 1 / least, weight)
     if pointwise_bias is not None:
         means = means + total / least * pointwise_bias.to(wide)
     return F.normalize(means, dim=-1, eps=LEAST_WEIGHT)

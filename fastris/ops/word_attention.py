@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastris import reference
-from fastris.dispatch import resolve_without_kernels
+from fastris.dispatch import resolve
 from fastris.ops import padding
 from fastris.ops.absorbed_attention import absorb, bare_attention
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
@@ -43,30 +43,37 @@ def word_attention(
         weights: :class:`fastris.reference.SeparateAttentionWeights`.
         num_heads: any divisor of D.
         padding_mask: (B, L) bool, True where a word is padding, or None.
-        impl: ``"reference"`` runs the published formula; every other choice the path here, on any device.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     The result is in query's dtype, or in autocast's where that is on; softmax runs in float32 or wider on the fast
     path. A sample whose words are all padding gets the output's bias, and no gradient passes between it and its words.
 
-    Absorbing saves work while heads * L < D; beyond that the fast path projects as published. On a CPU, outside
+    Absorbing saves work while heads * L < D; beyond that the fast paths project as published. On a CPU, outside
     ``torch.compile``, words behind the longest real sentence of the batch are cut off first: they have no weight.
+    ``triton``'s tiles hold 32 words and pixels that are up to 256 wide; what is larger is ``torch``'s.
 
-    Gradients reach every tensor. The fast path keeps the query and the attention weights for the backward pass, beside
-    a few numbers per word; it can be differentiated once.
+    Gradients reach every tensor. ``torch`` keeps the query and the attention weights for the backward pass, beside a
+    few numbers per word; ``triton`` makes the weights again. It can be differentiated once.
 
-    Raises ValueError for a wrong shape, no words or tensors on different devices; TypeError for dtypes that do not fit.
+    Raises ValueError for a wrong shape, no words or tensors on different devices; TypeError for dtypes that do not fit;
+    RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: AlignFormer's released pixel decoder, ``cross_attn``; :func:`fastris.reference.separate_attention`.
     """
     _check(query, key, value, weights, num_heads, padding_mask)
-    if resolve_without_kernels(impl) == "reference" and len(query):  # PyTorch's own refuses an empty batch
+    dtype = compute_dtype(query)
+    path = resolve(OPERATOR, query.device, dtype, impl, len(query))
+    if path == "reference" and len(query):  # PyTorch's own refuses an empty batch
         return reference.separate_attention(query, key, value, weights, num_heads, padding_mask)
-    if padding_mask is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if padding_mask is not None and path == "torch" and on_cpu:
         length = padding.longest(padding_mask)
         key, value = key[:, :length].contiguous(), value[:, :length].contiguous()
         padding_mask = padding_mask[:, :length]
-    attend = _absorbed if num_heads * key.shape[1] < query.shape[2] else _projected
-    dtype = compute_dtype(query)
+    words, dim = key.shape[1], query.shape[2]
+    attend = _projected
+    if num_heads * words < dim:
+        attend = _by_kernels if path == "triton" and _kernels_take(words, dim) else _absorbed
     with torch.autocast(query.device.type, enabled=False):
         return attend(query.to(dtype), key, value, weights, num_heads, padding_mask)
 
@@ -103,6 +110,15 @@ def _check(
         padding.check_padding_mask(OPERATOR, padding_mask, "query", query, words)
 
 
+def _kernels_take(words: int, dim: int) -> bool:
+    from fastris.kernels.word_attention import fits
+
+    return fits(words, dim)
+
+
+_kernels_take._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks once, for constants
+
+
 def _absorbed(
     query: Tensor,
     key: Tensor,
@@ -112,14 +128,39 @@ def _absorbed(
     padding_mask: Tensor | None,
 ) -> Tensor:
     """Attention with D-wide keys and values."""
+    words = _absorbed_words(query, key, value, weights, num_heads, padding_mask)
+    return bare_attention(query, *words, None if padding_mask is None else padding_mask.all(dim=1))
+
+
+def _by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: SeparateAttentionWeights,
+    num_heads: int,
+    padding_mask: Tensor | None,
+) -> Tensor:
+    """The same in the Triton kernels, to whom a sample without words is one whose scores are all -inf."""
+    from fastris.kernels.word_attention import fused_word_attention
+
+    return fused_word_attention(query, *_absorbed_words(query, key, value, weights, num_heads, padding_mask))
+
+
+def _absorbed_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: SeparateAttentionWeights,
+    num_heads: int,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, their bias, -inf at padding, values and the output's bias; biases in float32 or wider."""
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     keys, key_bias, values = absorb(key.to(wide), value.to(wide), weights, num_heads)
-    silent = None
     if padding_mask is not None:
         key_bias = key_bias.masked_fill(padding_mask[:, None], float("-inf"))
-        silent = padding_mask.all(dim=1)
-    return bare_attention(query, keys.to(dtype), key_bias, values.to(dtype), weights.out_bias.to(wide), silent)
+    return keys.to(dtype), key_bias, values.to(dtype), weights.out_bias.to(wide)
 
 
 def _projected(

@@ -16,10 +16,12 @@ from fastris.ops import (
     cross_attention,
     few_query_attention,
     multiscale_deformable_attention,
+    region_contrast,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
     upsample2x_conv3x3,
     upsampled_bce_with_logits,
+    word_attention,
 )
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
 
@@ -77,6 +79,8 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "few_query_attention": _few_query,
         "bidirectional_attention": _bidirectional,
         "multiscale_deformable_attention": _deformable,
+        "word_attention": _word_attention,
+        "region_contrast": _region_contrast,
         "upsampled_bce_with_logits": _upsampled_bce,
     }[operator]
     made = make(batch, sizes)
@@ -244,6 +248,38 @@ def _deformable(batch: int, sizes: Sizes) -> Problem:
         return multiscale_deformable_attention(value, maps, reference_points, offsets, logits, impl=path)
 
     return Problem(tensors, {"reference_points": places}, forward)
+
+
+def _word_attention(batch: int, sizes: Sizes) -> Problem:
+    """Pixels of maps an eighth to a half as fine as the projector's, and words three times as wide."""
+    dim, wide, rows = sizes.channels, 3 * sizes.channels, 21 * max(1, sizes.side // 2) ** 2
+    words = (batch, sizes.words, wide)
+    shapes: Shapes = {"query": (batch, rows, dim), "key": words, "value": words, "query_weight": (dim, dim)}
+    shapes |= {"key_weight": (dim, wide), "value_weight": (dim, wide)}
+    shapes |= {"in_proj_bias": (3 * dim,), "out_weight": (dim, dim), "out_bias": (dim,)}
+
+    def forward(path: str, query: Tensor, key: Tensor, value: Tensor, **others: Tensor) -> Tensor:
+        padding = others.pop("padding_mask")
+        own = SeparateAttentionWeights(**others)
+        return word_attention(query, key, value, own, sizes.heads, padding, impl=path)
+
+    padding = {"padding_mask": torch.arange(sizes.words).expand(batch, -1) > 2 * sizes.words // 3}
+    return Problem(_drawn(shapes), padding, forward)
+
+
+def _region_contrast(batch: int, sizes: Sizes) -> Problem:
+    """Of the map that the projector's last convolution reads, under masks four times as large."""
+    channels, side = sizes.channels, 4 * sizes.side
+    shapes: Shapes = {"features": (batch, channels, side, side), "centres": (batch, channels)}
+    shapes |= {"pointwise_weight": (channels, channels, 1, 1), "pointwise_bias": (channels,)}
+
+    def forward(path: str, features: Tensor, centres: Tensor, mask: Tensor, **convolution: Tensor) -> Tensor:
+        weight, bias = convolution["pointwise_weight"], convolution["pointwise_bias"]
+        return region_contrast(features, centres, mask, pointwise_weight=weight, pointwise_bias=bias, impl=path)
+
+    mask = torch.zeros(batch, 1, 4 * side, 4 * side)
+    mask[..., : 2 * side] = 1
+    return Problem(_drawn(shapes), {"mask": mask}, forward)
 
 
 def _upsampled_bce(batch: int, sizes: Sizes) -> Problem:

@@ -42,7 +42,8 @@ def test_whatever_training_and_evaluation_launch_is_proved(monkeypatch, dtype):
     cpu, proved = torch.device("cpu"), set()
     for proof in proofs.PROOFS.values():
         proved |= launched(Scenario("proof", lambda dtype, proof=proof: proof(cpu, dtype)), dtype)
-    for name in ("train", "eval", "stage 1", "stage 4", "train pixel decoder", "eval pixel decoder", "train loss"):
+    names = ["train", "eval", "stage 1", "stage 4", "train pixel decoder", "eval pixel decoder", "train words"]
+    for name in (*names, "eval words", "train loss"):
         (scenario,) = (each for each in scenarios.SCENARIOS if each.name == name)
         missing = launched(scenario, dtype) - proved
         assert not missing, f"{name}: {sorted(map(str, missing))}"

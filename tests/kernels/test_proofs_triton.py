@@ -24,9 +24,11 @@ from fastris.kernels import (  # noqa: E402
     contrastive,
     cross_attention,
     few_query_attention,
+    region_contrast,
     similarity_backward,
     upsample_conv,
     upsampled_bce,
+    word_attention,
 )
 from fastris.kernels import deformable_attention as deformable_kernels  # noqa: E402
 from fastris.kernels import deformable_attention_backward as deformable_backward  # noqa: E402
@@ -73,6 +75,11 @@ def scaled(monkeypatch, module, name: str, which: int | None = None) -> None:
         ("bidirectional_attention", bidirectional_attention, "read_backward", 0, "gradient of"),
         ("multiscale_deformable_attention", deformable_backward, "_value_gradient", None, "gradient of value"),
         ("multiscale_deformable_attention", deformable_kernels, "deformable_gradients", 2, "gradient of offsets"),
+        ("word_attention", word_attention, "_answer", None, "output 0"),
+        ("word_attention", word_attention, "gradients", 0, "gradient of query"),
+        ("word_attention", word_attention, "gradients", 2, "gradient of"),
+        ("region_contrast", region_contrast, "_sums", None, "output 0"),
+        ("region_contrast", region_contrast, "gradient", None, "gradient of features"),
         ("upsampled_bce_with_logits", upsampled_bce, "_upsampled_bce", 0, "output 0"),
         ("upsampled_bce_with_logits", upsampled_bce, "_gradient", None, "gradient of logits"),
     ],

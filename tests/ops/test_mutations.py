@@ -243,7 +243,8 @@ INSIDE = {
         upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
         upsampled_bce._group_loss""",
     "word_attention": """
-        word_attention._absorbed absorbed_attention.bare_attention absorbed_attention._BareAttention.forward
+        word_attention._absorbed word_attention._absorbed_words absorbed_attention.bare_attention
+        absorbed_attention._BareAttention.forward
         absorbed_attention._BareAttention.backward""",
     "word_attention, projected": "word_attention._projected",
     "multiscale_deformable_attention": """
@@ -260,6 +261,7 @@ HARMLESS = {
     "upsample_conv._empty_like": "not yet written",
     "similarity.reference_similarity": "the published formula",
     "few_query_attention._pooled_by_kernels": "the Triton path, which has its proof",
+    "word_attention._by_kernels": "the Triton path, which has its proof",
     "few_query_attention._largest": "divided by before and multiplied with after; in low precision alone",
     "similarity.normed_first": "part of every path, by the published formula; its numbers are attacked as inputs",
     "similarity.norm_rows": "for the kernels alone, whose proofs and tests attack it",
