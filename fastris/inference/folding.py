@@ -32,6 +32,8 @@ def for_inference(model: M) -> M:
     and is not folded.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
+    for part in getattr(getattr(model, "config_class", None), "training_parts", ()):
+        setattr(folded, part, None)
     for parent, first, second in list(_pairs(folded)):
         layer, norm = getattr(parent, first), getattr(parent, second)
         _, fuse = FOLDED[type(layer)]

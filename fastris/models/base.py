@@ -179,7 +179,32 @@ class ReferringModel(
         loss, logits = self.loss(self.encode_image(img), word, mask, index, *told)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What a training step tells of itself besides its loss; see :meth:`take_metrics`."""
+        return ()
+
+    def take_metrics(self) -> dict[str, float]:
+        """The numbers named in ``metric_names``, of the forward passes in training mode since the last call.
+
+        Where several processes train, all of them call it, and get the numbers of them all.
+        """
+        return {}
+
+    def metrics_state(self) -> dict[str, Tensor]:
+        """What a resumed run has to know to go on with its metrics; empty where there is nothing."""
+        return {}
+
+    def restore_metrics(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`metrics_state` returned."""
+
     # Files.
+
+    def state_for_others(self) -> dict[str, Tensor]:
+        """The state dict without the configuration's ``training_parts``, as files for others have it."""
+        own = tuple(f"{part}." for part in self.config_class.training_parts)
+        state = self.state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.startswith(own)} if own else state
 
     @classmethod
     def recognises(cls, names: Iterable[str]) -> bool:
@@ -226,12 +251,16 @@ class ReferringModel(
         return model.to(map_location)
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> str | None:
-        """As in huggingface_hub; the configuration is written as :meth:`ModelConfig.to_dict` returns it."""
-        return super().save_pretrained(save_directory, config=config or self.config.to_dict(), **options)
+        """As in huggingface_hub, without what only training uses.
+
+        The configuration is written as :meth:`ModelConfig.to_dict` returns it.
+        """
+        config = config or self.config.for_others().to_dict()
+        return super().save_pretrained(save_directory, config=config, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights; huggingface_hub's ``save_pretrained`` calls this."""
-        write_safetensors(Path(save_directory) / SAFETENSORS, self.state_dict(), {})
+        write_safetensors(Path(save_directory) / SAFETENSORS, self.state_for_others(), {})
 
 
 def is_head(group: str) -> bool:

@@ -41,6 +41,8 @@ class ModelConfig:
         inputs: how pixels are normalised and sentences tokenised.
         parts: the first components of its state-dict names, which identify a file without a configuration.
         added_parts: parts that a switch adds. Weights may lack one as a whole: it then keeps its initial values.
+        training_parts: parts that only training uses. Files for others lack them, and a model without them passes over
+            them in weights that have them.
         not_in_shapes: fields that cannot be derived from the weights' shapes.
         published_yaml: an example of a published YAML file, for messages.
         published_besides: keys of the published YAML files that do not shape the model: training, data and machines.
@@ -57,6 +59,7 @@ class ModelConfig:
     inputs: ClassVar[Inputs] = CLIP_INPUTS
     parts: ClassVar[tuple[str, ...]] = ()
     added_parts: ClassVar[tuple[str, ...]] = ()
+    training_parts: ClassVar[tuple[str, ...]] = ()
     not_in_shapes: ClassVar[tuple[str, ...]] = ()
     published_yaml: ClassVar[str] = ""
     published_besides: ClassVar[frozenset[str]] = frozenset()
@@ -119,6 +122,10 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain nested dict with the system's name, which :meth:`from_dict` accepts."""
         return {SYSTEM: self.system, **dataclasses.asdict(_as_dataclass(self))}
+
+    def for_others(self: C) -> C:
+        """The configuration of the model without its ``training_parts``, which goes with weights for others."""
+        return self
 
     def in_words(self) -> str:
         """The model's name for the title of its card."""

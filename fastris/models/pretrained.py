@@ -27,6 +27,7 @@ from fastris.models.state_dicts import (
     copy_fitting,
     misfit_message,
     normalise_names,
+    without_parts,
 )
 from fastris.runtime.safetensors_files import read_safetensors
 from fastris.runtime.storage import first_line
@@ -102,7 +103,8 @@ def build(kind: Kind, weights: Weights, config: Any, strict: bool = True) -> Any
     with torch.device("meta"):
         model = kind(config)
     own = model.state_dict()
-    report = compare(weights.tensors, own, weights.source, added=kind.config_class.added_parts)
+    tensors = without_parts(weights.tensors, own, kind.config_class.training_parts)
+    report = compare(tensors, own, weights.source, added=kind.config_class.added_parts)
     if strict and not report.fits:
         raise WeightsError(misfit_message(report, kind.encoder_of(weights.tensors), kind.encoder_of(own)), report)
     if report.fits and not report.missing and len(own) == sum(1 for _ in (*model.parameters(), *model.buffers())):
@@ -133,7 +135,8 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
             f"names begin with {', '.join(beginnings)}"
         )
     own = normalise_names(model.state_dict(), "model")
-    taken = taken._replace(state=taken.fitting(own))
+    state = without_parts(taken.fitting(own), own, kind.config_class.training_parts)
+    taken = taken._replace(state=state)
     added = kind.config_class.added_parts
     report = compare(taken.state, own, weights.source, taken.part, taken.optional, added)
     if strict and not report.fits:

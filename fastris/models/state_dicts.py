@@ -181,6 +181,14 @@ class Adopted(NamedTuple):
         }
 
 
+def without_parts(
+    state: Mapping[str, Tensor], model: Mapping[str, Tensor], parts: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """The weights without those of the named ``parts`` that the model lacks as a whole: what only training uses."""
+    lacking = set(parts) - {_part(name) for name in model}
+    return {name: tensor for name, tensor in state.items() if _part(name) not in lacking} if lacking else state
+
+
 def compare(
     state: Mapping[str, Tensor],
     model: Mapping[str, Tensor],

@@ -164,8 +164,20 @@ class CLIPBackbone(nn.Module):
 
         The end token has the largest id of the vocabulary, so argmax finds it.
         """
-        words = self.ln_final(self.text_part(0, 1, self.embed_text(text)))
+        words = self._states(self.embed_text(text))
         return words, self.sentence(words, text)
+
+    def encode_text_and_hidden(self, text: Tensor, hidden: Tensor, mask_embedding: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`encode_text`, and the words (B, L, D) of the same sentences with ``hidden`` (B, L) tokens.
+
+        Their rows of the embedding are ``mask_embedding`` (D,). One pass over 2B sentences; nothing of the one half
+        reaches the other, and causality stays: a state knows its own and the earlier tokens.
+        """
+        embedded = self.token_embedding(text)
+        masked = torch.where(hidden[..., None], mask_embedding.to(embedded.dtype), embedded)
+        both = torch.cat([embedded, masked]) + self.positional_embedding[: text.shape[1]]
+        words, of_masked = self._states(both).chunk(2)
+        return words, self.sentence(words, text), of_masked
 
     def embed_text(self, text: Tensor) -> Tensor:
         """What the text encoder's first layer gets (B, L, D), of token ids (B, L)."""
@@ -185,6 +197,10 @@ class CLIPBackbone(nn.Module):
             return x
 
         return recomputed([blocks], self.recompute, run, x, causal, whole=True)
+
+    def _states(self, embedded: Tensor) -> Tensor:
+        """The words (B, L, D) of embedded tokens (B, L, D) with their positions."""
+        return self.ln_final(self.text_part(0, 1, embedded))
 
     def sentence(self, words: Tensor, text: Tensor) -> Tensor:
         """The ``state`` (B, E) of sentences with the words (B, L, D) and token ids (B, L)."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -32,6 +32,7 @@ class StepRecord:
             head's).
         images_per_s: images of this batch / seconds since the previous step, data loading included.
         memory_mib: peak GPU memory on CUDA, else the process's peak resident memory, in MiB.
+        metrics: what the model tells of the step besides its loss, each a column of its own.
     """
 
     step: int
@@ -43,9 +44,10 @@ class StepRecord:
     lr_backbone: float
     images_per_s: float
     memory_mib: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-STEP_COLUMNS = (*(f.name for f in fields(StepRecord)), "time")
+STEP_COLUMNS = (*(f.name for f in fields(StepRecord) if f.name != "metrics"), "time")
 VAL_COLUMNS = ("step", "epoch", "mIoU", "oIoU", *(f"Pr@{level}" for level in PRECISION_LEVELS), *GENERALISED,
                "expressions", "rule", "dataset", "split", "sentences", "time")  # fmt: skip
 
@@ -177,6 +179,7 @@ class RunLog:
         print_freq: steps between lines on the console.
         tensorboard, wandb, settings: see :func:`.trackers.open_trackers`. RuntimeError if a package is missing.
         progress: show a progress bar where standard error is a terminal.
+        metrics: names of what the model tells of each step besides its loss; columns of `log.csv`.
         stream: where lines and the bar go; standard error by default.
     """
 
@@ -191,6 +194,7 @@ class RunLog:
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
+        metrics: tuple[str, ...] = (),
         stream: TextIO | None = None,
     ):
         from rich.console import Console
@@ -198,7 +202,7 @@ class RunLog:
         self.print_freq = print_freq
         self._folder = folder
         self._writer = open_trackers(folder, last_step, tensorboard=tensorboard, wandb=wandb, settings=settings)
-        self.steps = CsvLog(folder / "log.csv", STEP_COLUMNS, last_step)
+        self.steps = CsvLog(folder / "log.csv", (*STEP_COLUMNS[:-1], *metrics, STEP_COLUMNS[-1]), last_step)
         self.validations = CsvLog(
             folder / "val.csv", VAL_COLUMNS, last_step if last_validation is None else last_validation
         )
@@ -244,15 +248,19 @@ class RunLog:
     def step(self, record: StepRecord) -> None:
         """Log one optimizer step everywhere."""
         values = asdict(record)
-        self.steps.write(values)
+        metrics = values.pop("metrics")
+        self.steps.write({**values, **metrics})
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], advance=1, numbers=_numbers(record))
         if self.print_freq and record.step % self.print_freq == 0:
             where = f"epoch {record.epoch}  batch {record.batch}  step {record.step}"
-            self.note(f"{where}  {_numbers(record)}  lr {record.lr:.3g}")
+            told = "".join(f"  {name} {value:.3g}" for name, value in metrics.items())
+            self.note(f"{where}  {_numbers(record)}{told}  lr {record.lr:.3g}")
         if self._writer is not None:
             for name in ("loss", "iou", "lr", "lr_backbone", "images_per_s", "memory_mib"):
                 self._writer.add_scalar(f"train/{name}", values[name], record.step)
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def validation(self, step: int, epoch: int, scores: Scores) -> None:
         """Log the scores of a validation after optimizer step `step`, in epoch `epoch` (from 1)."""

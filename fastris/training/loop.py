@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -163,6 +165,7 @@ class StepResult(NamedTuple):
         loss: mean over the batch; iou: its training IoU, a fraction of 1; norm: of the gradient before clipping.
         applied: whether the weights were changed. They are not where the loss or the gradient is not finite.
         sums: what the processes handed to :func:`train_step`, summed.
+        metrics: what the model tells of the step besides its loss.
     """
 
     loss: float
@@ -170,6 +173,7 @@ class StepResult(NamedTuple):
     norm: float
     applied: bool
     sums: tuple[float, ...] = ()
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) -> StepResult:
@@ -204,7 +208,7 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     else:
         run.statistics.restore()
     run.scaler.update()
-    return StepResult(loss, iou, norm_, applied, tuple(sums))
+    return StepResult(loss, iou, norm_, applied, tuple(sums), run.model.take_metrics())
 
 
 def _origin(model: ReferringModel, batch: dict[str, Tensor]) -> list[Origin]:
@@ -242,6 +246,7 @@ def _record(batch_size: int, run: Run, result: StepResult, started: float) -> St
         lr_backbone=next((rate for name, rate in rates.items() if name != HEAD), rates[HEAD]),
         images_per_s=round(images_per_s, 2),
         memory_mib=memory_mib(run.precision.device),
+        metrics=dict(result.metrics),
     )
 
 

@@ -38,6 +38,7 @@ def open_log(settings: LogSettings, run: Run) -> Iterator[RunLog]:
                 wandb=settings.wandb,
                 settings=run.recipe,
                 progress=settings.progress,
+                metrics=run.model.metric_names,
             )
             if settings.options:
                 save_options(settings.options, run.folder)

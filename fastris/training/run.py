@@ -205,6 +205,8 @@ class Run:
             "recipe": self.recipe,
             "card": card,
         }
+        if metrics := self.model.metrics_state():
+            state["metrics"] = metrics
         save_atomic(state, self.folder / LAST, keep=self.folder / PREVIOUS if self.last_is_good else None)
         self.last_is_good = True
 
@@ -218,14 +220,18 @@ class Run:
             )
 
     def save_best(self, scores: Mapping[str, Any], card: str = "") -> None:
-        """Write `best.pth`: weights, configuration, scores and model card, which goes beside it as `README.md` too."""
+        """Write `best.pth`: weights, configuration, scores and model card, which goes beside it as `README.md` too.
+
+        Without what only training uses, so that others can load it.
+        """
         from fastris.weights.card import CARD, write_card
         from fastris.weights.load import save_atomic
 
-        content = {**asdict(self.position), "config": self.model.config.to_dict(), "scores": dict(scores), "card": card}
+        config = self.model.config.for_others().to_dict()
+        content = {**asdict(self.position), "config": config, "scores": dict(scores), "card": card}
         with distributed.together():
             if distributed.is_main():
-                save_atomic(content | {"state_dict": self.model.state_dict()}, self.folder / BEST)
+                save_atomic(content | {"state_dict": self.model.state_for_others()}, self.folder / BEST)
                 if card:
                     write_card(self.folder / CARD, card)
 
@@ -241,6 +247,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if "metrics" in state:
+            self.model.restore_metrics(state["metrics"])
         self.position = Position(**{name: state.get(name, start) for name, start in asdict(Position()).items()})
         self.saved_step = self.position.step
         self.last_is_good = not saved.note

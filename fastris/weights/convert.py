@@ -29,8 +29,11 @@ def written_files(target: Path, kind: str) -> list[Path]:
 
 
 def write_model(model: ReferringModel, target: Path, kind: str, card: str) -> None:
-    """Write weights and configuration, each file in one step. A folder's card is left to :func:`.card.write_card`."""
-    config, state = model.config.to_dict(), model.state_dict()
+    """Write weights and configuration without what only training uses, each file in one step.
+
+    A folder's card is left to :func:`.card.write_card`.
+    """
+    config, state = model.config.for_others().to_dict(), model.state_for_others()
     if kind == "pth":
         published = {f"module.{name}": tensor for name, tensor in state.items()}
         save_atomic({"config": config, "card": card, "state_dict": published}, target)

@@ -93,13 +93,30 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
         {"max_steps": 2, "extra": {"vlba": "neck", "centre_layers": 3}},
         pytest.param({"max_steps": 2, "extra": {"vlba": "trunk", "centre_layers": 3}}, marks=pytest.mark.long),
+        {"max_steps": 2, "extra": {"alignment_loss": 0.5}},
     ],
-    ids=["plain", "accumulated, clipped, with the published quirk, over two epochs", "neck and centre", "trunk"],
+    ids=[
+        "plain",
+        "accumulated, clipped, with the published quirk, over two epochs",
+        "neck and centre",
+        "trunk",
+        "alignment loss",
+    ],
 )
 def test_two_processes_train_as_one_does(tmp_path, changes):
     assert run_processes(exact_run, 1, tmp_path / "one", changes)
     assert run_processes(exact_run, 2, tmp_path / "two", changes)[0].count("BatchNorm in sync") == 1
     assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_hide_words_and_count_them_together(tmp_path):
+    grounding = {"mask_grounding": 1.0, "predictor_layers": 1}
+    changes = {"max_steps": 2, "extra": train_config(tmp_path).extra | grounding}
+    assert run_processes(run, 2, tmp_path / "two", changes)
+    last, found = load_torch(tmp_path / "two" / "last.pth"), rows(tmp_path / "two" / "log.csv")
+    assert all(float(row["grounding_loss"]) > 5 for row in found)
+    assert last["metrics"]["seen"].sum() >= 2 * 4  # of each sentence of both processes at least one
 
 
 def alignformer_run(folder: Path, changes: dict) -> str:

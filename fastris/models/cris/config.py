@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,14 @@ _MAX_WIDTH = 16384  # of the neck's maps
 VLBA = ("off", "neck", "trunk")
 """Where pixels and words exchange; see :mod:`fastris.models.cris.vlba`."""
 HEADS = 8
-"""Heads of the centre embedding's attention, as published."""
+"""Heads of the centre embedding's attention, as published, and of Mask Grounding's predictor."""
+ALIGNMENT_WIDTH = 256
+"""Width in which the alignment loss compares pixels and sentences."""
+_GROUNDING: dict[str, Any] = {"mask_grounding": 0.0, "mask_rate": 0.15, "predictor_layers": 4, "whole_words": True}
+_TRAINING: dict[str, Any] = {**_GROUNDING, "alignment_loss": 0.0}
 ALIGNMENT_MODULE = ("off", "trunk")
 """Where MagNet's alignment module is; see :mod:`fastris.models.cris.cam`."""
-_SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0, "alignment_module": "off"}
+_SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0, "alignment_module": "off", **_TRAINING}
 
 
 @dataclass
@@ -135,6 +140,11 @@ class CRISConfig(ModelConfig):
     place of attention between pixels and words in both directions, "neck" or "trunk" (:mod:`fastris.models.cris.vlba`),
     ``centre_layers`` the depth of a centre embedding, 3 or 6 (:mod:`fastris.models.cris.centre`). "off" and 0 leave
     them out. ``alignment_module`` is MagNet's, "trunk" or "off" (:mod:`fastris.models.cris.cam`).
+
+    Two more add losses and parts that only training uses (:mod:`fastris.models.cris.training_parts`), each the weight
+    of its loss, 0 leaves it out: ``mask_grounding`` with ``mask_rate``, the probability with which a word is hidden,
+    ``predictor_layers``, and ``whole_words``, whether the pieces of a word are hidden together (where the vocabulary is
+    CLIP's own, which says where words end); and ``alignment_loss``. They are off in files for others.
     """
 
     system: ClassVar[str] = "cris"
@@ -142,7 +152,8 @@ class CRISConfig(ModelConfig):
     published: ClassVar[str] = "CVPR 2022, arXiv 2111.15174"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = CRIS_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
-    added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre", "cam")
+    added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre", "cam", "grounding", "cal")
+    training_parts: ClassVar[tuple[str, ...]] = ("grounding", "cal")
     not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
     published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
     # fmt: off
@@ -178,6 +189,11 @@ class CRISConfig(ModelConfig):
     vlba: str = "off"
     centre_layers: int = 0
     alignment_module: str = "off"
+    mask_grounding: float = 0.0
+    mask_rate: float = 0.15
+    predictor_layers: int = 4
+    whole_words: bool = True
+    alignment_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
@@ -189,6 +205,7 @@ class CRISConfig(ModelConfig):
         check_fields(self, {**self.limits, **SIZES})
         self._validate()
         self._validate_switches()
+        self._validate_training_switches()
         check_parameters(self.parameter_counts())
 
     def _validate_switches(self) -> None:
@@ -209,6 +226,43 @@ class CRISConfig(ModelConfig):
             raise ValueError(
                 f"vis_dim ({self.vis_dim}) must be divisible by {HEADS}, the heads of the centre embedding; change it, "
                 "or give centre_layers=0"
+            )
+
+    def _validate_training_switches(self) -> None:
+        for name in ("mask_grounding", "alignment_loss"):
+            value = getattr(self, name)
+            if value is False:  # what YAML makes of a bare off
+                setattr(self, name, 0.0)
+            elif not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be the weight of a loss, 0 (off) or more, got {shown(value)}")
+        if not _is_number(self.mask_rate) or not 0 < self.mask_rate <= 1:
+            raise ValueError(f"mask_rate must be a probability above 0 and at most 1, got {shown(self.mask_rate)}")
+        layers = self.predictor_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= _MAX_BLOCKS:
+            raise ValueError(f"predictor_layers must be a whole number from 1 to {_MAX_BLOCKS}, got {shown(layers)}")
+        if not isinstance(self.whole_words, bool):
+            raise ValueError(f"whole_words must be true or false, got {shown(self.whole_words)}")
+        self._validate_grounding()
+
+    def _validate_grounding(self) -> None:
+        if not self.mask_grounding:
+            idle = [name for name, default in _GROUNDING.items() if getattr(self, name) != default]
+            if idle:
+                raise ValueError(
+                    f"{idle[0]}={getattr(self, idle[0])} would do nothing without mask_grounding; give that a "
+                    f"weight such as 1.0, or leave {idle[0]} out"
+                )
+            return
+        if self.trunk_switch:
+            raise ValueError(
+                "mask_grounding needs an encoding of the image that has not heard the sentence, and with "
+                f"{self.trunk_switch}=trunk the image encoder hears every word that is to be guessed; leave one of "
+                "them out, or give vlba=neck"
+            )
+        if self.clip.transformer_width % HEADS:
+            raise ValueError(
+                f"clip.transformer_width ({self.clip.transformer_width}) must be divisible by {HEADS}, the heads of "
+                "Mask Grounding's predictor; change it, or give mask_grounding=0"
             )
 
     @property
@@ -266,6 +320,7 @@ class CRISConfig(ModelConfig):
         exchanged = sum(8 * size**2 + 7 * words**2 + 3 * size * words for size in self.vlba_widths)
         centre = self.centre_layers * 2 * words * (2 * words + self.dim_ffn) + words * (3 * words + self.text_outputs)
         aligned = sum(19 * size**2 + 6 * words**2 + 6 * size * words for size in self.alignment_widths)
+        predictor = self.predictor_layers * 12 * width**2 + clip.embed_dim * width + 2 * width**2 + clip.vocab_size
         pool = pooled * (3 * pooled + 2 * clip.embed_dim + (clip.image_resolution // 32) ** 2)
         return {
             "clip.transformer_width, clip.transformer_layers, clip.vocab_size": width * text,
@@ -275,6 +330,8 @@ class CRISConfig(ModelConfig):
             "vlba": exchanged,
             "alignment_module": aligned,
             "centre_layers, vis_dim, dim_ffn": centre if self.centre_layers else 0,
+            "predictor_layers, clip.transformer_width": predictor if self.mask_grounding else 0,
+            "alignment_loss, vis_dim": 2 * ALIGNMENT_WIDTH * words if self.alignment_loss else 0,
         }
 
     @classmethod
@@ -304,6 +361,10 @@ class CRISConfig(ModelConfig):
         """
         found = dataclasses.asdict(self)
         return {name: value for name, value in found.items() if name not in _SWITCHES or value != _SWITCHES[name]}
+
+    def for_others(self) -> CRISConfig:
+        """The same model without what only training uses."""
+        return dataclasses.replace(self, **_TRAINING)
 
     def in_words(self) -> str:
         """The model and its encoder, such as ``CRIS, CLIP RN50``."""
@@ -335,6 +396,10 @@ def flatten_sections(mapping: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _clip_name(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ from fastris.models.cris.config import CRISConfig
 from fastris.models.cris.decoder import TransformerDecoder
 from fastris.models.cris.neck import FPN
 from fastris.models.cris.projector import Projector, block_maps
+from fastris.models.cris.training_parts import Alignment, GroundingFeatures, HiddenWords, SentenceGrounding
 from fastris.models.cris.vlba import encode_with_words, exchanges
 from fastris.models.state_dicts import Adopted
 from fastris.nn.clip import CLIPBackbone
+from fastris.nn.mask_grounding import METRICS
 from fastris.nn.recompute import check_setting, recomputed
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.region_contrast import region_contrast
@@ -43,6 +45,10 @@ class ImageFeatures(NamedTuple):
         return self if index is None else ImageFeatures(*(level[index] for level in self))
 
 
+Features: TypeAlias = ImageFeatures | GroundingFeatures | Pixels
+"""What :meth:`CRIS.encode_image` returns."""
+
+
 class Decoded(NamedTuple):
     """What neck and decoder made of E expressions.
 
@@ -50,12 +56,15 @@ class Decoded(NamedTuple):
         pixels: the map (E, D, h, w).
         words: (E, L, D), as the decoder saw them; ``valid`` (E, L) is False at padding.
         state: the sentences (E, S).
+        tokens: their ids (E, L). hidden: the same sentences with hidden words, where words are hidden.
     """
 
     pixels: Tensor
     words: Tensor
     valid: Tensor
     state: Tensor
+    tokens: Tensor
+    hidden: HiddenWords | None = None
 
 
 class CRIS(ReferringModel, tags=["cris"]):
@@ -110,6 +119,8 @@ class CRIS(ReferringModel, tags=["cris"]):
         self.centre = None
         if config.centre_layers:
             self.centre = Centre(config.vis_dim, config.centre_layers, config.dim_ffn, config.text_outputs)
+        self.grounding = SentenceGrounding(config) if config.mask_grounding else None
+        self.cal = Alignment(config) if config.alignment_loss else None
 
     def set_recompute(self, setting: str) -> CRIS:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
@@ -118,22 +129,26 @@ class CRIS(ReferringModel, tags=["cris"]):
         backward pass, and the whole text encoder, but no convolution; ``"stages"`` also the image encoder's first
         stages. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
         """
-        for part in (self, self.backbone, self.backbone.visual):
+        parts = (self, self.backbone, self.backbone.visual, *(() if self.grounding is None else (self.grounding,)))
+        for part in parts:
             part.recompute = check_setting(setting)
         return self
 
-    def encode_image(self, images: Tensor) -> ImageFeatures | Pixels:
+    def encode_image(self, images: Tensor) -> ImageFeatures | GroundingFeatures | Pixels:
         """Encode images (B, 3, H, W), normalised as CLIP's, with the image encoder and the neck's image part.
 
-        Where the trunk hears the words, the images as they are, after the same checks. Raises ValueError unless H and
-        W are multiples of 32 pixels, TypeError for a dtype that does not fit.
+        Where the trunk hears the words, the images as they are, after the same checks. In training mode with
+        ``mask_grounding`` the result has C5, too. Raises ValueError unless H and W are multiples of 32 pixels,
+        TypeError for a dtype that does not fit.
         """
         _check_images(images, next(self.backbone.visual.parameters()).dtype)
         if not self.shares_image:
             return Pixels(images)
-        return self._projected(self.backbone.encode_image(images))
+        maps = self.backbone.encode_image(images)
+        features = self._projected(maps)
+        return features if self.grounding is None or not self.training else GroundingFeatures(*features, maps[2])
 
-    def segment(self, features: ImageFeatures | Pixels, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+    def segment(self, features: Features, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Logits (E, 1, H/4, W/4) of the expressions ``tokens`` (E, L) about encoded images.
 
         ``index`` (E,) int64 says which image each expression belongs to; without it the expressions and images
@@ -148,7 +163,7 @@ class CRIS(ReferringModel, tags=["cris"]):
 
     def loss(
         self,
-        features: ImageFeatures | Pixels,
+        features: Features,
         tokens: Tensor,
         mask: Tensor,
         index: Tensor | None = None,
@@ -162,10 +177,27 @@ class CRIS(ReferringModel, tags=["cris"]):
         With a centre embedding it is the mean over all its outputs, too, and the logits are the last one's.
         ``instance_contrast`` times the contrast of the last text kernel is added; that kernel's centre is the sum of
         its taps, which is what scores a patch of equal pixels.
+
+        In training mode ``mask_grounding`` and ``alignment_loss`` times their losses are added, too.
         """
         self._check_features(features)
         check_mask(mask, len(features[0]), len(tokens))
-        decoded = self._decode(features, tokens, index)
+        decoded = self._decode(features, tokens, index, hides=self.training and self.grounding is not None)
+        loss, logits = self._segmentation_loss(decoded, mask, index, origin)
+        if decoded.hidden is not None:
+            assert self.grounding is not None and isinstance(features, GroundingFeatures)
+            embedding = self.backbone.token_embedding.weight
+            grounding = self.grounding.loss(decoded.hidden, decoded.tokens, features.c5, mask, embedding, index)
+            loss = loss + self.config.mask_grounding * grounding
+        if self.cal is not None and self.training:
+            alignment = self.cal(decoded.pixels, decoded.words, decoded.tokens, mask)
+            loss = loss + self.config.alignment_loss * alignment
+        return loss, logits
+
+    def _segmentation_loss(
+        self, decoded: Decoded, mask: Tensor, index: Tensor | None, origin: Origin | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss on the logits, with the instance contrast, and the logits."""
         if self.centre is None and not self.instance_contrast:
             return self.proj(decoded.pixels, decoded.state, mask)
         scored, kernels, bias = self._kernels(decoded, all_outputs=True)
@@ -201,27 +233,46 @@ class CRIS(ReferringModel, tags=["cris"]):
             made = made + self.centre.corrections(decoded.words, decoded.valid, maps, all_outputs)
         return features, made[..., :-1].unflatten(2, (proj.in_dim, proj.kernel_size, proj.kernel_size)), made[..., -1]
 
-    def _decode(self, features: ImageFeatures | Pixels, tokens: Tensor, index: Tensor | None) -> Decoded:
-        """Encode the text and run neck and decoder, and where pixels and words exchange, that."""
+    def _decode(self, features: Features, tokens: Tensor, index: Tensor | None, hides: bool = False) -> Decoded:
+        """Encode the text and run neck and decoder, and where pixels and words exchange, that.
+
+        ``hides`` encodes the sentences with hidden words, too, of which nothing reaches the rest.
+        """
         self._check_features(features)
         _check_tokens(tokens, self.config)
         check_index(index, len(features[0]), len(tokens))
         tokens = without_shared_padding(tokens)
-        features = features.select(index)
+        if hides and not isinstance(features, GroundingFeatures):
+            raise TypeError(
+                "features were encoded in eval mode, and with mask_grounding the loss reads C5 as well; call "
+                "encode_image in training mode"
+            )
+        features, hidden = features.select(index), None
         if isinstance(features, Pixels):
             maps, words, state = self._encode_together(features.images, tokens)
             features = self._projected(maps)
         else:
-            words, state = self.backbone.encode_text(tokens)
+            words, state, hidden = self._encode_text(tokens, hides)
         if self.config.vlba != "neck":
-            fused = recomputed([self.neck], self.recompute, self._fuse, state, *features)
+            fused = recomputed([self.neck], self.recompute, self._fuse, state, *features[:3])
         else:
             parts = [self.neck, self.vlba]
-            fused, words, state = recomputed(parts, self.recompute, self._exchange_and_fuse, words, tokens, *features)
+            fused, words, state = recomputed(
+                parts, self.recompute, self._exchange_and_fuse, words, tokens, *features[:3]
+            )
         decoded = self.decoder(fused, words, tokens == 0)
         if isinstance(decoded, list):
             decoded = decoded[-1]
-        return Decoded(decoded.reshape(fused.shape), words, tokens != 0, state)
+        return Decoded(decoded.reshape(fused.shape), words, tokens != 0, state, tokens, hidden)
+
+    def _encode_text(self, tokens: Tensor, hides: bool) -> tuple[Tensor, Tensor, HiddenWords | None]:
+        """Words, sentences and, if any words are to be hidden, the sentences without them, from one pass."""
+        if not hides:
+            return *self.backbone.encode_text(tokens), None
+        assert self.grounding is not None and self.grounding.mask_embedding is not None
+        masking = self.grounding.hide(tokens)
+        found = self.backbone.encode_text_and_hidden(tokens, masking.hidden, self.grounding.mask_embedding)
+        return found[0], found[1], HiddenWords(masking, found[2])
 
     def _encode_together(self, images: Tensor, tokens: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """C3, C4, C5, the words and the sentences' states of images (E, 3, H, W) and tokens (E, L), for each phrase."""
@@ -254,6 +305,25 @@ class CRIS(ReferringModel, tags=["cris"]):
         _check_tokens(tokens, self.config)
         return self.backbone.encode_text(tokens)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of Mask Grounding and of the alignment loss, where they are on."""
+        return (*(METRICS if self.grounding else ()), *(("alignment_loss",) if self.cal else ()))
+
+    def take_metrics(self) -> dict[str, float]:
+        """See :attr:`metric_names`."""
+        found = {} if self.grounding is None else self.grounding.take_metrics()
+        return found if self.cal is None else found | {"alignment_loss": self.cal.meter.take()}
+
+    def metrics_state(self) -> dict[str, Tensor]:
+        """How often each word was hidden so far."""
+        return {} if self.grounding is None else self.grounding.tally.state()
+
+    def restore_metrics(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`metrics_state` returned."""
+        if self.grounding is not None:
+            self.grounding.tally.restore(state)
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """``backbone``: the CLIP encoders. ``head``: all else and, as published, CLIP's positional embeddings."""
         groups: dict[str, list[nn.Parameter]] = {"backbone": [], HEAD: []}
@@ -272,9 +342,10 @@ class CRIS(ReferringModel, tags=["cris"]):
             )
 
     def _check_features(self, features: Any) -> None:
-        if isinstance(features, ImageFeatures if self.shares_image else Pixels):
+        encoded = (ImageFeatures, GroundingFeatures)
+        if isinstance(features, encoded if self.shares_image else Pixels):
             return
-        if isinstance(features, ImageFeatures):
+        if isinstance(features, encoded):
             raise TypeError(
                 "features are of images that were encoded once for all phrases, and with "
                 f"{self.config.trunk_switch}='trunk' the image encoder hears each phrase; give what this model's "
