@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.lean_linear import normed_linear
 from fastris.nn.separate_attention import xavier
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 
@@ -71,5 +72,6 @@ class DeformableLayer(nn.Module):
 
     def forward(self, y: Tensor, positions: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D); ``positions`` (M, D)."""
-        y = self.norm1(y + self.self_attn(y + positions, y, sizes, places))
-        return self.norm2(y + self.linear2(F.relu(self.linear1(y))))
+        attended = y + self.self_attn(y + positions, y, sizes, places)
+        y, hidden = normed_linear(attended, self.norm1, self.linear1)
+        return self.norm2(y + self.linear2(F.relu(hidden)))

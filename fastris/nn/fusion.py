@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.lean_linear import gelu_linear
 from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.reference import BidirectionalAttentionWeights
 
@@ -51,11 +52,11 @@ class Fusion(nn.Module):
         first: Any = self.project_mm[0]
         own, attended_weight = first.weight[..., 0].chunk(2, dim=1)  # of [seen, attended]; the latter is absorbed
         attended = self._attend(pixels, words, valid, attended_weight)
-        seen = F.gelu(_pointwise(self.vis_project[0], pixels))
+        seen = gelu_linear(_pointwise(self.vis_project[0], pixels), own, first.bias)
         said = mask * F.gelu(_pointwise(self.lang_project[0], words))
-        mixed = F.gelu(F.linear(seen, own, first.bias) + attended.pixels)
+        second: Any = self.project_mm[3]
         return Residuals(
-            F.gelu(_pointwise(self.project_mm[3], mixed)),
+            F.gelu(gelu_linear(seen + attended.pixels, second.weight[..., 0], second.bias)),
             mask * _mixed(self.sym_project_mm, torch.cat([said, attended.words], dim=-1)),
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastris.nn.lean_linear import normed_linear
 from fastris.reference import SeparateAttentionWeights
 
 
@@ -52,8 +53,10 @@ class CrossAttentionLayer(nn.Module):
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output (..., width) from its input and what that has read."""
-        x = self.norm_ca(x + attended)
-        return self.norm_ffn(x + self.ffn(x))
+        first: Any
+        first, activation, _, second = self.ffn
+        x, hidden = normed_linear(x + attended, self.norm_ca, first)
+        return self.norm_ffn(x + second(activation(hidden)))
 
 
 def xavier(module: nn.Module) -> None:

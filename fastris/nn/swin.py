@@ -12,6 +12,9 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
+from fastris.nn.lean_linear import gelu_linear, normed_linear, runs_as_published
+from fastris.nn.window_attention import window_attention
+
 PATCH = 4
 
 
@@ -19,6 +22,9 @@ class SwinBlock(SwinTransformerBlock):
     """timm's block with the padding of the segmentation Swin: zeros first, then the shift; windows are never clipped.
 
     timm shifts first, which differs wherever a map is padded by another width than the shift's. Padded pixels are keys.
+
+    But on the reference path and under ``torch.compile``, a training step keeps less than half of what timm's block
+    does, see :mod:`fastris.nn.lean_linear` and :mod:`fastris.nn.window_attention`, and can be differentiated once.
     """
 
     def __init__(self, width: int, num_heads: int, window: int, shifted: bool, drop_path: float):
@@ -35,8 +41,29 @@ class SwinBlock(SwinTransformerBlock):
         index: Any = self.attn.relative_position_index  # the released files have it
         self.attn.register_buffer("relative_position_index", index, persistent=True)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        if runs_as_published():
+            return super().forward(x)
+        norm: Any = self.norm2
+        first: Any = self.mlp.fc1
+        second: Any = self.mlp.fc2
+        x = x + self.drop_path1(self._attended(x))
+        hidden = normed_linear(x, norm, first)[1]
+        return x + self.drop_path2(gelu_linear(hidden, second.weight, second.bias))
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """``_attn(norm1(x))``, keeping less."""
+        norm: Any = self.norm1
+        attn: Any = self.attn
+        qkv = normed_linear(x, norm, attn.qkv)[1]
+        table = attn.relative_position_bias_table
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        fill, index = attn.qkv.bias.to(qkv.dtype), attn.relative_position_index
+        return attn.proj(window_attention(qkv, fill, table, index, attn.num_heads, self.shift_size[0]))
+
     def _attn(self, x: Tensor) -> Tensor:
-        """Attention in windows of a normed map (B, H, W, C)."""
+        """Attention in windows of a normed map (B, H, W, C), as published."""
         height, width = x.shape[1:3]
         side, shift = self.window_size[0], self.shift_size[0]
         x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
