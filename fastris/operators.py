@@ -66,6 +66,7 @@ OPERATORS: dict[str, Operator] = {
             "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce"
         ),
         Operator("pixel_contrast", "pixel_contrast", "pixel_contrast", "", "pixel_contrast"),
+        Operator("pixel_word_attention", "pixel_word_attention", "pixel_word_attention", "", "pixel_word_attention"),
         Operator(
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",

@@ -21,6 +21,7 @@ from fastris.reference import (
     BidirectionalAttentionWeights,
     FeedForwardWeights,
     PixelNorm,
+    PixelWordWeights,
     SeparateAttentionWeights,
 )
 
@@ -437,6 +438,36 @@ def word_problem(
     return Problem("word_attention", label, make, call, samples, ("padding_mask",), **uses)
 
 
+def pixel_word_problem(
+    rows: int, dim: int, text_dim: int, real: tuple[int, ...], words: int | None = None, **uses: bool
+) -> Problem:
+    """Sentences of ``real`` words. The keys' bias, which a softmax takes out, is fixed: its gradient is rounding."""
+    words = words or max(real)
+
+    def make() -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in ("project", "query", "key", "value", "out", "mixed"):
+            shapes[f"{part}_weight"] = dim, text_dim if part in ("key", "value") else dim
+            if part != "key":
+                shapes[f"{part}_bias"] = (dim,)
+        shapes |= {f"{part}_norm_{kind}": (dim,) for part in ("query", "out") for kind in ("weight", "bias")}
+        inputs = {name: value / shapes[name][-1] ** 0.5 for name, value in drawn(shapes).items()}
+        inputs |= {name: 1 + inputs[name] for name in ("query_norm_weight", "out_norm_weight")}
+        inputs |= {"pixels": randn(len(real), rows, dim, seed=30), "words": randn(len(real), words, text_dim, seed=31)}
+        return inputs | {"valid": torch.arange(words) < torch.tensor(real)[:, None]}
+
+    def call(impl: str) -> Callable:
+        def function(pixels: Tensor, words: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
+            fixed = torch.linspace(-1, 1, dim).to(weights["query_bias"])
+            own = PixelWordWeights(**weights, key_bias=fixed)
+            return ops.pixel_word_attention(pixels, words, valid, own, impl=impl)
+
+        return function
+
+    label = f"N{rows}-C{dim}-T{text_dim}-real{'+'.join(map(str, real))}-of{words}"
+    return Problem("pixel_word_attention", label, make, call, ("pixels", "words", "valid"), ("valid",), **uses)
+
+
 def deformable_problem(
     batch: int, queries: int, heads: int, width: int, sizes: tuple[tuple[int, int], ...], points: int, **uses: bool
 ) -> Problem:
@@ -592,6 +623,13 @@ def every_problem() -> Iterator[Problem]:
     yield word_problem(1, 1, 64, 2, (8, 5), kernels=True)
     yield word_problem(2, 67, 40, 5, (9, 7), real=(6, 0), kernels=True)  # tiles of pixels, a group of heads too few
     yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
+
+    yield pixel_word_problem(40, 16, 12, (5, 3), thorough=True)  # the query's norm through its weights
+    yield pixel_word_problem(7, 16, 12, (2, 3), 4, thorough=True)  # and through the queries
+    yield pixel_word_problem(7, 4, 3, (3, 2), **small)
+    yield pixel_word_problem(3, 5, 3, (3, 2), **small)
+    yield pixel_word_problem(70, 24, 40, (20, 1, 0, 9))
+    yield pixel_word_problem(1, 32, 8, (3, 1), few=True)
 
     yield deformable_problem(2, 5, 2, 4, ((2, 4), (1, 3)), 2, **whole)
     yield deformable_problem(2, 2, 2, 2, ((2, 3), (1, 2)), 2, **small)

@@ -24,7 +24,7 @@ from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
 from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.nn.separate_attention import SeparateAttention, xavier
-from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights
+from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights, PixelWordWeights
 
 from .problem import Problem
 
@@ -252,6 +252,25 @@ def _word_attention(own: Any, **tensors: Any) -> Tensor:
     from fastris.ops.word_attention import word_attention
 
     return word_attention(**tensors, weights=own.attention.weights(), num_heads=own.heads)
+
+
+def pixel_word_attention(batch: int, side: int, width: int, text_width: int, words: int) -> Problem:
+    """MagNet's pixels of a map, side x side, which read a sentence without padding."""
+    own = Own(_pixel_word_attention)
+    sizes = {"project": width, "query": width, "key": text_width, "value": text_width, "out": width, "mixed": width}
+    for name, size in sizes.items():
+        setattr(own, name, nn.Linear(size, width))
+    own.query_norm, own.out_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+    inputs = {"pixels": torch.randn(batch, side * side, width), "words": torch.randn(batch, words, text_width)}
+    return Problem(own, inputs, {"valid": torch.ones(batch, words)})
+
+
+def _pixel_word_attention(own: Any, pixels: Tensor, words: Tensor, valid: Tensor) -> Tensor:
+    from fastris.ops.pixel_word_attention import pixel_word_attention
+
+    parts = own.project, own.query, own.query_norm, own.key, own.value, own.out, own.out_norm, own.mixed
+    weights = PixelWordWeights(*(each for part in parts for each in (part.weight, part.bias)))
+    return pixel_word_attention(pixels, words, valid, weights)
 
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:

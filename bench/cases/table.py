@@ -148,6 +148,21 @@ def _bidirectional(name: str, where: str, batch: int, side: int, width: int, tex
     )
 
 
+def _pixel_word(stage: int, goal: float) -> Case:
+    width, side = 128 << stage, 120 >> stage
+    return Case(
+        name=f"pixel_word_attention_stage{stage + 1}",
+        op="pixel_word_attention",
+        title=f"pixels read words: MagNet, {width} channels, {side}x{side}, 20 words of width 768, B=1",
+        build=builders.pixel_word_attention,
+        composed=True,
+        sizes={"batch": 1, "side": side, "width": width, "text_width": 768, "words": 20},
+        small={"batch": 2, "side": 7 - 2 * stage, "width": 16, "text_width": 12, "words": 5},
+        goals={"cpu/float32": goal},
+        compiles_long=True,
+    )
+
+
 CASES: tuple[Case, ...] = (
     Case(
         name="similarity_loss",
@@ -294,6 +309,7 @@ CASES: tuple[Case, ...] = (
         small={"pixels": 35, "dim": 64, "heads": 4, "words": 11, "word_dim": 24},
         goals={"cpu/float32": 1.4},
     ),
+    *(_pixel_word(stage, goal) for stage, goal in enumerate((1.4, 1.4, 1.0, 1.0))),
     Case(
         name="deformable_attention",
         op="deformable_attention",

@@ -8,6 +8,7 @@ from fastris.ops.feed_forward import feed_forward
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 from fastris.ops.pixel_contrast import pixel_contrast
+from fastris.ops.pixel_word_attention import pixel_word_attention
 from fastris.ops.pointwise_conv import pointwise_conv_cat
 from fastris.ops.proofs import PROOFS
 from fastris.ops.region_contrast import region_contrast
@@ -31,6 +32,7 @@ __all__ = [
     "few_query_attention",
     "multiscale_deformable_attention",
     "pixel_contrast",
+    "pixel_word_attention",
     "pointwise_conv_cat",
     "region_contrast",
     "self_attention",

@@ -150,6 +150,23 @@ class _ThroughMaps(torch.autograd.Function):
             return d_pixels, d_scaled * query_scale, None, *d_weights, None, None
 
 
+def with_silent(x: Tensor, *others: Tensor) -> Tensor:
+    """``x`` itself. The others change nothing that is made of it, and their gradients are exactly 0."""
+    return _Silent.apply(x, *others)
+
+
+class _Silent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *others):
+        ctx.shapes = [each.shape for each in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        needed = zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        return upstream, *(upstream.new_zeros(shape) if need else None for shape, need in needed)
+
+
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
     """``left @ right``, added to ``onto`` in place, in float32 or wider, of operands that are rounded to ``dtype``.
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.dispatch import resolve
-from fastris.ops.absorbed_scores import score_and_read
-from fastris.ops.checks import check_is_tensor, check_shape, check_tensors, compute_dtype
+from fastris.ops.absorbed_scores import score_and_read, with_silent
+from fastris.ops.checks import check_shape, check_tensors, compute_dtype
+from fastris.ops.padding import check_valid
 from fastris.reference import BidirectionalAttentionWeights
 
 NAME = "bidirectional_attention"
@@ -89,7 +90,7 @@ def bidirectional_attention(
         mask = valid.to(wide)
         said = words.to(wide)
         key = mask[..., None] * F.linear(said, own.key_weight, own.key_bias)
-        key = _Silent.apply(key, own.query_bias, own.value_bias, own.out_bias, own.sym_value_bias)
+        key = with_silent(key, own.query_bias, own.value_bias, own.out_bias, own.sym_value_bias)
         bias = 1e4 * mask - 1e4
         kernels = path == "triton" and words.shape[1] <= MAX_KERNEL_WORDS
         scored = score_and_read(pixels.to(dtype), key, bias, own.query_weight, own.sym_value_weight, eps, kernels)
@@ -122,12 +123,7 @@ def _check(
         check_shape(NAME, field, tensor, (rows, columns) if kind == "weight" else (rows,))
     if project_weight is not None:
         check_shape(NAME, "project_weight", project_weight, ("C'", width))
-    check_is_tensor(NAME, "valid", valid)
-    check_shape(NAME, "valid", valid, (batch, length))
-    if valid.device != pixels.device:
-        raise ValueError(
-            f"{NAME}: valid is on {valid.device} but pixels is on {pixels.device}; move them to one device"
-        )
+    check_valid(NAME, valid, "pixels", pixels, length)
 
 
 def _absorb(
@@ -148,17 +144,3 @@ def _absorb(
     variance = (value * (spread @ value)).sum(1, keepdim=True).clamp_min(0)
     value = value * (variance + eps).rsqrt()
     return value if project_weight is None else F.linear(value, project_weight)
-
-
-class _Silent(torch.autograd.Function):
-    """The first tensor; the others change nothing, and their gradients are exactly 0."""
-
-    @staticmethod
-    def forward(ctx, x, *others):
-        ctx.shapes = [each.shape for each in others]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        needed = zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
-        return upstream, *(upstream.new_zeros(shape) if need else None for shape, need in needed)

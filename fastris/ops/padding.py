@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastris.ops.checks import check_shape
+from fastris.ops.checks import check_is_tensor, check_shape
 
 
 def check_padding_mask(operator: str, padding_mask: Tensor, like_name: str, like: Tensor, words: int) -> None:
@@ -20,6 +20,16 @@ def check_padding_mask(operator: str, padding_mask: Tensor, like_name: str, like
         raise ValueError(
             f"{operator}: padding_mask is on {padding_mask.device} but {like_name} is on {like.device}; "
             "move them to one device"
+        )
+
+
+def check_valid(operator: str, valid: Tensor, like_name: str, like: Tensor, words: int) -> None:
+    """Raise unless the mask of words that are no padding is (B, L), on the device of the argument ``like``."""
+    check_is_tensor(operator, "valid", valid)
+    check_shape(operator, "valid", valid, (like.shape[0], words))
+    if valid.device != like.device:
+        raise ValueError(
+            f"{operator}: valid is on {valid.device} but {like_name} is on {like.device}; move them to one device"
         )
 
 

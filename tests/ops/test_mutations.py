@@ -27,6 +27,7 @@ from operator_cases import (
     feed_forward_problem,
     few_query_problem,
     pixel_contrast_problem,
+    pixel_word_problem,
     pointwise_problem,
     region_contrast_problem,
     self_attention_problem,
@@ -193,6 +194,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "upsampled_bce_with_logits": lambda: of_contract(upsampled_bce_problem(2, 3, (4, 5), (9, 14))),
     "word_attention": lambda: of_contract(word_problem(2, 5, 32, 2, (7, 3), real=(3, 2))),
     "word_attention, projected": lambda: of_contract(word_problem(2, 5, 16, 8, (7, 3), real=(3, 2))),
+    "pixel_word_attention": lambda: of_contract(pixel_word_problem(20, 6, 5, (3, 2))),
+    "pixel_word_attention, queries": lambda: of_contract(pixel_word_problem(4, 6, 5, (3, 2))),
     "multiscale_deformable_attention": lambda: of_contract(deformable_problem(2, 5, 2, 3, ((3, 4), (2, 2)), 2)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
@@ -226,7 +229,7 @@ INSIDE = {
         absorbed_scores._mapped
         absorbed_scores._centred absorbed_scores._read absorbed_scores._read_backward
         absorbed_scores._variance_backward absorbed_scores._outer bidirectional_attention._absorb
-        bidirectional_attention._Silent.forward bidirectional_attention._Silent.backward""",
+        absorbed_scores.with_silent absorbed_scores._Silent.forward absorbed_scores._Silent.backward""",
     "bidirectional_attention, maps": """
         absorbed_scores._ThroughMaps.forward absorbed_scores._ThroughMaps.backward absorbed_scores._scale""",
     "few_query_attention": """
@@ -247,6 +250,15 @@ INSIDE = {
         absorbed_attention._BareAttention.forward
         absorbed_attention._BareAttention.backward""",
     "word_attention, projected": "word_attention._projected",
+    "pixel_word_attention": """
+        pixel_word_attention._answers pixel_word_products.attend_and_mix pixel_word_products._ThroughGram.forward
+        pixel_word_products._ThroughGram.backward pixel_word_products.linear pixel_word_products._mix
+        pixel_word_products._heard pixel_word_products._with_ones pixel_word_products._mix_backward
+        pixel_word_products._slope pixel_word_products._flat_product pixel_word_products._outer
+        pixel_word_products._mapped""",
+    "pixel_word_attention, queries": """
+        pixel_word_products._ThroughQuery.forward pixel_word_products._ThroughQuery.backward
+        pixel_word_products._unit""",
     "multiscale_deformable_attention": """
         deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
         deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner
