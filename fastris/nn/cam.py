@@ -16,6 +16,7 @@ from fastris.dispatch import requested_impl
 from fastris.nn.fusion import Gate
 from fastris.nn.positions import pyramid_spread
 from fastris.nn.swin import initialise_linear
+from fastris.ops.pixel_word_attention import pixel_word_attention
 from fastris.reference import LanguageMask, PixelWordWeights, WordPixelWeights
 
 SIDES = (1, 2, 3, 6)
@@ -24,7 +25,7 @@ _REDUCTION = 4
 
 
 class PixelWordAttention(nn.Module):
-    """Pixels that read words; see :func:`fastris.reference.pixel_word_attention`."""
+    """Pixels that read words; see :func:`fastris.ops.pixel_word_attention`."""
 
     def __init__(self, width: int, text_width: int):
         super().__init__()
@@ -37,14 +38,14 @@ class PixelWordAttention(nn.Module):
         self.project_mm = nn.Sequential(nn.Conv1d(width, width, 1))
 
     def weights(self) -> PixelWordWeights:
-        """The parameters, for :mod:`fastris.reference.pixel_word_attention`."""
+        """The parameters, for the operator."""
         inner: Any = self.image_lang_att
         layers = (self.vis_project[0], *inner.f_query, inner.f_key[0], inner.f_value[0], *inner.W, self.project_mm[0])
         return PixelWordWeights(*(each for layer in layers for each in _matrix_and_bias(layer)))
 
     def forward(self, pixels: Tensor, words: Tensor, valid: Tensor) -> Tensor:
         """The residual (B, N, C) of pixels (B, N, C); ``valid`` (B, L) is 0 at padding."""
-        return reference.pixel_word_attention(pixels, words, valid, self.weights())
+        return pixel_word_attention(pixels, words, valid, self.weights())
 
 
 class WordPixelAttention(nn.Module):
