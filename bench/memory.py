@@ -1,4 +1,4 @@
-"""``python -m bench.memory``: what a training step of CRIS keeps and needs, what batch fits on a card, what it costs.
+"""``python -m bench.memory``: what a training step keeps and needs, what batch fits on a card, what it costs.
 
 Kept is what stays allocated between forward and backward. What a card needs beside that is counted, too: weights,
 gradients and Adam's state in float32, the batch, and the largest number of bytes alive in any part of forward and
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastris.models import registry
 from fastris.models.config import ModelConfig
@@ -31,7 +32,7 @@ from .cases.builders import model_and_data
 from .cases.table import REAL_LENGTHS
 from .counter import Kept, LiveStorages
 from .options import BASELINE, with_options
-from .report.pages import BATCH, DTYPE, WHOLE_GOALS, WholeCell, fits_table, kept_table, time_table
+from .report.pages import BATCH, CRIS_R50, DTYPE, WholeCell, fits_table, kept_table, time_table
 from .report.results import save
 from .timing import machine
 from .timing.harness import Progress, failures_into, order_of_round, release, synchronize, timed
@@ -51,9 +52,23 @@ PARTS = STAGES | {
 }
 """The stages and what they are made of, for the peaks."""
 
+ALIGNFORMER = {
+    "text encoder": ("text_encoder.forward",),
+    "image encoder": ("backbone.forward",),
+    "pixel decoder": ("classifier.pix_dec.forward",),
+    "centre embedding + loss": ("classifier.forward",),
+}
+"""Part -> the methods of :class:`fastris.AlignFormer` that run in it; what is in no other part belongs to the last."""
+
+
+def parts_of(config: ModelConfig) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]:
+    """A system's stages and its parts; the last stage gets what is in none."""
+    return (ALIGNFORMER, ALIGNFORMER) if config.system == "alignformer" else (STAGES, PARTS)
+
+
 OWN_STAGES = ("neck", "decoder", "projector + loss")
 GOAL = 0.5
-"""Bytes kept in CRIS's own stages by an arm, at most this fraction of the baseline's."""
+"""Bytes kept in CRIS's own stages, or in the whole of another system, at most this fraction of the baseline's."""
 
 TITLE = (
     f"kept for backward per image: neck + decoder + projector + loss of CRIS-RN50 at 416x416, B={BATCH}, dropout 0.1, "
@@ -63,13 +78,15 @@ TITLE = (
 
 @dataclass
 class WholeConfig:
-    """Counts what a training step of CRIS-RN50 at 416x416 keeps and needs, for every recompute setting."""
+    """Counts what a training step of a model at its own size keeps and needs, for every recompute setting."""
 
+    model: str = option("cris_r50", "preset whose step is counted, e.g. alignformer_swin_b")
     arms: tuple[str, ...] = option((), f"arms to count beside {BASELINE}; all eager paths that run here if empty")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     rounds: int = option(0, "steps to time per setting, in turns; 0 counts only")
     batch: int = option(BATCH, "images per timed step; at least 2")
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = option(("bfloat16",), "precisions of timed steps")
+    counted: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of counted steps")
     json: Path | None = option(None, "file for all counts and timings")
 
 
@@ -78,13 +95,17 @@ def run(config: WholeConfig) -> int:
     if config.rounds < 0 or config.batch < 2:
         raise ValueError(f"rounds must be at least 0 and batch at least 2, got {config.rounds} and {config.batch}")
     cells: list[WholeCell] = []
-    model = registry.preset("cris_r50")
-    count_whole(choose_arms(config.arms, device, DTYPE), device, _say, cells, model)
-    print(kept_table(cells), fits_table(cells), sep="\n\n")
+    model = registry.preset(config.model)
+    if model.system != "cris":
+        model = _countable(model)
+    dtype, of = getattr(torch, config.counted), _about(config, model)
+    count_whole(choose_arms(config.arms, device, dtype), device, _say, cells, model, dtype=dtype)
+    print(kept_table(cells, of), fits_table(cells, of), sep="\n\n")
     content: dict[str, Any] = {
         "machine": machine.prepare(device),
         "batch": BATCH,
-        "goals": WHOLE_GOALS,
+        "goals": of["goals"],
+        "of": of,
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
     if config.rounds:
@@ -96,6 +117,26 @@ def run(config: WholeConfig) -> int:
     if config.json is not None:
         save(config.json, content)
     return int(any(cell.message for cell in cells))
+
+
+def _countable(config: Any) -> Any:
+    """The model as its cases are: nothing is left out at random, and sentences need no vocabulary from elsewhere."""
+    return dataclasses.replace(config, drop_path=0.0, vocabulary="built-in")
+
+
+def _about(options: WholeConfig, config: ModelConfig) -> dict[str, Any]:
+    """What is counted; see :data:`bench.report.pages.CRIS_R50`."""
+    if config.system == "cris":
+        return {**CRIS_R50, "dtype": options.counted}
+    side = config.input_size
+    return {
+        "model": f"{config.in_words()} at {side}x{side}",
+        "dtype": options.counted,
+        "words": config.word_len,
+        "goals": {},
+        "share": GOAL,
+        "published_batch": config.recipe.batch_size,
+    }
 
 
 def time_settings(
@@ -149,6 +190,7 @@ def count_whole(
     cells: list[WholeCell],
     config: ModelConfig,
     settings: Sequence[str] = RECOMPUTE_SETTINGS,
+    dtype: torch.dtype = DTYPE,
 ) -> None:
     """Count every eager arm but the repaired one with every setting, the baseline as published, into ``cells``."""
     for arm in arms:
@@ -158,7 +200,7 @@ def count_whole(
             progress(f"counting {arm.name}, recompute {setting}")
             cells.append(cell := WholeCell(arm.name, recompute=setting))
             with failures_into(cell), arm.active():
-                small, large = (count_step(config, setting, device, batch) for batch in (BATCH, 2 * BATCH))
+                small, large = (count_step(config, setting, device, batch, dtype) for batch in (BATCH, 2 * BATCH))
                 cell.stages = {name: vars(stage) for name, stage in small.kept.items()}
                 cell.fixed, cell.lines = small.fixed, lines_through(small, large)
                 cell.status = "measured"
@@ -176,21 +218,24 @@ class StepCount:
     peaks: dict[str, int]
 
 
-def count_step(config: ModelConfig, recompute: str, device: torch.device, batch: int = BATCH) -> StepCount:
-    """Count a training step under autocast by the path that is in use. The outputs do not count as kept."""
+def count_step(
+    config: ModelConfig, recompute: str, device: torch.device, batch: int = BATCH, dtype: torch.dtype = DTYPE
+) -> StepCount:
+    """Count a training step, under autocast unless in float32, by the path in use. Outputs do not count as kept."""
     model, data = model_and_batch(config, recompute, device, batch)
     counter = LiveStorages([*model.parameters(), *model.buffers()], data)
-    with counter, told_of_parts(model, counter):
-        with torch.autocast(device.type, dtype=DTYPE):
+    own_stages, parts = parts_of(config)
+    with counter, told_of_parts(model, counter, parts):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
             loss = model(*data)[2]
         kept = counter.kept()
         loss.backward()
     trained, given = sum(p.nbytes for p in model.parameters()), sum(tensor.nbytes for tensor in data)
     peaks = {part: peak + given for part, peak in counter.peaks.items()}
     peaks["optimizer"] = 3 * trained  # the gradients, and two intermediate results of their size
-    stages = {name: Kept() for name in STAGES}
+    stages = {name: Kept() for name in own_stages}
     for part, bytes_ in kept.items():
-        stage = stages[part if part in STAGES else "image encoder" if part in PARTS else "projector + loss"]
+        stage = stages[part if part in stages else "image encoder" if part in parts else list(stages)[-1]]
         stage.activations += bytes_.activations
         stage.weight_copies += bytes_.weight_copies
     return StepCount(batch, 3 * trained + sum(buffer.nbytes for buffer in model.buffers()), stages, peaks)
@@ -213,17 +258,18 @@ def model_and_batch(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any
-        model, data = model_and_data(config, side, batch, config.word_len, REAL_LENGTHS)
+        lengths = REAL_LENGTHS if config.system == "cris" else (config.word_len,)
+        model, data = model_and_data(config, side, batch, config.word_len, lengths)
         mask = torch.rand(batch, 1, side, side)
     model.train().set_recompute(recompute).to(device)
     return model, tuple(tensor.to(device) for tensor in (*data.values(), mask))
 
 
 @contextmanager
-def told_of_parts(model: nn.Module, counter: LiveStorages) -> Iterator[None]:
-    """Tell ``counter`` which part runs, in the forward and in the backward pass."""
+def told_of_parts(model: nn.Module, counter: LiveStorages, parts: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Tell ``counter`` which of the ``parts`` runs, in the forward and in the backward pass."""
     with ExitStack() as undo:
-        for part, methods in PARTS.items():
+        for part, methods in parts.items():
             for path in methods:
                 owner, _, method = path.rpartition(".")
                 module = model.get_submodule(owner)
@@ -239,8 +285,8 @@ def _within(method: Any, counter: LiveStorages, part: str) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         with counter.stage(part):
             output = method(*args, **kwargs)
-        for tensor in output if isinstance(output, tuple | list) else [output]:
-            if tensor.requires_grad:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(enter_backward)
         return output
 

@@ -2,106 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from fastris import CLIPConfig, CRISConfig
 
-from . import builders
+from . import alignformer, builders
+from .case import Case
 from .problem import Problem
 
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table.
-
-    Attributes:
-        name: as on the command line; ``op`` names the group that it belongs to there.
-        title: as in the tables, with whatever a reader has to know to compare.
-        build: makes the :class:`Problem`, in float32 on the CPU, from ``sizes``.
-        sizes: keyword arguments of ``build`` that are timed.
-        published: makes the module that the reference arm runs from the case's, on the same parameters; where it is
-            none, that arm runs the same module on the published formulas.
-        small: what replaces some of them where a small copy will do: in quick checks.
-        check: what replaces some of them when arms are checked, such as dropout, which no two arms draw alike.
-        composed: whether it has ReLUs between its operators, which changes how arms are checked: see timing/check.py.
-        check_small: whether arms are always checked on the small copy, because float64 would take too long.
-        passes: what is timed of it, as in the tables; ``timed`` is its name in :data:`PASSES`.
-        check_batch: on how many samples arms are checked at full size, if not on the batch of ``sizes``.
-        compiles_long: whether quick runs leave compiled arms out unless they are asked for by name.
-        least_batch: fewer samples than these cannot be trained, as one sample through a BatchNorm over the batch.
-        targets: on a data-centre GPU in bfloat16, how many times faster than other arms the best of fastris has to be,
-            by arm, and under ``share`` which part of its roofline it has to reach.
-        goals: "device type/dtype" -> how many times faster than the baseline an arm has to be there.
-    """
-
-    name: str
-    op: str
-    title: str
-    build: Callable[..., Problem]
-    sizes: Mapping[str, Any]
-    small: Mapping[str, Any]
-    check: Mapping[str, Any] = field(default_factory=dict)
-    published: Callable[[nn.Module], nn.Module] | None = None
-    composed: bool = False
-    check_small: bool = False
-    passes: str = "forward + backward"
-    timed: str = "both"
-    check_batch: int | None = None
-    compiles_long: bool = False
-    least_batch: int = 1
-    goals: Mapping[str, float] = field(default_factory=dict)
-    targets: Mapping[str, float] = field(default_factory=dict)
-
-    def at_batch(self, batch: int) -> Case:
-        """The case for another batch, without its goals; arms are checked on as many samples as before, or fewer.
-
-        Raises ValueError when the case cannot be trained on so few.
-        """
-        if batch < self.least_batch:
-            raise ValueError(f"{self.name} needs a batch of at least {self.least_batch}, got {batch}")
-        own = self.sizes["batch"]
-        if batch == own:
-            return self
-        title = self.title.replace(f"B={own}", f"B={batch}")
-        return replace(self, sizes={**self.sizes, "batch": batch}, check_batch=min(batch, own), title=title, goals={})
-
-    def of_pass(self, name: str) -> Case:
-        """The case for one of :data:`PASSES` alone, without its goals unless it is whole. ValueError where it has none.
-
-        What only runs forward is whole with its forward pass.
-        """
-        if name == "both" or (self.passes, name) == ("forward", "forward"):
-            return self
-        if self.passes == "forward":
-            raise ValueError(f"{self.name} has no {name} pass; choose passes=forward or passes=both")
-        return replace(self, passes=f"{name} alone", timed=name, goals={}, targets={})
-
-    @contextmanager
-    def shapes_only(self) -> Iterator[Problem]:
-        """The case without numbers and without dropout, for counting within this block."""
-        with FakeTensorMode():
-            yield self.build(**{**self.sizes, **self.check})
-
-    def problem(self, seed: int = 0, **changes: Any) -> Problem:
-        """The case at its sizes; the same numbers on every device and for every arm."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return replace(self.build(**{**self.sizes, **changes}), published=self.published)
-
-    def check_problem(self, quick: bool) -> Problem:
-        """What arms are checked on."""
-        small = self.small if quick or self.check_small else {}
-        batch = {} if self.check_batch is None else {"batch": self.check_batch}
-        return self.problem(**{**batch, **small, **self.check})
-
+__all__ = ["CASES", "MEMORY", "REAL_LENGTHS", "SMALL_CRIS", "Case", "choose_cases"]
 
 # Tokens per sentence, start and end included, as RefCOCO's: 3.6 words on average.
 REAL_LENGTHS = (4, 5, 6, 8)
@@ -159,6 +70,22 @@ def _pixel_word(stage: int, goal: float) -> Case:
         sizes={"batch": 1, "side": side, "width": width, "text_width": 768, "words": 20},
         small={"batch": 2, "side": 7 - 2 * stage, "width": 16, "text_width": 12, "words": 5},
         goals={"cpu/float32": goal},
+        compiles_long=True,
+    )
+
+
+def _alignformer(name: str, title: str, build: Callable[..., Problem], side: int, goal: float, **sizes: Any) -> Case:
+    """Of AlignFormer on Swin-B; checked on the tiny one, whose every map is larger than a window."""
+    return Case(
+        name=f"alignformer_{name}",
+        op="alignformer",
+        title=f"AlignFormer, Swin-B: {title}, 20 words, B=1 (checked smaller)",
+        build=build,
+        composed=True,
+        sizes={"preset": "alignformer_swin_b", "side": side, "batch": 1, "words": 20, **sizes},
+        small={"preset": "alignformer_tiny", "side": 8 if sizes else 96, "batch": 2, "words": 6},
+        check_small=True,
+        goals={"cpu/float32": goal} if goal else {},
         compiles_long=True,
     )
 
@@ -412,6 +339,20 @@ CASES: tuple[Case, ...] = (
         goals={"cpu/float32": 1.4},
         compiles_long=True,
     ),
+    *(
+        _alignformer(
+            f"stage{number}",
+            f"stage {number} with its words, {side}x{side}",
+            alignformer.stage,
+            side,
+            0.0,
+            number=number,
+        )
+        for number, side in enumerate((120, 60, 30, 15))
+    ),
+    _alignformer("pixel_decoder", "pixel decoder, 480x480", alignformer.pixel_decoder, 480, 0.0),
+    _alignformer("centre", "centre embedding, scores and loss, 480x480", alignformer.centre_and_loss, 480, 0.0),
+    _alignformer("step", "training step without the optimizer, 480x480", alignformer.step, 480, 1.3),
 )
 
 MEMORY = "memory"

@@ -38,7 +38,7 @@ from ..cases.arms import attention_without_weights
 from ..cases.problem import LOW_PRECISION
 from ..cases.table import CASES, Case
 from ..report import results
-from ..timing.roofline import FORMULAS, without_numbers
+from ..timing.roofline import FORMULAS
 
 aten = torch.ops.aten
 
@@ -203,7 +203,6 @@ def shapes_of(path: str, gpu: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(use_impl("torch" if path == "torch" else "reference"))
-        stack.enter_context(without_numbers())
         if path == "repaired":
             stack.enter_context(attention_without_weights())
         if gpu:

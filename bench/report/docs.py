@@ -46,6 +46,7 @@ SPECIAL = {
     "look-once": ("look_once.json", Kind(results.load, pages.look_once_page, charts.look_once_chart, ASKED)),
     "cards": ("modelled_cards.json", Kind(pages.load_model, pages.cards_page, charts.cards_chart, MODELLED)),
     "memory": ("whole_memory.json", Kind(pages.load_counts, pages.memory_page)),
+    "alignformer-memory": ("alignformer_memory.json", Kind(pages.load_counts, pages.memory_page)),
     "demo": ("demo_metrics.json", Kind(results.load_json, pages.demo_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""

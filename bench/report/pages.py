@@ -13,6 +13,7 @@ import torch
 from fastris.ops.upsample_conv import CPU_PART_BYTES, GPU_PART_BYTES
 from fastris.runtime.markdown import markdown_table
 
+from ..options import BASELINE
 from ..timing.harness import Outcome
 from .results import MIB, OTHERS, Spread, gains, is_measured, kept_bytes, load_json, number
 from .tables import caption
@@ -35,6 +36,17 @@ WORKSPACE = GPU_PART_BYTES - CPU_PART_BYTES + 256 * 2**20
 workspaces, estimated."""
 
 PUBLISHED_BATCH = 64
+CRIS_R50 = {
+    "model": "CRIS-RN50 at 416x416",
+    "dtype": "bfloat16",
+    "words": 17,
+    "goals": WHOLE_GOALS,
+    "share": None,
+    "published_batch": PUBLISHED_BATCH,
+}
+"""What a count is of, where a file does not say. ``goals``: setting -> MiB kept per image at most; ``share``: of what
+the baseline keeps, where there is no such goal; ``published_batch``: the batch that training is published with."""
+
 GIB = 2**30
 
 TIME_GOAL = 1.15
@@ -78,7 +90,7 @@ def load_counts(path: Path) -> dict[str, Any]:
 def memory_page(content: Mapping[str, Any], source: str) -> str:
     """What is kept, what fits, and what recomputing costs where it was timed."""
     cells = [WholeCell(**cell) for cell in content["cells"]]
-    parts = [kept_table(cells), fits_table(cells)]
+    parts = [kept_table(cells, content.get("of", CRIS_R50)), fits_table(cells, content.get("of", CRIS_R50))]
     parts += [time_table(taken, content["timed_batch"], name) for name, taken in content.get("seconds", {}).items()]
     about = content["machine"]
     facts = about["device"]["name"], f"{about['threads']} threads", f"PyTorch {about['versions']['torch']}"
@@ -91,30 +103,35 @@ def kept_per_image(content: Mapping[str, Any]) -> dict[str, float]:
     return {f"{cell.arm} {cell.recompute}": cell.mib_per_image() for cell in cells if not cell.message}
 
 
-def kept_table(cells: Sequence[WholeCell]) -> str:
-    """MiB kept for backward per image by the whole model."""
+def kept_table(cells: Sequence[WholeCell], of: Mapping[str, Any] = CRIS_R50) -> str:
+    """MiB kept for backward per image by the whole model ``of`` which they are, see :data:`CRIS_R50`."""
     rows = []
+    baseline = next((cell.mib_per_image() for cell in cells if cell.arm == BASELINE and not cell.message), None)
     for cell in cells:
         total, copies = cell.mib_per_image(), sum(kept["weight_copies"] for kept in cell.stages.values()) / BATCH / MIB
         parts = ", ".join(f"{name} {cell.mib_per_image(name):.0f}" for name in cell.stages)
-        goal = WHOLE_GOALS.get(cell.recompute)
+        goal, wanted = of["goals"].get(cell.recompute), f"at most {of['goals'].get(cell.recompute)}"
+        if goal is None and of["share"] and baseline is not None and cell.arm != BASELINE:
+            goal, wanted = of["share"] * baseline, f"at most {of['share']:g}x {BASELINE}"
+            wanted += f" (is {total / baseline:.2f}x)"
         met = "-" if goal is None else "yes" if total <= goal else "no"
         figures = (f"{total:.0f} ({parts})", f"{copies:.0f}") if not cell.message else (cell.message, "-")
-        rows.append((cell.arm, cell.recompute, *figures, f"at most {goal}" if goal else "-", met))
+        rows.append((cell.arm, cell.recompute, *figures, wanted if goal else "-", met))
     columns = ("arm", "recompute", "MiB per image", "of them copies of weights", "goal", "met")
-    title = f"Kept for backward per image by the whole of CRIS-RN50 at 416x416, B={BATCH}, bfloat16 autocast, 17 words."
+    precision = of["dtype"] if of["dtype"] == "float32" else f"{of['dtype']} autocast"
+    title = f"Kept for backward per image by the whole of {of['model']}, B={BATCH}, {precision}, {of['words']} words."
     return f"{title}\n\n{markdown_table(columns, rows)}"
 
 
-def fits_table(cells: Sequence[WholeCell]) -> str:
+def fits_table(cells: Sequence[WholeCell], of: Mapping[str, Any] = CRIS_R50) -> str:
     """The largest batch that fits on each card."""
-    rows = []
+    rows, batch = [], of["published_batch"]
     for cell in cells:
         if not cell.message:
             fits = (str(cell.largest_batch(card)) for card in CARD_SIZES)
-            needs, met = cell.step_bytes(PUBLISHED_BATCH) / GIB, cell.largest_batch(12) >= PUBLISHED_BATCH
+            needs, met = cell.step_bytes(batch) / GIB, cell.largest_batch(12) >= batch
             rows.append((cell.arm, cell.recompute, *fits, f"{needs:.1f}", "yes" if met else "no"))
-    published = f"B={PUBLISHED_BATCH}"
+    published = f"B={batch}"
     sizes = (f"{size} GB" for size in CARD_SIZES)
     columns = ("arm", "recompute", *sizes, f"{published} needs GiB", f"{published} in 12 GB")
     title = "Largest batch of one training step with Adam, forecast from counted bytes, tried on no card."

@@ -12,12 +12,10 @@ gradients read. Tables of embeddings are not read as a whole, so only their grad
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,7 +123,7 @@ def add_shares(cases: Iterable[Mapping[str, Any]], ceilings: Ceilings) -> None:
 
 def count_flops(case: Case, path: str) -> int:
     """Multiplications and additions of matrix products and convolutions in one step of ``case`` by ``path``."""
-    with case.shapes_only() as problem, use_impl(path), without_numbers():
+    with case.shapes_only() as problem, use_impl(path):
         if not problem.training:
             return _counted(problem.forward)
         problem.optimizer = False  # Adam has no products, and steps on numbers
@@ -134,19 +132,6 @@ def count_flops(case: Case, path: str) -> int:
             return forward
         whole = _counted(problem.step)
     return whole - forward if case.timed == "backward" else whole
-
-
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """What reads or keeps numbers steps aside where there are none: no word is cut off, no position table is kept."""
-    words: Any = importlib.import_module("fastris.ops.padding")
-    tables: Any = importlib.import_module("fastris.nn.positions")
-    longest, cached = words.longest, tables._cached
-    words.longest, tables._cached = (lambda mask: mask.shape[1]), cached.__wrapped__
-    try:
-        yield
-    finally:
-        words.longest, tables._cached = longest, cached
 
 
 def _counted(work: Callable[[], Any]) -> int:
@@ -163,12 +148,17 @@ def _in_place_addmm(total, left, right, **_) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
+def _in_place_baddbmm(total, left, right, **_) -> int:
+    return 2 * left[0] * left[1] * left[2] * right[2]
+
+
 FORMULAS = {
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten.addmm_: _in_place_addmm,
+    torch.ops.aten.baddbmm_: _in_place_baddbmm,
 }
 """Where PyTorch's own counter is wrong: it counts the weight's gradient of a grouped convolution as many times too high
-as there are groups (each of the two gradients costs what the forward pass does), and passes over ``addmm_``."""
+as there are groups (each of the two gradients costs what the forward pass does), and passes over products in place."""
 
 
 def count_bytes(case: Case, dtype: torch.dtype) -> int:

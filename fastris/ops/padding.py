@@ -34,6 +34,11 @@ def check_valid(operator: str, valid: Tensor, like_name: str, like: Tensor, word
 
 
 def longest(padding_mask: Tensor) -> int:
-    """The length of the longest real sentence of (B, L), at least 1: words behind it have no weight anywhere."""
+    """The length of the longest real sentence of (B, L), at least 1: words behind it have no weight anywhere.
+
+    Of PyTorch's fake tensors, which have no values, all L.
+    """
+    if type(padding_mask) is not Tensor:
+        return padding_mask.shape[1]
     real = (~padding_mask).any(dim=0).nonzero()
     return int(real[-1]) + 1 if len(real) else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,12 +12,15 @@ from training_helpers import model_config
 
 from fastris import CRISConfig
 from fastris.bench import memory
+from fastris.bench.cases import alignformer
 from fastris.bench.cases.arms import ARMS
 from fastris.bench.counter import LiveStorages, saved_storages
 from fastris.bench.memory import STAGES, StepCount, count_step, count_whole, lines_through, model_and_batch
 from fastris.bench.report import pages as report
 from fastris.bench.report.pages import CONTEXT, GIB, WHOLE_GOALS, WORKSPACE, WholeCell
 from fastris.bench.report.results import MIB
+from fastris.bench.timing.harness import Step, kept_bytes
+from fastris.models import registry
 
 CPU = torch.device("cpu")
 
@@ -104,7 +109,7 @@ def test_largest_batch_is_the_last_that_fits():
 
 
 def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
-    def failing(config, setting, device, batch):
+    def failing(config, setting, device, batch, dtype):
         if setting == "pointwise":
             raise MemoryError("no room")
         return StepCount(batch, 0, {}, {"a": batch})
@@ -119,6 +124,34 @@ def test_a_failing_arm_is_named_and_the_others_are_counted(monkeypatch):
         ("torch", "stages", "measured"),
     ]
     assert "no room" in report.kept_table(cells) and "no room" not in report.fits_table(cells)
+
+
+def test_alignformers_step_keeps_half_of_what_the_published_formulas_do():
+    pytest.importorskip("transformers", reason="AlignFormer's text encoder is BERT")
+    tiny = registry.preset("alignformer_tiny")
+    widths = {"embed_dim": 32, "num_heads": (1, 2, 4, 8), "window": 12, "conv_dim": 64, "pixel_ffn": 256}
+    config = dataclasses.replace(tiny, **widths, word_ffn=512, depths=(1, 1, 6, 1), pixel_layers=2, input_size=240)
+    problem = alignformer.step(config, 240, 1, 20)  # Swin-B's proportions at a quarter of its width
+    kept = {name: kept_bytes(Step(problem, ARMS[name])) for name in ("reference", "torch")}
+    assert kept["torch"] <= 0.5 * kept["reference"], {name: bytes_ / MIB for name, bytes_ in kept.items()}
+
+
+def test_another_systems_count_is_by_its_own_stages_and_held_to_a_share_of_the_baselines(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="AlignFormer's text encoder is BERT")
+    tiny = dataclasses.replace(registry.preset("alignformer_tiny"), input_size=64)
+    monkeypatch.setattr(memory.registry, "preset", lambda name: {"alignformer_tiny": tiny}[name])
+    monkeypatch.setattr(memory, "RECOMPUTE_SETTINGS", ("none",))
+    monkeypatch.setattr(memory.count_whole, "__defaults__", (("none",), torch.bfloat16))
+    path = tmp_path / "memory.json"
+    options = ["model=alignformer_tiny", "counted=float32", "arms=torch", "device=cpu", f"json={path}"]
+    assert memory.main(options) == 0
+    printed, found = capsys.readouterr().out, report.load_counts(path)
+    kept = {cell["arm"]: sum(k["activations"] for k in cell["stages"].values()) for cell in found["cells"]}
+    assert all(list(cell["stages"]) == list(memory.ALIGNFORMER) for cell in found["cells"])
+    assert all(kept["activations"] > 0 for cell in found["cells"] for kept in cell["stages"].values())
+    assert f"at most 0.5x reference (is {kept['torch'] / kept['reference']:.2f}x)" in printed
+    assert "64x64, B=2, float32, 20 words" in printed and "B=32 needs GiB" in printed
+    assert printed.split("\n\n")[1] in report.memory_page(found, "memory.json")
 
 
 @pytest.mark.slow
