@@ -34,12 +34,15 @@ MAX_WORDS = 32
 SIZES = ("rows", "words")
 _SINGLE = Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1)
 _FEWER_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("COLUMNS", 32)), 4, 2)
-ANSWER = {2: Config((("BLOCK_N", 64), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2, (_FEWER_ROWS,)), 4: _SINGLE}
-_FEWEST_ROWS = Config((("BLOCK_N", 16), ("BLOCK_D", 64), ("COLUMNS", 32)), 4, 2)
+ANSWER = {
+    2: Config((("BLOCK_N", 64), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2, (_FEWER_ROWS,)),
+    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
+}
+_FEWEST_ROWS = Config((("BLOCK_N", 16), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2)
 GRADIENTS = {2: Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2, (_FEWEST_ROWS,)), 4: _SINGLE}
 """Bytes per element of the products' dtype -> launch."""
 WIDE_ANSWER = replace(_SINGLE, num_warps=16)
-"""In float32, of more than 128 channels, which spilled by 8 warps; by 16 warps fewer spilled."""
+"""In float32, of more than 128 channels, which spilled by 8 warps. Fewer channels spilled by 16, and 32 rows by 8."""
 TINY = {
     2: Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
     4: Config((("BLOCK_N", 16), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
@@ -193,7 +196,7 @@ def _config(table: dict[int, Config], keys: Tensor, width: int) -> Config:
     if device_class(keys.device) == "tiny":
         return TINY[keys.dtype.itemsize]
     config = table[keys.dtype.itemsize]
-    return WIDE_ANSWER if table is ANSWER and config is _SINGLE and width > 128 else config
+    return WIDE_ANSWER if config is ANSWER[4] and width > 128 else config
 
 
 def _launch(kernel, table: dict[int, Config], rows: int, *tensors: Tensor, keys: Tensor, strides: tuple) -> None:

@@ -340,6 +340,7 @@ SCENARIOS = (
     Scenario("train words", _listen(256, 8, 20), tuned=BFLOAT16),
     Scenario("eval words", _listen(256, 8, 20, train=False)),
     Scenario("train words TF32", _with_tf32(_listen(256, 8, 20)), FLOAT32, ("large", "small")),
+    Scenario("few words", _listen(256, 8, 9), TWO, rare=True),
     Scenario("few words, narrow", _listen(70, 5, 9), TWO, rare=True),
     Scenario("train loss", _losses(7, (120, 120), (480, 480)), tuned=BFLOAT16),
     Scenario("4 levels", _deformable(4, 8, 15, 30, 60), TWO, rare=True),
