@@ -11,7 +11,7 @@
     report/        results.py reads files and says what is best; tables, pages, charts, what moved; docs.py fills pages
     gpu_hour.py    what a GPU is needed for, as one command: ``python -m bench.gpu_hour``; hour/ has its steps
     modelled/      cards that nobody has measured: ``python -m bench.modelled.cards``
-    studies/       questions of their own: looking once, the data loader, float16 sums
+    studies/       questions of their own: looking once, the data loader, float16 sums, training parts
     results/       result files, one per device
 
 Imports run one way: command, gpu_hour, memory, modelled and studies know report, which knows timing, which knows cases.

@@ -125,16 +125,17 @@ def count_flops(case: Case, path: str) -> int:
     """Multiplications and additions of matrix products and convolutions in one step of ``case`` by ``path``."""
     with case.shapes_only() as problem, use_impl(path):
         if not problem.training:
-            return _counted(problem.forward)
+            return counted(problem.forward)
         problem.optimizer = False  # Adam has no products, and steps on numbers
-        forward = _counted(problem.training_forward)
+        forward = counted(problem.training_forward)
         if case.timed == "forward":
             return forward
-        whole = _counted(problem.step)
+        whole = counted(problem.step)
     return whole - forward if case.timed == "backward" else whole
 
 
-def _counted(work: Callable[[], Any]) -> int:
+def counted(work: Callable[[], Any]) -> int:
+    """Multiplications and additions of matrix products and convolutions in a call."""
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         work()
     return counter.get_total_flops()

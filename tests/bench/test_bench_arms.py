@@ -241,9 +241,9 @@ def test_operations_of_a_grouped_convolution_and_an_in_place_product_are_counted
     convolution = nn.Conv2d(8, 12, 3, groups=4, padding=1, bias=False)
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     forward = 2 * 2 * 5 * 5 * 12 * (8 // 4) * 9
-    assert roofline._counted(lambda: convolution(x).sum().backward()) == 3 * forward
+    assert roofline.counted(lambda: convolution(x).sum().backward()) == 3 * forward
     total, left, right = torch.zeros(3, 4), torch.randn(3, 5), torch.randn(5, 4)
-    assert roofline._counted(lambda: total.addmm_(left, right)) == 2 * 3 * 5 * 4
+    assert roofline.counted(lambda: total.addmm_(left, right)) == 2 * 3 * 5 * 4
 
 
 def test_compulsory_bytes_of_a_linear_layer():
