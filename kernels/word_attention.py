@@ -4,7 +4,7 @@ q (B, N, D); the absorbed words K, V (B, heads, L, D) and b (B, heads, L), float
 :mod:`fastris.ops.word_attention` derives them; bo (D,) float32. L is no constant: another length up to the tile's 16 or
 32 words compiles nothing.
 
-* answer: BLOCK_N pixels go through the heads, as many at a time as COLUMNS hold; scores and weights stay in registers.
+* answer: BLOCK_N pixels go through the heads; scores and weights stay in registers.
 * gradients: the scores again, dP = g V^T, the softmax's slope dS and dq = dS K. P and dS (B, N, heads * L) are written.
 
 dV = P^T g and dK = dS^T q are left to ``torch.bmm``. Kept for the backward pass is q alone, and what belongs to words:
@@ -32,20 +32,20 @@ MAX_DIM = 256
 MAX_WORDS = 32
 
 SIZES = ("rows", "words")
-_SINGLE = Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1)
-_FEWER_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("COLUMNS", 32)), 4, 2)
+_SINGLE = Config((("BLOCK_N", 32), ("BLOCK_D", 32)), 8, 1)
+_FEWER_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 4, 2)
 ANSWER = {
-    2: Config((("BLOCK_N", 64), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2, (_FEWER_ROWS,)),
-    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
+    2: Config((("BLOCK_N", 64), ("BLOCK_D", 64)), 8, 2, (_FEWER_ROWS,)),
+    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32)), 8, 1),
 }
-_FEWEST_ROWS = Config((("BLOCK_N", 16), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2)
-GRADIENTS = {2: Config((("BLOCK_N", 32), ("BLOCK_D", 64), ("COLUMNS", 32)), 8, 2, (_FEWEST_ROWS,)), 4: _SINGLE}
+_FEWEST_ROWS = Config((("BLOCK_N", 16), ("BLOCK_D", 64)), 8, 2)
+GRADIENTS = {2: Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 8, 2, (_FEWEST_ROWS,)), 4: _SINGLE}
 """Bytes per element of the products' dtype -> launch."""
 WIDE_ANSWER = replace(_SINGLE, num_warps=16)
 """In float32, of more than 128 channels, which spilled by 8 warps. Fewer channels spilled by 16, and 32 rows by 8."""
 TINY = {
-    2: Config((("BLOCK_N", 32), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
-    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32), ("COLUMNS", 32)), 8, 1),
+    2: Config((("BLOCK_N", 32), ("BLOCK_D", 32)), 8, 1),
+    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32)), 8, 1),
 }
 """The same on cards with 64 KiB of shared memory, of both passes."""
 
@@ -56,20 +56,12 @@ def fits(words: int, dim: int) -> bool:
 
 
 @triton.jit
-def _group_of_words(group, words, HEADS: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The words [COLUMNS] of a group of heads: their places among heads * words, and which of them are there."""
-    column = tl.arange(0, COLUMNS)
-    head, word = group * (COLUMNS // WORDS) + column // WORDS, column % WORDS
-    return head * words + word, (head < HEADS) & (word < words)
-
-
-@triton.jit
 def _products(
     pixel_rows, present, words_ptr, word, real,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of every pixel's row with every word's: [BLOCK_N, COLUMNS] in float32."""
-    total = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+    """Of every pixel's row with every word's: [BLOCK_N, WORDS] in float32."""
+    total = tl.zeros((BLOCK_N, WORDS), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         channel = start + tl.arange(0, BLOCK_D)
         pixels = load_tile(pixel_rows, present, channel, DIM)
@@ -82,18 +74,17 @@ def _products(
 @triton.jit
 def _weights(
     query_rows, present, keys_ptr, key_bias_ptr, word, real,
-    DIM: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attention weights [BLOCK_N, COLUMNS] of a group of heads."""
-    scores = _products(query_rows, present, keys_ptr, word, real, DIM, PRECISION, BLOCK_N, BLOCK_D, COLUMNS)
+    """Attention weights [BLOCK_N, WORDS] of one head."""
+    scores = _products(query_rows, present, keys_ptr, word, real, DIM, PRECISION, WORDS, BLOCK_N, BLOCK_D)
     scores += tl.load(key_bias_ptr + word, mask=real, other=float("-inf"))[None, :]
-    return softmax_by_head(scores, COLUMNS // WORDS, WORDS, BLOCK_N)
+    return softmax_by_head(scores, 1, WORDS, BLOCK_N)
 
 
 @triton.jit
 def _mixed(total, weights, words_ptr, word, real, channel, DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """``total`` [BLOCK_N, channels] with the words' rows added, as the weights [BLOCK_N, COLUMNS] say."""
+    """``total`` [BLOCK_N, channels] with the words' rows added, as the weights [BLOCK_N, WORDS] say."""
     mask = real[:, None] & (channel < DIM)[None, :]
     words = tl.load(words_ptr + word[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
     return tl.dot(weights.to(words.dtype), words, total, input_precision=PRECISION)
@@ -118,7 +109,6 @@ def _answer_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     sample, row, present = row_block(rows, BLOCK_N)
     channel = tl.arange(0, WIDTH)
@@ -128,11 +118,11 @@ def _answer_kernel(
     query_rows = query_ptr + sample * stride_b + row * stride_n
     bias = tl.load(bias_ptr + channel, mask=channel < DIM, other=0.0)
     total = tl.zeros((BLOCK_N, WIDTH), tl.float32) + bias[None, :]
-    for group in range((HEADS * WORDS + COLUMNS - 1) // COLUMNS):
-        word, real = _group_of_words(group, words, HEADS, WORDS, COLUMNS)
+    for head in range(HEADS):
+        word, real = head * words + tl.arange(0, WORDS), tl.arange(0, WORDS) < words
         weights = _weights(
             query_rows, present, keys_ptr, key_bias_ptr + of_sample, word, real,
-            DIM, WORDS, PRECISION, BLOCK_N, BLOCK_D, COLUMNS,
+            DIM, PRECISION, WORDS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         total = _mixed(total, weights, values_ptr, word, real, channel, DIM, PRECISION)
     store_tile(answer_ptr + (sample * rows + row) * DIM, total, present, channel, DIM)
@@ -161,7 +151,6 @@ def _gradients_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     sample, row, present = row_block(rows, BLOCK_N)
     channel = tl.arange(0, WIDTH)
@@ -172,19 +161,15 @@ def _gradients_kernel(
     upstream_rows = upstream_ptr + sample * stride_gb + row * stride_gn
     columns = (sample * rows + row) * HEADS * words
     d_query = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    for group in range((HEADS * WORDS + COLUMNS - 1) // COLUMNS):
-        word, real = _group_of_words(group, words, HEADS, WORDS, COLUMNS)
+    for head in range(HEADS):
+        word, real = head * words + tl.arange(0, WORDS), tl.arange(0, WORDS) < words
         weights = _weights(
             query_rows, present, keys_ptr, key_bias_ptr + of_sample, word, real,
-            DIM, WORDS, PRECISION, BLOCK_N, BLOCK_D, COLUMNS,
+            DIM, PRECISION, WORDS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        product = weights * _products(
-            upstream_rows, present, values_ptr, word, real, DIM, PRECISION, BLOCK_N, BLOCK_D, COLUMNS
-        )
-        by_head: tl.constexpr = (BLOCK_N, COLUMNS // WORDS, WORDS)
-        mean = tl.sum(tl.reshape(product, by_head), axis=2)[:, :, None]
-        mean = tl.reshape(tl.broadcast_to(mean, by_head), (BLOCK_N, COLUMNS))
-        d_scores = product - weights * mean
+        d_weights = _products(upstream_rows, present, values_ptr, word, real, DIM, PRECISION, WORDS, BLOCK_N, BLOCK_D)
+        product = weights * d_weights
+        d_scores = product - weights * tl.sum(product, axis=1)[:, None]
         mask = present[:, None] & real[None, :]
         tl.store(weights_ptr + columns[:, None] + word[None, :], weights, mask=mask)
         tl.store(d_scores_ptr + columns[:, None] + word[None, :], d_scores, mask=mask)

@@ -621,7 +621,7 @@ def every_problem() -> Iterator[Problem]:
     yield word_problem(2, 5, 16, 4, (12, 7), real=(5, 2), thorough=True)  # projected, not absorbed
     yield word_problem(2, 3, 8, 1, (3, 4), real=(3, 2), **small)
     yield word_problem(1, 1, 64, 2, (8, 5), kernels=True)
-    yield word_problem(2, 67, 40, 5, (9, 7), real=(6, 0), kernels=True)  # tiles of pixels, a group of heads too few
+    yield word_problem(2, 67, 40, 5, (9, 7), real=(6, 0), kernels=True)  # tiles of pixels, and a sample without words
     yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
 
     yield pixel_word_problem(40, 16, 12, (5, 3), thorough=True)  # the query's norm through its weights

@@ -230,10 +230,9 @@ def _few_words(a: _Sizes) -> Work:
     wide = pixels * a.DIM * (a.size("query_ptr") + a.size("upstream_ptr", "d_query_ptr" if backward else "answer_ptr"))
     narrow = pixels * columns * a.size("weights_ptr", "d_scores_ptr")
     few = samples * columns * (a.DIM * a.size("keys_ptr", "values_ptr") + 4)
-    groups = _up(a.HEADS * a.WORDS, a.COLUMNS)
-    padded = groups * a.BLOCK_N * a.COLUMNS * ((passes - 1) * _up(a.DIM, a.BLOCK_D) * a.BLOCK_D + a.WIDTH)
+    padded = a.HEADS * a.BLOCK_N * a.WORDS * ((passes - 1) * _up(a.DIM, a.BLOCK_D) * a.BLOCK_D + a.WIDTH)
     outputs = pixels * (a.DIM + (2 * columns if backward else 0))
-    return Work(outputs, passes * pixels * a.DIM * columns, wide + narrow + few, padded, (groups,), samples)
+    return Work(outputs, passes * pixels * a.DIM * columns, wide + narrow + few, padded, (a.HEADS,), samples)
 
 
 def _upsampled_loss(a: _Sizes) -> Work:

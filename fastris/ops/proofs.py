@@ -230,10 +230,7 @@ def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None
 
 
 def prove_word_attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Of AlignFormer's pixels and words, one of two sentences shorter; and of so few words that two heads go together.
-
-    The words' width is their own.
-    """
+    """Of AlignFormer's pixels and words of their own width, one sentence shorter; and of words for the smaller tile."""
     dim, rows, heads = _sizes(device).channels, 3 * _sizes(device).rows, _sizes(device).heads
     for words in (17, 9) if _sizes(device) is ON_A_GPU else (11,):
         width, padding = dim + 8, torch.arange(words, device=device) >= torch.tensor([[words], [5]], device=device)

@@ -20,7 +20,7 @@ from fastris.kernels.launch import recording  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
-PADDED = word_problem(2, 35, 32, 4, (12, 7), real=(6, 2))  # two tiles of float32's pixels, two groups of heads
+PADDED = word_problem(2, 35, 32, 4, (12, 7), real=(6, 2))  # several tiles of float32's pixels
 
 
 def inputs_of(problem=PADDED, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_the_size_of_the_published_model_is_right(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_and_groups_of_heads_are_the_published_formula(dtype):
+def test_several_tiles_are_the_published_formula(dtype):
     draws = None if HAS_GPU else 2
     assert_path_same(PADDED.call("triton"), PADDED.call("reference"), inputs_of(dtype=dtype), dtype, draws)
 
