@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from fastris import CRIS, CRISConfig
 from fastris.commands.assemble import model_config
 from fastris.commands.train_options import TrainConfig
+from fastris.data.samples import TrainSamples
+from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.data.tokens import tokenize
 from fastris.inference.folding import for_inference
 from fastris.models.base import HEAD
@@ -335,7 +338,7 @@ def test_half_precision_is_near_float32():
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    model, batch = make_cris(**BOTH).train(), make_batch()
+    model, batch = make_cris(**BOTH, predictor_layers=1).train(), make_batch()
     found = []
     for each in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), backend="aot_eager")):
         torch.manual_seed(5)
@@ -468,3 +471,56 @@ def test_model_for_inference_has_nothing_of_it():
     folded = for_inference(model)
     assert folded.grounding is None and folded.cal is None and model.grounding is not None
     torch.testing.assert_close(folded(images, tokens), model(images, tokens), rtol=0, atol=1e-10)
+
+
+# It learns.
+
+PLAIN = re.compile(r"the (red|green|blue|yellow|purple|orange) \w+")
+
+
+def pairs(split: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, sentences such as "the red disc" and masks, of the built-in world."""
+    data = SyntheticExpressions(split, scenes=count, size=64)
+    samples, found = TrainSamples(data, 64, 5), []
+    for number in range(len(data)):
+        plain = [each for each in data.reference(number).sentences if PLAIN.fullmatch(each)]
+        if plain:
+            item = samples[number]
+            found.append((item["image"], tokenize(plain[0], 5).tokens[0], item["mask"]))
+    images, tokens, masks = (torch.stack(each) for each in zip(*found, strict=True))
+    return images, tokens, masks
+
+
+@pytest.mark.slow
+def test_hidden_words_are_guessed_better_with_the_right_image_than_with_another():
+    """On scenes that were not trained on. The image encoder stays as it was drawn, and words are those that occur."""
+    train, val = pairs("train", 300), pairs("val", 80)
+    words = torch.cat([train[1], val[1]]).unique()
+    fields = CRISConfig.preset("tiny").to_dict() | GROUNDING | {"mask_rate": 0.3, "predictor_layers": 2}
+    fields["clip"]["vocab_size"] = len(words)
+    torch.manual_seed(0)
+    model = CRIS(CRISConfig.from_dict(fields)).train()
+    with torch.no_grad():
+        seen = [model.backbone.encode_image(images)[2] for images, _, _ in (train, val)]
+
+    def loss(c5: Tensor, tokens: Tensor, masks: Tensor) -> Tensor:
+        tokens = torch.searchsorted(words, tokens)
+        _, _, hidden = model._encode_text(tokens, hides=True)
+        return model.grounding.loss(hidden, tokens, c5, masks, model.backbone.token_embedding.weight, None)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(400):
+        chosen = torch.randperm(len(seen[0]))[:32]
+        optimizer.zero_grad()
+        loss(seen[0][chosen], train[1][chosen], train[2][chosen]).backward()
+        optimizer.step()
+    model.take_metrics()
+    found = {}
+    for name, shift in (("right", 0), ("another", 7)):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for _ in range(4):
+                loss(seen[1].roll(shift, 0), val[1], val[2].roll(shift, 0))
+        found[name] = model.take_metrics()
+    assert found["right"]["grounding_loss"] < found["another"]["grounding_loss"] - 0.1, found
+    assert found["right"]["masked_accuracy"] > 1.3 * found["right"]["most_frequent_share"], found
