@@ -10,6 +10,7 @@ import torch
 
 from fastris.data import wordpiece
 from fastris.data.base import MAX_CHARACTERS
+from fastris.models.vocabulary import PUBLISHED
 
 START, END, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77
@@ -74,9 +75,7 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
     return TokenBatch(tokens, truncated)
 
 
-def tokenize_wordpiece(
-    sentences: str | Sequence[str], word_len: int, vocabulary: str = wordpiece.PUBLISHED
-) -> TokenBatch:
+def tokenize_wordpiece(sentences: str | Sequence[str], word_len: int, vocabulary: str = PUBLISHED) -> TokenBatch:
     """Encode sentences with BERT's WordPiece; arguments, result and errors as for :func:`tokenize`.
 
     Every row is [CLS], the sentence's pieces, [SEP], then zeros, cut at `word_len` as released: a sentence of

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fastris.models.encoders import BERT_TINY, BERTConfig
+from fastris.models.limits import check_whole
 from fastris.models.recipe import Recipe
 from fastris.models.swin_bert import SwinBertConfig
 from fastris.options.values import shown
@@ -18,6 +21,15 @@ STAGES = 4
 
 LANGUAGE_MASKS = ("masked", "intended", "released")
 CLASS_SCORES = ("off", "on")
+_GROUNDING: dict[str, Any] = {
+    "mask_grounding": 0.0,
+    "mask_rate": 0.15,
+    "predictor_layers": 4,
+    "whole_words": True,
+    "clean_segmentation": False,
+}
+_TRAINING: dict[str, Any] = {**_GROUNDING, "alignment_loss": 0.0}
+_MAX_LAYERS = 128
 
 MAGNET_PRESETS: dict[str, dict[str, Any]] = {
     "magnet_swin_b": {},
@@ -54,6 +66,12 @@ class MagNetConfig(SwinBertConfig):
     its weights were made with; ``intended``, the same with the mask that was meant; ``masked``, ours, where padding
     changes nothing. See :func:`fastris.reference.word_pixel_attention`. ``class_score`` is ``off``, as released, where
     the score is the mask's probability, or ``on``: times the probability of the class head, which nothing trains.
+
+    The paper's two further losses are on in training where their weights are above 0
+    (:mod:`fastris.models.magnet.training_parts`): ``mask_grounding``, of which the paper's weight is 1, with
+    ``mask_rate``, the probability with which a word is hidden, ``predictor_layers``, ``whole_words``, whether the
+    pieces of a word are hidden together, and ``clean_segmentation``, which encodes every sample twice so that the
+    segmentation sees whole sentences alone; and ``alignment_loss``, 0.5 in the paper. They are off in files for others.
     Raises ValueError, naming the fields, where the sizes do not fit together.
     """
 
@@ -62,6 +80,8 @@ class MagNetConfig(SwinBertConfig):
     published: ClassVar[str] = "arXiv 2312.12198 (Mask Grounding, CVPR 2024), and its released evaluation code"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MAGNET_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("image_model", "language_model", "classifier", "lang_proj")
+    added_parts: ClassVar[tuple[str, ...]] = ("grounding",)
+    training_parts: ClassVar[tuple[str, ...]] = ("grounding",)
     not_in_shapes: ClassVar[tuple[str, ...]] = (
         "vocabulary",
         "word_len",
@@ -112,6 +132,12 @@ class MagNetConfig(SwinBertConfig):
     input_size: int = 480
     language_mask: str = "masked"
     class_score: str = "off"
+    mask_grounding: float = 0.0
+    mask_rate: float = 0.15
+    predictor_layers: int = 4
+    whole_words: bool = True
+    clean_segmentation: bool = False
+    alignment_loss: float = 0.0
 
     def _validate(self) -> None:
         super()._validate()
@@ -128,6 +154,42 @@ class MagNetConfig(SwinBertConfig):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(getattr(self, name))}")
 
+        self._validate_training()
+
+    def _validate_training(self) -> None:
+        for name in ("mask_grounding", "alignment_loss"):
+            value = getattr(self, name)
+            if value is False:  # what YAML makes of a bare off
+                setattr(self, name, 0.0)
+            elif not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be the weight of a loss, 0 (off) or more, got {shown(value)}")
+        if not _is_number(self.mask_rate) or not 0 < self.mask_rate <= 1:
+            raise ValueError(f"mask_rate must be a probability above 0 and at most 1, got {shown(self.mask_rate)}")
+        check_whole("predictor_layers", self.predictor_layers, _MAX_LAYERS)
+        for name in ("whole_words", "clean_segmentation"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        idle = [name for name, default in _GROUNDING.items() if getattr(self, name) != default]
+        if idle and not self.mask_grounding:
+            raise ValueError(
+                f"{idle[0]}={getattr(self, idle[0])} would do nothing without mask_grounding; give that a weight such "
+                f"as 1.0, or leave {idle[0]} out"
+            )
+        if self.mask_grounding and self.text_width % 4:
+            raise ValueError(
+                f"bert.hidden_size ({self.text_width}) must be a multiple of 4 for Mask Grounding's positions; change "
+                "it, or give mask_grounding=0"
+            )
+
+    def for_others(self) -> MagNetConfig:
+        """The same model without what only training uses."""
+        return dataclasses.replace(self, **_TRAINING)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for every model; the switches of training are named where they are not at their defaults."""
+        found = super().to_dict()
+        return {name: value for name, value in found.items() if name not in _TRAINING or value != _TRAINING[name]}
+
     def parameter_counts(self) -> dict[str, int]:
         """Of the text encoder, the image encoder, what is between them, and the two decoders."""
         text, width = self.text_width, self.conv_dim
@@ -136,9 +198,15 @@ class MagNetConfig(SwinBertConfig):
         samples = self.decoder_heads * LEVELS * POINTS
         pixel = 2 * width**2 + 3 * samples * width + 2 * width * self.pixel_ffn
         query = 8 * width**2 + 2 * width * self.query_ffn
+        predictor = 12 * self.predictor_layers * text**2 + text * (2 * text + self.widths[-1]) + self.bert.vocab_size
         return {
             "bert.hidden_size, bert.num_hidden_layers, bert.vocab_size": bert,
             "embed_dim, depths, window": swin + exchange,
             "conv_dim, pixel_layers, pixel_ffn": self.pixel_layers * pixel + width * sum(self.widths) + width**2,
+            "predictor_layers, bert.hidden_size": predictor if self.mask_grounding else 0,
             "query_layers, query_ffn": self.query_layers * query + 3 * width**2 + text * width,
         }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -15,10 +15,12 @@ from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
 from fastris.models.encoders import swin_name
 from fastris.models.magnet import keys
 from fastris.models.magnet.config import MagNetConfig
-from fastris.models.magnet.encoders import ImageModel, LanguageModel, encode
+from fastris.models.magnet.encoders import Encoded, ImageModel, LanguageModel, encode
 from fastris.models.magnet.pixel_decoder import PixelDecoder
 from fastris.models.magnet.query_decoder import MaskDecoder
+from fastris.models.magnet.training_parts import SentenceGrounding, alignment_loss
 from fastris.models.state_dicts import Adopted
+from fastris.nn.mask_grounding import METRICS
 from fastris.nn.recompute import check_setting
 from fastris.ops.similarity import text_to_pixel_similarity
 
@@ -89,8 +91,11 @@ class MagNet(ReferringModel, tags=["magnet"]):
         self.language_model = LanguageModel(config.bert, config.widths, rule)
         self.classifier = Classifier(config)
         self.lang_proj = nn.Linear(config.text_width, config.conv_dim)
-        for unused in (self.lang_proj, self.classifier.predictor.class_embed):  # in the files, and without a gradient
-            unused.requires_grad_(False)
+        self.grounding = SentenceGrounding(config) if config.mask_grounding else None
+        # What is in the files and nothing trains has no gradient to wait for.
+        self.classifier.predictor.class_embed.requires_grad_(False)
+        self.lang_proj.requires_grad_(bool(config.alignment_loss))
+        self.language_model.ask_last_words(bool(config.mask_grounding or config.alignment_loss))
 
     def set_recompute(self, setting: str) -> MagNet:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
@@ -100,7 +105,9 @@ class MagNet(ReferringModel, tags=["magnet"]):
         in the backward pass; ``"stages"`` keeps the input of each of these alone. Of BERT's parts both keep the input
         alone. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
         """
-        for part in (self, self.language_model, self.classifier.pixel_decoder.transformer.encoder):
+        encoder = self.classifier.pixel_decoder.transformer.encoder
+        parts: list[Any] = [self, self.language_model, encoder, *([self.grounding] if self.grounding else [])]
+        for part in parts:
             part.recompute = check_setting(setting)
         return self
 
@@ -129,21 +136,42 @@ class MagNet(ReferringModel, tags=["magnet"]):
         """Return (loss, logits (E, 1, H, W) of the last prediction).
 
         The loss is the mean, over all predictions, of 2 BCE + 2 Dice at the images' size; see
-        :func:`fastris.reference.upsampled_bce_and_dice`.
+        :func:`fastris.reference.upsampled_bce_and_dice`. In training mode ``mask_grounding`` and ``alignment_loss``
+        times their losses are added; see :mod:`fastris.models.magnet.training_parts`.
         """
         check_mask(mask, len(features.images), len(tokens))
-        size = features.images.shape[-2:]
-        scored = self.score(features, tokens, index)
+        images, tokens = self._matched(features, tokens, index)
+        hidden = self.grounding.hide(tokens) if self.training and self.grounding is not None else None
+        twice = self.config.clean_segmentation
+        heard = tokens if hidden is None or twice else hidden.masked
+        aligns = self.training and bool(self.config.alignment_loss)
+        encoded = self._encode(images, heard, last_words=aligns or (hidden is not None and not twice))
+        scored = self.classifier(encoded.maps, all_outputs=True)
+        size = images.shape[-2:]
         loss = reference.upsampled_bce_and_dice(scored.logits, reference.resize_target(mask, size))
+        if aligns:
+            left_out = None if hidden is None or twice else hidden.masking.selected.any(1)
+            conv = self.classifier.pixel_decoder.mask_features
+            found = alignment_loss(scored.features, conv, self.lang_proj, encoded, tokens, mask, left_out)
+            loss = loss + self.config.alignment_loss * found
+        if hidden is not None:
+            assert self.grounding is not None
+            encoded = self._encode(images, hidden.masked, last_words=True) if twice else encoded
+            embedding = self.language_model.embeddings.word_embeddings.weight
+            loss = loss + self.config.mask_grounding * self.grounding.loss(hidden, encoded, mask, embedding)
         return loss, _resized(scored.logits[:, -1:], size)
 
     def score(self, features: Pixels, tokens: Tensor, index: Tensor | None = None, all_outputs: bool = True) -> Scored:
         """What all (or only the last) of the predictions make of the images; arguments as for :meth:`segment`."""
-        images = _checked(features).images
-        check_index(index, len(images), len(tokens))
-        images, tokens = features.select(index).images, self._fitted(tokens)
-        encoded = encode(self.image_model, self.language_model, images, tokens, self.recompute)
-        return self.classifier(encoded.maps, all_outputs)
+        return self.classifier(self._encode(*self._matched(features, tokens, index)).maps, all_outputs)
+
+    def _matched(self, features: Pixels, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The image of each expression (E, 3, H, W), and its tokens (E, L) at the length that they are encoded at."""
+        check_index(index, len(_checked(features).images), len(tokens))
+        return features.select(index).images, self._fitted(tokens)
+
+    def _encode(self, images: Tensor, tokens: Tensor, last_words: bool = False) -> Encoded:
+        return encode(self.image_model, self.language_model, images, tokens, self.recompute, last_words)
 
     def _fitted(self, tokens: Tensor) -> Tensor:
         """Trimmed to the longest sentence where padding changes nothing; elsewhere padded to ``word_len``."""
@@ -172,6 +200,24 @@ class MagNet(ReferringModel, tags=["magnet"]):
                 kept = id(parameter) in exempt or name.endswith("relative_position_bias_table")
                 groups[HEAD + NO_DECAY if kept else HEAD].append(parameter)
         return groups
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of Mask Grounding, where it is on."""
+        return METRICS if self.grounding is not None else ()
+
+    def take_metrics(self) -> dict[str, float]:
+        """See :attr:`metric_names`."""
+        return {} if self.grounding is None else self.grounding.take_metrics()
+
+    def metrics_state(self) -> dict[str, Tensor]:
+        """How often each word was hidden so far."""
+        return {} if self.grounding is None else self.grounding.tally.state()
+
+    def restore_metrics(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`metrics_state` returned."""
+        if self.grounding is not None:
+            self.grounding.tally.restore(state)
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:

@@ -1,0 +1,118 @@
+"""What only training adds to a MagNet, as switches: Mask Grounding and the alignment loss (arXiv 2312.12198).
+
+The paper has both and its training code is not public, so that most of this is our choice. Text and image change each
+other in MagNet, and a separate pass with hidden words would encode the image twice. So words are hidden in the *main*
+pass, of half of the samples: those give the grounding loss, the others train the segmentation and the alignment loss
+with whole sentences. Nothing that the predictor sees has heard the hidden words: the text states behind the last stage,
+the decoder's smallest map, and the mask's centre. With ``clean_segmentation`` every sample is encoded twice instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastris.models.magnet.config import MagNetConfig
+from fastris.models.magnet.encoders import Encoded
+from fastris.models.vocabulary import CONTINUES, MARKS, MASK, read_vocabulary
+from fastris.nn.mask_grounding import MaskGrounding
+from fastris.nn.masked_words import Masking, choose, draw_ahead, move_on, words_by_starts
+from fastris.ops.pixel_contrast import pixel_contrast
+
+SHOWN = 0.1
+"""The share of the selected pieces that stay as they are."""
+SAMPLES = 0.5
+"""The share of the samples whose words are hidden in the main pass."""
+
+
+class Hidden(NamedTuple):
+    """Sentences (E, L) as they are, the same with [MASK] in place of the hidden tokens, and which those are."""
+
+    tokens: Tensor
+    masked: Tensor
+    masking: Masking
+
+
+class SentenceGrounding(MaskGrounding):
+    """Mask Grounding of BERT's sentences. Its vocabulary must have a [MASK]; ValueError otherwise."""
+
+    starts: Tensor
+    words: Tensor
+
+    def __init__(self, config: MagNetConfig):
+        bert = config.bert
+        super().__init__(
+            bert.vocab_size,
+            bert.hidden_size,
+            config.widths[-1],
+            layers=config.predictor_layers,
+            heads=bert.num_attention_heads,
+            norm_first=False,
+            eps=1e-12,
+            mask_embedding=False,
+        )
+        self.rate, self.samples = config.mask_rate, 1.0 if config.clean_segmentation else SAMPLES
+        ids = read_vocabulary(config.vocabulary)
+        if MASK not in ids or ids[MASK] >= bert.vocab_size:
+            raise ValueError(
+                f"mask_grounding needs a vocabulary with {MASK}, and {config.vocabulary} has none among its first "
+                f"{bert.vocab_size} pieces; give another vocabulary, or mask_grounding=0"
+            )
+        self.mask_id = ids[MASK]
+        starts, words = torch.ones(bert.vocab_size, dtype=torch.bool), torch.ones(bert.vocab_size, dtype=torch.bool)
+        for piece, number in ids.items():
+            if number < bert.vocab_size:
+                starts[number] = not (config.whole_words and piece.startswith(CONTINUES))
+                words[number] = piece not in (*MARKS, MASK)
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("words", words, persistent=False)
+
+    def hide(self, tokens: Tensor) -> Hidden:
+        """Choose words of sentences (E, L); see :func:`fastris.nn.masked_words.draw_ahead` for the random numbers."""
+        words = words_by_starts(self.words[tokens], self.starts[tokens])
+        draws = draw_ahead(len(tokens), tokens.shape[1], tokens.device)
+        masking = choose(words, draws, self.rate, SHOWN, self.samples)
+        return Hidden(tokens, tokens.masked_fill(masking.hidden, self.mask_id), masking)
+
+    def loss(self, hidden: Hidden, encoded: Encoded, mask: Tensor, embedding: Tensor) -> Tensor:
+        """The loss of :meth:`forward`, of what the masked sentences were encoded to.
+
+        The random numbers that :meth:`hide` looked at are behind us then.
+        """
+        move_on(*hidden.tokens.shape)
+        assert encoded.words is not None
+        tokens, selected = hidden.tokens, hidden.masking.selected
+        return self(encoded.words, tokens, tokens != 0, selected, encoded.maps[-1], mask, embedding)
+
+
+def alignment_loss(
+    pixels: Tensor,
+    mask_features: nn.Conv2d,
+    sentence: nn.Linear,
+    encoded: Encoded,
+    tokens: Tensor,
+    mask: Tensor,
+    left_out: Tensor | None,
+) -> Tensor:
+    """The contrast of the mask features with each other and with the projected sentence.
+
+    Args:
+        pixels: the map (E, D, h, w) before ``mask_features``. sentence: T -> D, of the mean word.
+        tokens: (E, L), the clean ones; the mean is of those between the first mark and the last.
+        mask: (E, 1, H, W). left_out: (E,) bool, the samples that give no loss, or None.
+    """
+    assert encoded.words is not None
+    valid = tokens != 0
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    inner = valid & (places > 0) & (places < valid.sum(1, keepdim=True) - 1)
+    said = inner.to(encoded.words.dtype)[..., None]
+    mean = (said * encoded.words).sum(1) / said.sum(1).clamp_min(1)
+    if left_out is not None:  # a sample without an object gives no loss
+        mask = mask * ~left_out[:, None, None, None]
+    with torch.autocast(pixels.device.type, enabled=False):
+        features = F.conv2d(pixels, mask_features.weight, mask_features.bias)
+    projected = sentence(mean)
+    return pixel_contrast(features, projected.to(features.dtype), mask)
