@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_helpers import train_set, val_set
+from training_helpers import rows, train_set, val_set
 
 from fastris import MagNetConfig, Segmenter, use_impl
 from fastris.commands.train import TrainConfig, train
@@ -257,11 +257,17 @@ def test_tiny_preset_trains_is_scored_saved_loaded_and_asked(tmp_path):
     config = TrainConfig(
         model="magnet_tiny", dataset="synthetic", device="cpu", output_folder=tmp_path, epochs=1, batch_size=4,
         base_lr=1e-3, workers=0, workers_val=0, pictures=0, max_steps=2, input_size=64, evaluate=False,
-        extra={"depths": (1, 1, 1, 1), "query_layers": 1, "pixel_layers": 1},
+        extra={"depths": (1, 1, 1, 1), "query_layers": 1, "pixel_layers": 1, "predictor_layers": 1,
+               "mask_grounding": 1.0, "alignment_loss": 0.5},
     )  # fmt: skip
     result = train(config, train_set(), val_set())
     assert result.step == 2
-    model = load_model(tmp_path / "last.pth")
+    told = rows(tmp_path / "log.csv")
+    assert all(float(row["grounding_loss"]) > 0 and float(row["alignment_loss"]) > 0 for row in told)
+    assert load_model(tmp_path / "last.pth").grounding is not None
+    load_model(tmp_path / "last.pth").save_pretrained(tmp_path / "for others")
+    model = load_model(tmp_path / "for others")
+    assert model.grounding is None and not model.config.alignment_loss
     assert type(model).__name__ == "MagNet" and model.config.input_size == 64
     scores = evaluate(model, val_set(), sentences="first").scores
     assert scores.rule == "magnet"

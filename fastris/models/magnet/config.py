@@ -81,7 +81,7 @@ class MagNetConfig(SwinBertConfig):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MAGNET_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("image_model", "language_model", "classifier", "lang_proj")
     added_parts: ClassVar[tuple[str, ...]] = ("grounding",)
-    training_parts: ClassVar[tuple[str, ...]] = ("grounding",)
+    training_parts: ClassVar[tuple[str, ...]] = ("grounding", "cal")
     not_in_shapes: ClassVar[tuple[str, ...]] = (
         "vocabulary",
         "word_len",

@@ -18,7 +18,7 @@ from fastris.models.magnet.config import MagNetConfig
 from fastris.models.magnet.encoders import Encoded, ImageModel, LanguageModel, encode
 from fastris.models.magnet.pixel_decoder import PixelDecoder
 from fastris.models.magnet.query_decoder import MaskDecoder
-from fastris.models.magnet.training_parts import SentenceGrounding, alignment_loss
+from fastris.models.magnet.training_parts import Alignment, SentenceGrounding
 from fastris.models.state_dicts import Adopted
 from fastris.nn.mask_grounding import METRICS
 from fastris.nn.recompute import check_setting
@@ -92,6 +92,7 @@ class MagNet(ReferringModel, tags=["magnet"]):
         self.classifier = Classifier(config)
         self.lang_proj = nn.Linear(config.text_width, config.conv_dim)
         self.grounding = SentenceGrounding(config) if config.mask_grounding else None
+        self.cal = Alignment() if config.alignment_loss else None
         # What is in the files and nothing trains has no gradient to wait for.
         self.classifier.predictor.class_embed.requires_grad_(False)
         self.lang_proj.requires_grad_(bool(config.alignment_loss))
@@ -144,16 +145,17 @@ class MagNet(ReferringModel, tags=["magnet"]):
         hidden = self.grounding.hide(tokens) if self.training and self.grounding is not None else None
         twice = self.config.clean_segmentation
         heard = tokens if hidden is None or twice else hidden.masked
-        aligns = self.training and bool(self.config.alignment_loss)
-        encoded = self._encode(images, heard, last_words=aligns or (hidden is not None and not twice))
+        cal = self.cal if self.training else None
+        encoded = self._encode(images, heard, last_words=cal is not None or (hidden is not None and not twice))
         scored = self.classifier(encoded.maps, all_outputs=True)
         size = images.shape[-2:]
         loss = reference.upsampled_bce_and_dice(scored.logits, reference.resize_target(mask, size))
-        if aligns:
+        if cal is not None:
             left_out = None if hidden is None or twice else hidden.masking.selected.any(1)
-            conv = self.classifier.pixel_decoder.mask_features
-            found = alignment_loss(scored.features, conv, self.lang_proj, encoded, tokens, mask, left_out)
-            loss = loss + self.config.alignment_loss * found
+            with torch.autocast(images.device.type, enabled=False):
+                features = self.classifier.pixel_decoder.mask_features(scored.features)
+            alignment = cal(features, encoded, self.lang_proj, tokens, mask, left_out)
+            loss = loss + self.config.alignment_loss * alignment
         if hidden is not None:
             assert self.grounding is not None
             encoded = self._encode(images, hidden.masked, last_words=True) if twice else encoded
@@ -203,12 +205,13 @@ class MagNet(ReferringModel, tags=["magnet"]):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Those of Mask Grounding, where it is on."""
-        return METRICS if self.grounding is not None else ()
+        """Those of Mask Grounding and of the alignment loss, where they are on."""
+        return (*(METRICS if self.grounding else ()), *(("alignment_loss",) if self.cal else ()))
 
     def take_metrics(self) -> dict[str, float]:
         """See :attr:`metric_names`."""
-        return {} if self.grounding is None else self.grounding.take_metrics()
+        found = {} if self.grounding is None else self.grounding.take_metrics()
+        return found if self.cal is None else found | {"alignment_loss": self.cal.meter.take()}
 
     def metrics_state(self) -> dict[str, Tensor]:
         """How often each word was hidden so far."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.models.magnet.config import MagNetConfig
 from fastris.models.magnet.encoders import Encoded
 from fastris.models.vocabulary import CONTINUES, MARKS, MASK, read_vocabulary
+from fastris.nn.loss_meter import LossMeter
 from fastris.nn.mask_grounding import MaskGrounding
 from fastris.nn.masked_words import Masking, choose, draw_ahead, move_on, words_by_starts
 from fastris.ops.pixel_contrast import pixel_contrast
@@ -88,31 +88,36 @@ class SentenceGrounding(MaskGrounding):
         return self(encoded.words, tokens, tokens != 0, selected, encoded.maps[-1], mask, embedding)
 
 
-def alignment_loss(
-    pixels: Tensor,
-    mask_features: nn.Conv2d,
-    sentence: nn.Linear,
-    encoded: Encoded,
-    tokens: Tensor,
-    mask: Tensor,
-    left_out: Tensor | None,
-) -> Tensor:
-    """The contrast of the mask features with each other and with the projected sentence.
+class Alignment(nn.Module):
+    """The contrast of the mask features with each other and with the projected sentence; it has no weights."""
 
-    Args:
-        pixels: the map (E, D, h, w) before ``mask_features``. sentence: T -> D, of the mean word.
-        tokens: (E, L), the clean ones; the mean is of those between the first mark and the last.
-        mask: (E, 1, H, W). left_out: (E,) bool, the samples that give no loss, or None.
-    """
-    assert encoded.words is not None
-    valid = tokens != 0
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    inner = valid & (places > 0) & (places < valid.sum(1, keepdim=True) - 1)
-    said = inner.to(encoded.words.dtype)[..., None]
-    mean = (said * encoded.words).sum(1) / said.sum(1).clamp_min(1)
-    if left_out is not None:  # a sample without an object gives no loss
-        mask = mask * ~left_out[:, None, None, None]
-    with torch.autocast(pixels.device.type, enabled=False):
-        features = F.conv2d(pixels, mask_features.weight, mask_features.bias)
-    projected = sentence(mean)
-    return pixel_contrast(features, projected.to(features.dtype), mask)
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = LossMeter()
+
+    def forward(
+        self,
+        features: Tensor,
+        encoded: Encoded,
+        sentence: nn.Linear,
+        tokens: Tensor,
+        mask: Tensor,
+        left_out: Tensor | None,
+    ) -> Tensor:
+        """The loss of mask features (E, D, h, w) and the last words, whose mean ``sentence`` projects to D.
+
+        The mean is of the tokens between the first and the last, which are marks; of a sentence that was cut to the
+        model's length it leaves out a piece. ``tokens`` (E, L), ``mask`` (E, 1, H, W); the samples that are
+        ``left_out`` (E,) give no loss, None leaves out none.
+        """
+        assert encoded.words is not None
+        valid = tokens != 0
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        inner = valid & (places > 0) & (places < valid.sum(1, keepdim=True) - 1)
+        said = inner.to(encoded.words.dtype)[..., None]
+        mean = (said * encoded.words).sum(1) / said.sum(1).clamp_min(1)
+        if left_out is not None:  # without an object there is no loss
+            mask = mask * ~left_out[:, None, None, None]
+        loss = pixel_contrast(features, sentence(mean).to(features.dtype), mask)
+        self.meter.count(loss.detach())
+        return loss
