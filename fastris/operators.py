@@ -67,6 +67,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         Operator("pixel_contrast", "pixel_contrast", "pixel_contrast", "", "pixel_contrast"),
         Operator("pixel_word_attention", "pixel_word_attention", "pixel_word_attention", "", "pixel_word_attention"),
+        Operator("word_pixel_attention", "word_pixel_attention", "word_pixel_attention", "", "word_pixel_attention"),
         Operator(
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",

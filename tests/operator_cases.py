@@ -23,6 +23,7 @@ from fastris.reference import (
     PixelNorm,
     PixelWordWeights,
     SeparateAttentionWeights,
+    WordPixelWeights,
 )
 
 
@@ -468,6 +469,43 @@ def pixel_word_problem(
     return Problem("pixel_word_attention", label, make, call, ("pixels", "words", "valid"), ("valid",), **uses)
 
 
+def word_pixel_problem(
+    rows: int,
+    dim: int,
+    text_dim: int,
+    real: tuple[int, ...],
+    rule: str,
+    words: int | None = None,
+    scale: float = 1.0,
+    **uses: bool,
+) -> Problem:
+    """Sentences of ``real`` words. The biases that a norm takes out are fixed: their gradients are rounding noise.
+
+    A small ``scale`` of what is normed lets the norms' eps count, without which they take scales out, too.
+    """
+    words, silent = words or max(real), ("key_bias", "value_bias", "out_bias")
+
+    def make() -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {f"{part}_bias": (text_dim,) for part in ("project", "query", "mixed")}
+        for part in ("project", "query", "key", "value", "out", "mixed"):
+            shapes[f"{part}_weight"] = text_dim, dim if part in ("key", "value") else text_dim
+        inputs = {name: value / shapes[name][-1] ** 0.5 for name, value in drawn(shapes).items()}
+        inputs |= {f"{part}_weight": scale * inputs[f"{part}_weight"] for part in ("key", "value", "out")}
+        inputs |= {"words": randn(len(real), words, text_dim, seed=41), "pixels": randn(len(real), rows, dim, seed=40)}
+        return inputs | {"valid": torch.arange(words) < torch.tensor(real)[:, None]}
+
+    def call(impl: str) -> Callable:
+        def function(words: Tensor, pixels: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
+            fixed = {name: torch.linspace(-1, 1, text_dim).to(weights["query_bias"]) for name in silent}
+            own = WordPixelWeights(**weights, **fixed)
+            return ops.word_pixel_attention(words, pixels, valid, own, rule, impl=impl)
+
+        return function
+
+    label = f"N{rows}-C{dim}-T{text_dim}-real{'+'.join(map(str, real))}-of{words}-{rule}"
+    return Problem("word_pixel_attention", label, make, call, ("words", "pixels", "valid"), ("valid",), **uses)
+
+
 def deformable_problem(
     batch: int, queries: int, heads: int, width: int, sizes: tuple[tuple[int, int], ...], points: int, **uses: bool
 ) -> Problem:
@@ -630,6 +668,13 @@ def every_problem() -> Iterator[Problem]:
     yield pixel_word_problem(3, 5, 3, (3, 2), **small)
     yield pixel_word_problem(70, 24, 40, (20, 1, 0, 9))
     yield pixel_word_problem(1, 32, 8, (3, 1), few=True)
+
+    yield word_pixel_problem(60, 12, 16, (5, 3), "masked", thorough=True)  # through the covariance
+    yield word_pixel_problem(11, 24, 16, (5, 8), "intended", 9, thorough=True)  # through the projected maps
+    yield word_pixel_problem(9, 2, 3, (3, 4), "intended", 4, **small)
+    yield word_pixel_problem(3, 4, 3, (3, 4), "masked", **small)
+    yield word_pixel_problem(130, 24, 40, (20, 2, 9), "intended")
+    yield word_pixel_problem(33, 40, 24, (2, 17), "masked")
 
     yield deformable_problem(2, 5, 2, 4, ((2, 4), (1, 3)), 2, **whole)
     yield deformable_problem(2, 2, 2, 2, ((2, 3), (1, 2)), 2, **small)

@@ -24,7 +24,13 @@ from fastris.models.config import ModelConfig
 from fastris.models.cris import FPN, Projector, TransformerDecoder
 from fastris.nn.losses import TextToPixelContrastiveLoss
 from fastris.nn.separate_attention import SeparateAttention, xavier
-from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, FeedForwardWeights, PixelWordWeights
+from fastris.reference import (
+    AttentionWeights,
+    BidirectionalAttentionWeights,
+    FeedForwardWeights,
+    PixelWordWeights,
+    WordPixelWeights,
+)
 
 from .problem import Problem
 
@@ -271,6 +277,23 @@ def _pixel_word_attention(own: Any, pixels: Tensor, words: Tensor, valid: Tensor
     parts = own.project, own.query, own.query_norm, own.key, own.value, own.out, own.out_norm, own.mixed
     weights = PixelWordWeights(*(each for part in parts for each in (part.weight, part.bias)))
     return pixel_word_attention(pixels, words, valid, weights)
+
+
+def word_pixel_attention(batch: int, side: int, width: int, text_width: int, words: int) -> Problem:
+    """MagNet's sentence without padding, whose words read the pixels of a map, side x side."""
+    own = Own(_word_pixel_attention)
+    for name in ("project", "query", "key", "value", "out", "mixed"):
+        setattr(own, name, nn.Linear(width if name in ("key", "value") else text_width, text_width))
+    inputs = {"words": torch.randn(batch, words, text_width), "pixels": torch.randn(batch, side * side, width)}
+    return Problem(own, inputs, {"valid": torch.ones(batch, words)})
+
+
+def _word_pixel_attention(own: Any, words: Tensor, pixels: Tensor, valid: Tensor) -> Tensor:
+    from fastris.ops.word_pixel_attention import word_pixel_attention
+
+    parts = own.project, own.query, own.key, own.value, own.out, own.mixed
+    weights = WordPixelWeights(*(each for part in parts for each in (part.weight, part.bias)))
+    return word_pixel_attention(words, pixels, valid, weights, "masked")
 
 
 def image_encoder(preset: Preset, side: int, batch: int) -> Problem:

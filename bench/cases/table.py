@@ -59,16 +59,17 @@ def _bidirectional(name: str, where: str, batch: int, side: int, width: int, tex
     )
 
 
-def _pixel_word(stage: int, goal: float) -> Case:
+def _magnet(op: str, what: str, stage: int, goal: float) -> Case:
+    """One of MagNet's attentions of a stage's map and a sentence, at 480x480."""
     width, side = 128 << stage, 120 >> stage
     return Case(
-        name=f"pixel_word_attention_stage{stage + 1}",
-        op="pixel_word_attention",
-        title=f"pixels read words: MagNet, {width} channels, {side}x{side}, 20 words of width 768, B=1",
-        build=builders.pixel_word_attention,
+        name=f"{op}_stage{stage + 1}",
+        op=op,
+        title=f"{what}: MagNet, {width} channels, {side}x{side}, 20 words of width 768, B=1",
+        build=getattr(builders, op),
         composed=True,
         sizes={"batch": 1, "side": side, "width": width, "text_width": 768, "words": 20},
-        small={"batch": 2, "side": 7 - 2 * stage, "width": 16, "text_width": 12, "words": 5},
+        small={"batch": 2, "side": 8 - stage, "width": 16, "text_width": 12, "words": 5},
         goals={"cpu/float32": goal},
         compiles_long=True,
     )
@@ -236,7 +237,8 @@ CASES: tuple[Case, ...] = (
         small={"pixels": 35, "dim": 64, "heads": 4, "words": 11, "word_dim": 24},
         goals={"cpu/float32": 1.4},
     ),
-    *(_pixel_word(stage, goal) for stage, goal in enumerate((1.4, 1.4, 1.0, 1.0))),
+    *(_magnet("pixel_word_attention", "pixels read words", *each) for each in enumerate((1.4, 1.4, 1.0, 1.0))),
+    *(_magnet("word_pixel_attention", "words read pixels", *each) for each in enumerate((1.0, 1.0, 1.0, 1.0))),
     Case(
         name="deformable_attention",
         op="deformable_attention",

@@ -17,6 +17,7 @@ from fastris.nn.fusion import Gate
 from fastris.nn.positions import pyramid_spread
 from fastris.nn.swin import initialise_linear
 from fastris.ops.pixel_word_attention import pixel_word_attention
+from fastris.ops.word_pixel_attention import word_pixel_attention
 from fastris.reference import LanguageMask, PixelWordWeights, WordPixelWeights
 
 SIDES = (1, 2, 3, 6)
@@ -49,7 +50,7 @@ class PixelWordAttention(nn.Module):
 
 
 class WordPixelAttention(nn.Module):
-    """Words that read pixels; see :func:`fastris.reference.word_pixel_attention`, which ``rule`` is for."""
+    """Words that read pixels; see :func:`fastris.ops.word_pixel_attention`, which ``rule`` is for."""
 
     def __init__(self, width: int, text_width: int, rule: LanguageMask):
         super().__init__()
@@ -72,14 +73,14 @@ class WordPixelAttention(nn.Module):
                 part.requires_grad_(False)
 
     def weights(self) -> WordPixelWeights:
-        """The parameters, for :mod:`fastris.reference.word_pixel_attention`."""
+        """The parameters, for the operator."""
         inner: Any = self.image_lang_att
         layers = (self.vis_project, inner.f_query, inner.f_key, inner.f_value, inner.W, self.project_mm)
         return WordPixelWeights(*(each for layer in layers for each in _matrix_and_bias(layer[0])))
 
     def forward(self, words: Tensor, pixels: Tensor, valid: Tensor) -> Tensor:
         """The residual (B, L, T) of words (B, L, T) that read pixels (B, N, C)."""
-        return reference.word_pixel_attention(words, pixels, valid, self.weights(), self.rule)
+        return word_pixel_attention(words, pixels, valid, self.weights(), self.rule)
 
 
 class Pyramid(nn.Sequential):

@@ -18,6 +18,7 @@ from fastris.ops.tiles import use_tiles
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 from fastris.ops.word_attention import word_attention
+from fastris.ops.word_pixel_attention import word_pixel_attention
 from fastris.preflight import register
 from fastris.tuned import on_tiles
 
@@ -42,4 +43,5 @@ __all__ = [
     "upsample2x_conv3x3_stats",
     "upsampled_bce_with_logits",
     "word_attention",
+    "word_pixel_attention",
 ]

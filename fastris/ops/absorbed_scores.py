@@ -47,12 +47,30 @@ def score_and_read(
     return Scored(*form.apply(pixels, key, bias, query_weight, sym_value_weight, eps, kernels))
 
 
+def read_normed(few: Tensor, pixels: Tensor, key_weight: Tensor, value_weight: Tensor, eps: float) -> Tensor:
+    """``softmax(few IN(W_k x)^T / sqrt(T)) IN(W_v x)``: (B, L, T), what few rows (B, L, T) read from the pixels.
+
+    The other half of :func:`score_and_read` by itself, in the same two forms: ``pixels`` (B, N, C) in the dtype of the
+    matrix products, the others in float32, or float64 for float64 pixels; both weights are (T, C).
+    """
+    count, width = pixels.shape[1:]
+    rows = len(key_weight) + len(value_weight)
+    form = _ThroughCovariance if _covariance_pays(count, width, rows) else _ThroughMaps
+    few = few * (width / len(key_weight)) ** 0.5  # which is divided by sqrt(C) there
+    return form.apply(pixels, few, None, key_weight, value_weight, eps, False)[2]
+
+
 def covariance_pays(pixels: int, width: int, text_width: int) -> bool:
     """Whether variances of projections cost less through the pixels' covariance than through the projected maps.
 
     Multiplications of forward and backward: 2 N C^2 + 3 C^2 (C + T) against 3 N C (C + T).
     """
-    return pixels * (width + 3 * text_width) > 3 * width * (width + text_width)
+    return _covariance_pays(pixels, width, width + text_width)
+
+
+def _covariance_pays(pixels: int, width: int, rows: int) -> bool:
+    """The same of projections with so many ``rows`` in all."""
+    return pixels * (3 * rows - 2 * width) > 3 * width * rows
 
 
 class _ThroughCovariance(torch.autograd.Function):
@@ -230,18 +248,22 @@ def _scale(centred: Tensor, wide: torch.dtype, eps: float) -> Tensor:
 
 
 def _read(
-    few: Tensor, bias: Tensor, source: Tensor, value: Tensor, kernels: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    few: Tensor, bias: Tensor | None, source: Tensor, value: Tensor, kernels: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Scores ``few source^T + bias`` (B, L, N) and what is read from them.
 
     That is the softmax over the words less its mean over the pixels (B, L, N), its covariance (B, L, L), and ``value``
-    (B, N, V) under the softmax over the pixels: (B, L, V). Last comes what the kernels need for their backward pass.
+    (B, N, V) under the softmax over the pixels: (B, L, V). Without a ``bias`` the first two are not wanted, and None.
+    Last comes what the kernels need for their backward pass.
     """
-    if kernels:
+    if kernels and bias is not None:
         from fastris.kernels.bidirectional_attention import read
 
         return read(few, bias, source, value)
-    scores = split_product(few, source.mT, source.dtype) + bias[..., None]
+    scores = split_product(few, source.mT, source.dtype)
+    if bias is None:
+        return scores, None, None, split_product(scores.softmax(2), value, source.dtype), None
+    scores = scores + bias[..., None]
     rows = scores.softmax(1)
     rows = rows.sub_(rows.mean(2, keepdim=True))
     heard = split_product(scores.softmax(2), value, source.dtype)
@@ -252,24 +274,26 @@ def _read_backward(
     scores: Tensor,
     sums: Tensor | None,
     heard: Tensor,
-    d_rows: Tensor,
-    d_spread: Tensor,
+    d_rows: Tensor | None,
+    d_spread: Tensor | None,
     d_heard: Tensor,
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the scores, and the softmax over the pixels, both (B, L, N)."""
-    if sums is not None:
+    if sums is not None and d_rows is not None and d_spread is not None:
         from fastris.kernels.bidirectional_attention import read_backward
 
         return read_backward(scores, sums, heard, d_rows, d_spread, d_heard, value)
+    columns = scores.softmax(2)
+    d_columns = split_product(d_heard, value.mT, value.dtype)
+    d_columns = d_columns - (d_columns * columns).sum(2, keepdim=True)
+    if d_rows is None or d_spread is None:
+        return d_columns * columns, columns
     rows = scores.softmax(1)
     centred = rows - rows.mean(2, keepdim=True)
     d_rows = torch.baddbmm(d_rows, d_spread + d_spread.mT, centred, alpha=1 / scores.shape[2])
     d_rows = d_rows.sub_(d_rows.mean(2, keepdim=True)).mul_(rows)
     d_scores = d_rows.addcmul_(rows, d_rows.sum(1, keepdim=True), value=-1)
-    columns = scores.softmax(2)
-    d_columns = split_product(d_heard, value.mT, value.dtype)
-    d_columns = d_columns - (d_columns * columns).sum(2, keepdim=True)
     return d_scores.addcmul_(columns, d_columns), columns
 
 

@@ -54,7 +54,7 @@ def pixel_word_attention(
 
     Gradients reach every tensor but ``valid``; that of the keys' bias, which changes nothing, is exactly 0. The fast
     path keeps the pixels, W_x x and the argument of the last GELU for the backward pass, beside a few numbers for every
-    pixel and word; it can be differentiated once.
+    pixel and word; it can be differentiated once. Fewer pixels than words are computed as published.
 
     Raises ValueError for a wrong shape, no words, no pixels or tensors on different devices; TypeError for dtypes that
     do not fit.
@@ -62,7 +62,7 @@ def pixel_word_attention(
     Source: MagNet's released code; :func:`fastris.reference.pixel_word_attention`.
     """
     _check(pixels, words, valid, weights)
-    if resolve_without_kernels(impl) == "reference":
+    if resolve_without_kernels(impl) == "reference" or pixels.shape[1] < words.shape[1]:
         return reference.pixel_word_attention(pixels, words, valid, weights)
     dtype = compute_dtype(pixels)
     with torch.autocast(pixels.device.type, enabled=False):

@@ -34,6 +34,7 @@ from operator_cases import (
     similarity_problem,
     upsample_problem,
     upsampled_bce_problem,
+    word_pixel_problem,
     word_problem,
 )
 from operator_cases import Problem as ContractProblem
@@ -196,6 +197,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "word_attention, projected": lambda: of_contract(word_problem(2, 5, 16, 8, (7, 3), real=(3, 2))),
     "pixel_word_attention": lambda: of_contract(pixel_word_problem(20, 6, 5, (3, 2))),
     "pixel_word_attention, queries": lambda: of_contract(pixel_word_problem(4, 6, 5, (3, 2))),
+    "word_pixel_attention": lambda: of_contract(word_pixel_problem(20, 4, 5, (3, 2), "masked", scale=0.01)),
+    "word_pixel_attention, maps": lambda: of_contract(word_pixel_problem(5, 8, 6, (3, 2), "intended", scale=0.01)),
     "multiscale_deformable_attention": lambda: of_contract(deformable_problem(2, 5, 2, 3, ((3, 4), (2, 2)), 2)),
 }
 """Operator, or operator and way through it -> a small problem. Every operator has to be here."""
@@ -259,6 +262,7 @@ INSIDE = {
     "pixel_word_attention, queries": """
         pixel_word_products._ThroughQuery.forward pixel_word_products._ThroughQuery.backward
         pixel_word_products._unit""",
+    "word_pixel_attention": "absorbed_scores.read_normed",
     "multiscale_deformable_attention": """
         deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
         deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner

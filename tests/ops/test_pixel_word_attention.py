@@ -46,6 +46,14 @@ def test_each_form_is_taken_where_it_costs_less():
     assert [gram_pays(n, c) for n, c in stages] == [True, True, False, False]
 
 
+def test_fewer_pixels_than_words_are_computed_as_published():
+    inputs = inputs_of(FORMS["queries"])
+    few = inputs | {"pixels": inputs["pixels"][:, :4]}
+    one, two = (run_with_gradients(call(impl), few) for impl in ("torch", "reference"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert not torch.equal(call("torch")(**inputs), call("reference")(**inputs))
+
+
 @BOTH
 def test_the_keys_bias_changes_nothing_and_has_a_gradient_of_exactly_zero(problem):
     inputs = inputs_of(problem)
