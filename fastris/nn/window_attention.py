@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 MASKED = -100.0
 """Added to the scores of pixels that only the shift has made neighbours, as published."""
-CPU_PART_BYTES = 2**23
+CPU_PART_BYTES = 2**22
 """Attention weights of a part on a CPU."""
 
 
