@@ -30,7 +30,8 @@ def run_convert(options: ConvertConfig) -> int:
     """Rewrite a model as a published ``.pth``, a safetensors file or a ``save_pretrained`` folder.
 
     Every weight is checked against the model first. The target carries the configuration; a published checkpoint's
-    optimizer and epoch stay behind. Raises ValueError, FileNotFoundError or FileExistsError.
+    optimizer and epoch stay behind, and what only training uses. Raises ValueError, FileNotFoundError or
+    FileExistsError.
     """
     from fastris.models.pretrained import kind_for
     from fastris.weights.card import card_path, unknown_card, write_card
@@ -46,7 +47,7 @@ def run_convert(options: ConvertConfig) -> int:
     config = weights.config
     if options.config:
         config = kind_for(weights, config).config_class.from_yaml(options.config)
-    model = load_model(weights, config)
+    model = load_model(weights, None if config is None else config.for_others())
     card = weights.card or unknown_card(model.config, options.source)
     write_model(model, target, kind, card)
     print(printable(f"wrote {target} ({kind}): {_in_words(model)}"))

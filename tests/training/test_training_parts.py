@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_helpers import MODEL, rows, train_config, train_set, val_set
 
+from fastris.commands import convert
 from fastris.commands.train import train
 from fastris.training.log import STEP_COLUMNS
 from fastris.weights.load import load_model, load_torch
@@ -52,13 +53,16 @@ def test_steps_are_logged_with_the_words_that_were_guessed(tmp_path, capfd):
     assert "masked_accuracy 0" in capfd.readouterr().err
 
 
-def test_best_weights_are_for_others_and_the_last_ones_to_go_on(tmp_path):
+def test_best_weights_are_for_others_and_the_last_ones_to_go_on(tmp_path, capsys):
     trained = run(tmp_path, evaluate=True).model
     last, best = (load_torch(tmp_path / name) for name in ("last.pth", "best.pth"))
     new = {name for name in last["state_dict"] if name.startswith(("grounding.", "cal."))}
     assert new and best["state_dict"].keys() == last["state_dict"].keys() - new and "metrics" not in best
     assert last["config"]["mask_grounding"] == 1.0 and "mask_grounding" not in best["config"]
     images, tokens = torch.randn(1, 3, 64, 64), torch.tensor([[49406, 320, 49407]])
+    convert.run_convert(convert.ConvertConfig(str(tmp_path / "last.pth"), str(tmp_path / "written.safetensors")))
+    assert "mask_grounding" not in capsys.readouterr().out
+    assert load_model(tmp_path / "written.safetensors").state_dict().keys() == best["state_dict"].keys()
     answers = [load_model(tmp_path / name)(images, tokens) for name in ("last.pth", "best.pth")]
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], trained.eval()(images, tokens))
 
