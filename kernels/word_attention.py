@@ -32,22 +32,18 @@ MAX_DIM = 256
 MAX_WORDS = 32
 
 SIZES = ("rows", "words")
-_SINGLE = Config((("BLOCK_N", 32), ("BLOCK_D", 32)), 8, 1)
-_FEWER_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 4, 2)
-ANSWER = {
-    2: Config((("BLOCK_N", 64), ("BLOCK_D", 64)), 8, 2, (_FEWER_ROWS,)),
-    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32)), 8, 1),
-}
-_FEWEST_ROWS = Config((("BLOCK_N", 16), ("BLOCK_D", 64)), 8, 2)
-GRADIENTS = {2: Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 8, 2, (_FEWEST_ROWS,)), 4: _SINGLE}
-"""Bytes per element of the products' dtype -> launch."""
-WIDE_ANSWER = replace(_SINGLE, num_warps=16)
-"""In float32, of more than 128 channels, which spilled by 8 warps. Fewer channels spilled by 16, and 32 rows by 8."""
-TINY = {
-    2: Config((("BLOCK_N", 32), ("BLOCK_D", 32)), 8, 1),
-    4: Config((("BLOCK_N", 16), ("BLOCK_D", 32)), 8, 1),
-}
-"""The same on cards with 64 KiB of shared memory, of both passes."""
+_SINGLE = Config((("BLOCK_N", 16), ("BLOCK_D", 32)), 4, 1)
+_MORE_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 32)), 8, 1)
+_HALF = Config((("BLOCK_N", 64), ("BLOCK_D", 64)), 8, 2, (Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 4, 2),))
+_FEWER_ROWS = Config((("BLOCK_N", 32), ("BLOCK_D", 64)), 8, 2, (Config((("BLOCK_N", 16), ("BLOCK_D", 64)), 8, 2),))
+_TINY = {("tiny", 2): _MORE_ROWS, ("tiny", 4): replace(_SINGLE, num_warps=8)}
+# (shared-memory class, bytes per element of the products' dtype) -> launch.
+# In float32 four warps spilled on sm_80 and sm_86 where others do not, eight on sm_90, sm_100 and sm_120.
+ANSWER = {("large", 2): _HALF, ("small", 2): _HALF, ("large", 4): _MORE_ROWS, ("small", 4): _SINGLE, **_TINY}
+GRADIENTS = {("large", 2): _FEWER_ROWS, ("small", 2): _FEWER_ROWS, ("large", 4): _SINGLE, ("small", 4): _MORE_ROWS}
+GRADIENTS |= _TINY
+WIDE_ANSWER = replace(_SINGLE, num_warps=8)
+"""In float32, of more than 128 channels."""
 
 
 def fits(words: int, dim: int) -> bool:
@@ -177,14 +173,14 @@ def _gradients_kernel(
     store_tile(d_query_ptr + (sample * rows + row) * DIM, d_query, present, channel, DIM)
 
 
-def _config(table: dict[int, Config], keys: Tensor, width: int) -> Config:
-    if device_class(keys.device) == "tiny":
-        return TINY[keys.dtype.itemsize]
-    config = table[keys.dtype.itemsize]
-    return WIDE_ANSWER if config is ANSWER[4] and width > 128 else config
+def _config(table: dict[tuple[str, int], Config], keys: Tensor, width: int) -> Config:
+    kind = device_class(keys.device), keys.dtype.itemsize
+    return WIDE_ANSWER if table is ANSWER and kind[1] == 4 and width > 128 else table[kind]
 
 
-def _launch(kernel, table: dict[int, Config], rows: int, *tensors: Tensor, keys: Tensor, strides: tuple) -> None:
+def _launch(
+    kernel, table: dict[tuple[str, int], Config], rows: int, *tensors: Tensor, keys: Tensor, strides: tuple
+) -> None:
     """``kernel`` over ``rows`` pixels a sample of the absorbed ``keys``' words."""
     batch, heads, words, dim = keys.shape
     width = max(16, triton.next_power_of_2(dim))
