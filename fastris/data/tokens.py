@@ -75,11 +75,14 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
     return TokenBatch(tokens, truncated)
 
 
-def tokenize_wordpiece(sentences: str | Sequence[str], word_len: int, vocabulary: str = PUBLISHED) -> TokenBatch:
+def tokenize_wordpiece(
+    sentences: str | Sequence[str], word_len: int, vocabulary: str = PUBLISHED, keeps_end: bool = False
+) -> TokenBatch:
     """Encode sentences with BERT's WordPiece; arguments, result and errors as for :func:`tokenize`.
 
-    Every row is [CLS], the sentence's pieces, [SEP], then zeros, cut at `word_len` as released: a sentence of
-    `word_len - 1` pieces loses its [SEP] and no word. `vocabulary` as for :func:`fastris.data.wordpiece.word_piece`.
+    Every row is [CLS], the sentence's pieces, [SEP], then zeros, cut at `word_len` as AlignFormer and MagNet were
+    released: a sentence of `word_len - 1` pieces loses its [SEP] and no word. With `keeps_end` pieces are cut so that
+    [SEP] is always there. `vocabulary` as for :func:`fastris.data.wordpiece.word_piece`.
     """
     if isinstance(sentences, str):
         sentences = [sentences]
@@ -93,16 +96,21 @@ def tokenize_wordpiece(sentences: str | Sequence[str], word_len: int, vocabulary
         _check_text(name, sentence)
         pieces = splitter.pieces(sentence)
         _check_pieces(name, sentence, pieces, (PAD, splitter.start, splitter.end))
-        ids = [splitter.start, *pieces, splitter.end][:word_len]
+        room = word_len - 2 if keeps_end else word_len - 1
+        ids = [splitter.start, *pieces[:room], splitter.end][:word_len]
         tokens[row, : len(ids)] = torch.tensor(ids)
-        truncated.append(len(pieces) > word_len - 1)
+        truncated.append(len(pieces) > room)
     return TokenBatch(tokens, truncated)
 
 
 Tokenizer: TypeAlias = Callable[[str | Sequence[str], int], TokenBatch]
 """(sentences, L) -> tokens (N, L) padded with 0, and the flags of those that were cut, as :func:`tokenize`."""
 
-TOKENIZERS: dict[str, Callable[..., TokenBatch]] = {"clip": tokenize, "wordpiece": tokenize_wordpiece}
+TOKENIZERS: dict[str, Callable[..., TokenBatch]] = {
+    "clip": tokenize,
+    "wordpiece": tokenize_wordpiece,
+    "wordpiece_ended": partial(tokenize_wordpiece, keeps_end=True),
+}
 """Tokenizers by name; a model names its own in :class:`fastris.models.inputs.Inputs`."""
 
 

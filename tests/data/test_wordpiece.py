@@ -33,6 +33,8 @@ def test_cut_may_take_the_end_mark_and_is_told_only_where_a_word_is_lost(vocabul
     tokens, truncated = tokenize_wordpiece(phrases, 5, vocabulary)
     assert tokens.tolist() == [[2, 9, 9, 9, 3], [2, 9, 9, 9, 9], [2, 9, 9, 9, 9]]
     assert truncated == [False, False, True]
+    tokens, truncated = find_tokenizer(f"wordpiece_ended:{vocabulary}")(phrases, 5)
+    assert tokens.tolist() == [[2, 9, 9, 9, 3]] * 3 and truncated == [False, True, True]
 
 
 @pytest.mark.parametrize(

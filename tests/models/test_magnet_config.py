@@ -16,6 +16,8 @@ def test_mapping_preset_and_defaults_describe_the_released_model():
     assert config == MagNetConfig() == registry.read_config(config.to_dict())
     assert (config.in_words(), config.inputs.fit) == ("MagNet, Swin-B", "squash")
     assert (config.language_mask, config.class_score) == ("masked", "off")
+    assert config.inputs.tokenizer == "wordpiece_ended:google-bert/bert-base-uncased"
+    assert MagNetConfig(language_mask="released").inputs.tokenizer == "wordpiece:google-bert/bert-base-uncased"
     assert sum(config.parameter_counts().values()) == pytest.approx(296_984_954, rel=0.01)
     assert "bert_pretrain=google-bert/bert-base-uncased" in config.without_weights()
     assert not MagNetConfig.preset("magnet_tiny").without_weights()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fastris.models.encoders import BERT_TINY, BERTConfig
+from fastris.models.inputs import Inputs
 from fastris.models.limits import check_whole
 from fastris.models.recipe import Recipe
 from fastris.models.swin_bert import SwinBertConfig
@@ -189,6 +190,14 @@ class MagNetConfig(SwinBertConfig):
         """As for every model; the switches of training are named where they are not at their defaults."""
         found = super().to_dict()
         return {name: value for name, value in found.items() if name not in _TRAINING or value != _TRAINING[name]}
+
+    @property
+    def inputs(self) -> Inputs:  # type: ignore[override]  # as in the base class
+        """As for AlignFormer; but a sentence that is cut keeps its [SEP], unless words are masked as released."""
+        found = super().inputs
+        if self.language_mask == "released":
+            return found
+        return dataclasses.replace(found, tokenizer=f"wordpiece_ended:{self.vocabulary}")
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the text encoder, the image encoder, what is between them, and the two decoders."""

@@ -106,9 +106,8 @@ class Alignment(nn.Module):
     ) -> Tensor:
         """The loss of mask features (E, D, h, w) and the last words, whose mean ``sentence`` projects to D.
 
-        The mean is of the tokens between the first and the last, which are marks; of a sentence that was cut to the
-        model's length it leaves out a piece. ``tokens`` (E, L), ``mask`` (E, 1, H, W); the samples that are
-        ``left_out`` (E,) give no loss, None leaves out none.
+        The mean is of the tokens between the first and the last, which are marks. ``tokens`` (E, L), ``mask``
+        (E, 1, H, W); the samples that are ``left_out`` (E,) give no loss, None leaves out none.
         """
         assert encoded.words is not None
         valid = tokens != 0
