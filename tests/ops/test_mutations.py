@@ -266,7 +266,8 @@ INSIDE = {
     "multiscale_deformable_attention": """
         deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
         deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner
-        deformable_samples._find deformable_samples._summed deformable_samples._sample_gradients
+        deformable_samples._find deformable_samples._softmax deformable_samples._summed
+        deformable_samples._sample_gradients
         deformable_samples._value_gradient""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
@@ -279,6 +280,7 @@ HARMLESS = {
     "few_query_attention._pooled_by_kernels": "the Triton path, which has its proof",
     "word_attention._by_kernels": "the Triton path, which has its proof",
     "few_query_attention._largest": "divided by before and multiplied with after; in low precision alone",
+    "deformable_samples._each_point": "repeats numbers; where they come from is attacked",
     "similarity.normed_first": "part of every path, by the published formula; its numbers are attacked as inputs",
     "similarity.norm_rows": "for the kernels alone, whose proofs and tests attack it",
     "contrastive._counted_pixels": "part of every path; target and pos_weight are attacked as inputs",
