@@ -165,6 +165,11 @@ def resolve(
     return "triton" if takes else torch_path
 
 
+def resolve_without_kernels(impl: str = "auto") -> str:
+    """The path of an operator that has no kernels: reference where that is asked for, else torch."""
+    return "reference" if requested_impl(impl) == "reference" else _torch_path()
+
+
 def _torch_path() -> str:
     return "torch" if _compiles_functions or not torch.compiler.is_compiling() else "reference"
 
