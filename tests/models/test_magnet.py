@@ -128,6 +128,22 @@ def test_closed_language_gates_learn_from_the_first_step_on():
     assert all(gate[2].weight.grad.any() for gate in gates[:3])
 
 
+def test_words_behind_closed_gates_read_nothing_and_are_the_same_bits():
+    model = small(language_mask="released")
+    for gate in model.language_model.res_gates:
+        torch.nn.init.zeros_(gate[2].weight)
+    asked: list[int] = []
+    for number, side in enumerate(model.language_model.pwams):
+        side.register_forward_pre_hook(lambda *_, number=number: asked.append(number))
+    images, tokens, _ = batch()
+    expected = model(images, tokens)
+    assert asked == [0, 1, 2]
+    with torch.no_grad():
+        assert torch.equal(model(images, tokens), expected) and asked == [0, 1, 2]
+        torch.nn.init.normal_(model.language_model.res_gates[1][2].weight)
+        assert not torch.equal(model(images, tokens), expected) and asked == [0, 1, 2, 1]
+
+
 @pytest.mark.parametrize("size", [(31, 31), (33, 47), (64, 20), (90, 66), (1, 1)])
 def test_images_of_any_size_get_logits_of_that_size_and_train(size):
     model = small()

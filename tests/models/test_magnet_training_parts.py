@@ -7,7 +7,7 @@ import torch
 from test_magnet import batch, small
 from torch import Tensor
 
-from fastris import MagNetConfig
+from fastris import MagNetConfig, for_inference
 from fastris.models.magnet import training_parts
 from fastris.models.vocabulary import read_vocabulary
 from fastris.nn.mask_grounding import METRICS
@@ -163,9 +163,22 @@ def test_metrics_tell_how_many_hidden_words_were_guessed(monkeypatch):
     model.restore_metrics(model.metrics_state())
 
 
-def test_a_trained_model_with_them_answers_as_one_without(tmp_path):
+def test_under_autocast_their_losses_are_finite_float32(monkeypatch):
+    model = still(**BOTH)
+    images, tokens, mask = some()
+    with_draws(monkeypatch, 0.1, 0.9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images, tokens, mask)[2]
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_trained_model_with_them_answers_as_one_without():
     model = small(**VOCABULARY, **BOTH)
     images, tokens, _ = some()
+    made = for_inference(model)
+    assert made.grounding is made.cal is None and torch.equal(made(images, tokens), model(images, tokens))
     plain = small(**VOCABULARY)
     plain.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("grounding.")})
     assert torch.equal(model(images, tokens), plain(images, tokens))
