@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import torch
@@ -61,9 +61,27 @@ ALIGNFORMER = {
 """Part -> the methods of :class:`fastris.AlignFormer` that run in it; what is in no other part belongs to the last."""
 
 
-def parts_of(config: ModelConfig) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]:
-    """A system's stages and its parts; the last stage gets what is in none."""
-    return (ALIGNFORMER, ALIGNFORMER) if config.system == "alignformer" else (STAGES, PARTS)
+MAGNET = {
+    "encoders": ("image_model.patch_embed.forward", "language_model.embed", "language_model.part"),
+    "pixel decoder": ("classifier.pixel_decoder.forward",),
+    "mask decoder": ("classifier.predictor.forward",),
+    "exchanges + loss": ("classifier.forward",),
+}
+
+Parts: TypeAlias = Mapping[str, tuple[str, ...]]
+SYSTEMS: dict[str, tuple[Parts, Parts]] = {
+    "cris": (STAGES, PARTS),
+    "alignformer": (ALIGNFORMER, ALIGNFORMER),
+    "magnet": (MAGNET, MAGNET),
+}
+"""By system: its stages and its parts; the last stage gets what is in none."""
+
+
+def parts_of(config: ModelConfig) -> tuple[Parts, Parts]:
+    """A system's stages and its parts. Raises ValueError for a system without a row in :data:`SYSTEMS`."""
+    if config.system not in SYSTEMS:
+        raise ValueError(f"bench.memory knows the parts of {', '.join(SYSTEMS)} alone; add {config.system} to SYSTEMS")
+    return SYSTEMS[config.system]
 
 
 OWN_STAGES = ("neck", "decoder", "projector + loss")
