@@ -125,6 +125,13 @@ def _prepare_alignformer(model: Any) -> None:
         last.bias[-1] = -2.5
 
 
+def _prepare_magnet(model: Any) -> None:
+    """Nothing is dropped out, as in the tiny CRIS: BERT's dropout is for much longer trainings."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def _rate(step: int, steps: int) -> float:
     warm_up = min((step + 1) / 20, 1.0)
     return warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -168,5 +175,9 @@ class Start(NamedTuple):
     masks: Callable[[Tensor, int], Tensor] = lambda masks, input_size: masks
 
 
-STARTS = {"cris": Start(_prepare_cris, _targets_of_cris), "alignformer": Start(_prepare_alignformer)}
+STARTS = {
+    "cris": Start(_prepare_cris, _targets_of_cris),
+    "alignformer": Start(_prepare_alignformer),
+    "magnet": Start(_prepare_magnet),
+}
 """By system; one that is not listed begins as it was made, with masks at the image's size."""
