@@ -42,6 +42,13 @@ class Pixels(NamedTuple):
         return self if index is None else Pixels(self.images[index])
 
 
+def checked_pixels(features: object) -> Pixels:
+    """``features``, of a system that encodes an image anew for each phrase. Raises TypeError for anything else."""
+    if not isinstance(features, Pixels):
+        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
+    return features
+
+
 class Origin(NamedTuple):
     """Where a batch's expressions come from, (E,) int64 each: the numbers of their image and of their reference.
 

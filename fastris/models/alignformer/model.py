@@ -15,7 +15,7 @@ from fastris.models.alignformer.config import AlignFormerConfig
 from fastris.models.alignformer.pixel_decoder import PixelDecoder, Words
 from fastris.models.alignformer.swin import SwinWithWords
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
-from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
+from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel, checked_pixels
 from fastris.models.encoders import swin_name
 from fastris.models.state_dicts import Adopted
 from fastris.nn.bert import TextEncoder
@@ -191,7 +191,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
 
     def score(self, features: Pixels, tokens: Tensor, index: Tensor | None = None, all_outputs: bool = True) -> Scored:
         """What all (or only the last) of the embeddings make of the images; arguments as for :meth:`segment`."""
-        images = _checked(features).images
+        images = checked_pixels(features).images
         check_index(index, len(images), len(tokens))
         tokens = self._fitted(tokens)
         words = self.encode_text(tokens)
@@ -238,12 +238,6 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     def in_words(self) -> str:
         """The model and its encoder, such as ``AlignFormer on Swin-B``."""
         return f"{self.config.title} on {swin_name(self.config.embed_dim, self.config.depths)}"
-
-
-def _checked(features: object) -> Pixels:
-    if not isinstance(features, Pixels):
-        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
-    return features
 
 
 def _resized(logits: Tensor, size: torch.Size) -> Tensor:

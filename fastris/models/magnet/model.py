@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastris import reference
 from fastris.models.arguments import check_images, check_index, check_mask, check_tokens, without_shared_padding
-from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel
+from fastris.models.base import HEAD, NO_DECAY, Origin, Pixels, ReferringModel, checked_pixels
 from fastris.models.encoders import swin_name
 from fastris.models.magnet import keys
 from fastris.models.magnet.config import MagNetConfig
@@ -169,7 +169,7 @@ class MagNet(ReferringModel, tags=["magnet"]):
 
     def _matched(self, features: Pixels, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """The image of each expression (E, 3, H, W), and its tokens (E, L) at the length that they are encoded at."""
-        check_index(index, len(_checked(features).images), len(tokens))
+        check_index(index, len(checked_pixels(features).images), len(tokens))
         return features.select(index).images, self._fitted(tokens)
 
     def _encode(self, images: Tensor, tokens: Tensor, last_words: bool = False) -> Encoded:
@@ -240,12 +240,6 @@ class MagNet(ReferringModel, tags=["magnet"]):
     def in_words(self) -> str:
         """The model and its encoder, such as ``MagNet on Swin-B``."""
         return f"{self.config.title} on {swin_name(self.config.embed_dim, self.config.depths)}"
-
-
-def _checked(features: object) -> Pixels:
-    if not isinstance(features, Pixels):
-        raise TypeError(f"features must be what encode_image returns, got {type(features).__name__}")
-    return features
 
 
 def _resized(logits: Tensor, size: torch.Size) -> Tensor:
