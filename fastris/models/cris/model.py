@@ -22,8 +22,8 @@ from fastris.models.cris.projector import Projector, block_maps
 from fastris.models.cris.training_parts import Alignment, GroundingFeatures, HiddenWords, SentenceGrounding
 from fastris.models.cris.vlba import encode_with_words, exchanges
 from fastris.models.state_dicts import Adopted
+from fastris.models.training_metrics import TrainingMetrics
 from fastris.nn.clip import CLIPBackbone
-from fastris.nn.mask_grounding import METRICS
 from fastris.nn.recompute import check_setting, recomputed
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.region_contrast import region_contrast
@@ -67,7 +67,7 @@ class Decoded(NamedTuple):
     hidden: HiddenWords | None = None
 
 
-class CRIS(ReferringModel, tags=["cris"]):
+class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
     """CRIS with the published state-dict keys, shapes and values.
 
     ``model(img, word, mask)`` returns what the published class returns: in training mode ``(pred.detach(), target,
@@ -304,25 +304,6 @@ class CRIS(ReferringModel, tags=["cris"]):
         """Run CLIP's text encoder on token ids (E, L): the words (E, L, C) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
         return self.backbone.encode_text(tokens)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Those of Mask Grounding and of the alignment loss, where they are on."""
-        return (*(METRICS if self.grounding else ()), *(("alignment_loss",) if self.cal else ()))
-
-    def take_metrics(self) -> dict[str, float]:
-        """See :attr:`metric_names`."""
-        found = {} if self.grounding is None else self.grounding.take_metrics()
-        return found if self.cal is None else found | {"alignment_loss": self.cal.meter.take()}
-
-    def metrics_state(self) -> dict[str, Tensor]:
-        """How often each word was hidden so far."""
-        return {} if self.grounding is None else self.grounding.tally.state()
-
-    def restore_metrics(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`metrics_state` returned."""
-        if self.grounding is not None:
-            self.grounding.tally.restore(state)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """``backbone``: the CLIP encoders. ``head``: all else and, as published, CLIP's positional embeddings."""

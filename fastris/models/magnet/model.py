@@ -20,7 +20,7 @@ from fastris.models.magnet.pixel_decoder import PixelDecoder
 from fastris.models.magnet.query_decoder import MaskDecoder
 from fastris.models.magnet.training_parts import Alignment, SentenceGrounding
 from fastris.models.state_dicts import Adopted
-from fastris.nn.mask_grounding import METRICS
+from fastris.models.training_metrics import TrainingMetrics
 from fastris.nn.recompute import check_setting
 from fastris.ops.similarity import text_to_pixel_similarity
 
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         return Scored(logits, queries, pixels)
 
 
-class MagNet(ReferringModel, tags=["magnet"]):
+class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
     """MagNet with the released state-dict keys and values.
 
     Words and pixels change each other between the stages of their encoders, so an image is encoded anew for each
@@ -202,25 +202,6 @@ class MagNet(ReferringModel, tags=["magnet"]):
                 kept = id(parameter) in exempt or name.endswith("relative_position_bias_table")
                 groups[HEAD + NO_DECAY if kept else HEAD].append(parameter)
         return groups
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Those of Mask Grounding and of the alignment loss, where they are on."""
-        return (*(METRICS if self.grounding else ()), *(("alignment_loss",) if self.cal else ()))
-
-    def take_metrics(self) -> dict[str, float]:
-        """See :attr:`metric_names`."""
-        found = {} if self.grounding is None else self.grounding.take_metrics()
-        return found if self.cal is None else found | {"alignment_loss": self.cal.meter.take()}
-
-    def metrics_state(self) -> dict[str, Tensor]:
-        """How often each word was hidden so far."""
-        return {} if self.grounding is None else self.grounding.tally.state()
-
-    def restore_metrics(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`metrics_state` returned."""
-        if self.grounding is not None:
-            self.grounding.tally.restore(state)
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor]) -> Adopted | None:
