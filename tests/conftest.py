@@ -34,6 +34,13 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    """After another test's sizes, torch.compile makes sizes symbols, and a whole model of symbols takes hours to trace."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _ieee_float32():
     """On CUDA, convolutions are TF32 by default, which meets no bound of these tests."""
