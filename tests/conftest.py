@@ -36,7 +36,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> None:
-    """After another test's sizes, torch.compile makes sizes symbols, and a whole model of symbols takes hours to trace."""
+    """After another test's sizes, torch.compile makes sizes symbols: a whole model of symbols takes hours to trace."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 
