@@ -640,10 +640,11 @@ def every_problem() -> Iterator[Problem]:
     yield region_contrast_problem(2, 3, 1, 1)
     yield region_contrast_problem(5, 20, 13, 12, pointwise=16)
 
-    yield pixel_contrast_problem(4, 5, 6, 7, thorough=True)
+    yield pixel_contrast_problem(4, 5, 6, 7, **whole)
     yield pixel_contrast_problem(3, 3, 4, 4, **small)
     yield pixel_contrast_problem(1, 4, 5, 3)
     yield pixel_contrast_problem(5, 20, 13, 12)
+    yield pixel_contrast_problem(2, 37, 33, 17, kernels=True)  # two tiles of channels, two chunks of pixels
 
     yield upsampled_bce_problem(3, 2, (3, 5), (12, 20), thorough=True)
     yield upsampled_bce_problem(2, 1, (2, 3), (8, 11), **whole)

@@ -33,6 +33,7 @@ OPERATOR_CASES = (
     "deformable_attention",
     "word_attention",
     "region_contrast",
+    "pixel_contrast",
     "upsampled_bce",
 )
 """The cases of operators with kernels, and of the parts of CRIS that are made of them. None needs open_clip."""

@@ -32,6 +32,7 @@ from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.pixel_contrast import pixel_contrast
 from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
@@ -252,7 +253,7 @@ def _listen(dim: int, heads: int, words: int, train: bool = True) -> Callable[[t
 
 
 def _losses(queries: int, low: tuple[int, int], full: tuple[int, int]) -> Callable[[torch.dtype], None]:
-    """AlignFormer's losses of maps of size ``low`` under masks of size ``full``, in both memory layouts."""
+    """AlignFormer's losses and MagNet's of maps of size ``low`` under masks of size ``full``, in both layouts."""
 
     def run(dtype: torch.dtype) -> None:
         mask = torch.zeros(2, 1, *full)
@@ -261,6 +262,7 @@ def _losses(queries: int, low: tuple[int, int], full: tuple[int, int]) -> Callab
         for layout in (torch.contiguous_format, torch.channels_last):
             features = torch.zeros(2, 256, *low, dtype=dtype).to(memory_format=layout).requires_grad_()
             region_contrast(features, centres, mask, pointwise_weight=weight).backward()
+            pixel_contrast(features, centres, mask).backward()
 
     return run
 

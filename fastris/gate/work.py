@@ -222,6 +222,26 @@ def _region_spread(a: _Sizes) -> Work:
     return Work(outputs, 0, outputs * a.size("d_x_ptr") + 8 * a.batch * (a.pixels + a.channels), 0, (), a.batch)
 
 
+def _contrast_sums(a: _Sizes) -> Work:
+    """Of the map, its cells' weights, and the partial sums; with the cells' norms where these are made."""
+    rows = 3 if a.size("norms_ptr") == 0 else 2
+    cells = a.batch * a.pixels
+    outputs = rows * a.first * a.channels + (cells if rows == 2 else 0)
+    moved = cells * (a.channels * a.size("x_ptr") + 4 * rows) + 4 * outputs
+    trips = (a.TILES,) if rows == 3 else (_up(a.channels, a.BLOCK_C),)
+    return Work(outputs, 0, moved, 0, trips, a.batch)
+
+
+def _contrast_cells(a: _Sizes) -> Work:
+    """The cosines of three vectors a sample, or the map's gradient."""
+    backward = a.size("d_x_ptr") > 0
+    cells, rows = a.batch * a.pixels, 5 if backward else 3
+    outputs = cells * (a.channels if backward else rows)
+    moved = cells * a.channels * a.size("x_ptr", "d_x_ptr") + 4 * rows * a.batch * a.channels
+    moved += 4 * cells * (rows + (2 if backward else 1))
+    return Work(outputs, 0, moved, 0, (_up(a.channels, a.BLOCK_C),), a.batch)
+
+
 def _few_words(a: _Sizes) -> Work:
     """Word attention: the answer, or the query's gradient with the weights and the scores' gradient."""
     samples = a.first // _up(a.rows, a.BLOCK_N)
@@ -279,6 +299,10 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "deformable_attention pixel backward": _of_pixels,
     "region_contrast sums": _region_sums,
     "region_contrast spread": _region_spread,
+    "pixel_contrast norms": _contrast_sums,
+    "pixel_contrast cosines": _contrast_cells,
+    "pixel_contrast sums": _contrast_sums,
+    "pixel_contrast gradient": _contrast_cells,
     "word_attention answer": _few_words,
     "word_attention gradients": _few_words,
     "upsampled_bce loss": _upsampled_loss,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastris import reference
-from fastris.dispatch import requested_impl
+from fastris.dispatch import resolve
 from fastris.ops.checks import check_is_tensor, check_shape, check_tensors
 from fastris.reference.pixel_contrast import pixel_sets
 
@@ -49,21 +49,22 @@ def pixel_contrast(
         mask: (B, 1, H, W) of any size and dtype, in [0, 1]. See
             :func:`fastris.reference.pixel_contrast.pixel_sets` for which cells are inside, outside or neither.
         pixel_temperature, text_temperature: of the softmaxes along the mean pixels and along the sentence, above 0.
-        impl: ``"auto"``, ``"reference"`` or ``"torch"``; see :mod:`fastris.dispatch`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     Computed and returned in float32, or float64 for float64 features, under autocast, too. Gradients reach features and
     sentence; the mask is data. For the backward pass the fast path keeps the features, and three cosines, a norm and
-    two bytes a cell; it can be differentiated once. An empty batch, or one in which no sample has both an inside and an
-    outside, has loss 0.
+    two bytes a cell; it can be differentiated once. ``triton`` reads the map in its own dtype. An empty batch, or one
+    in which no sample has both an inside and an outside, has loss 0.
 
     Raises ValueError for a wrong shape or temperature, or tensors on different devices; TypeError for dtypes that do
-    not fit.
+    not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: :func:`fastris.reference.pixel_contrast`, which defines the loss.
     """
     _check(features, sentence, mask, pixel_temperature, text_temperature)
     mask = mask.detach()
-    if requested_impl(impl) == "reference":
+    path = resolve("pixel_contrast", features.device, features.dtype, impl, len(features))
+    if path == "reference":
         return reference.pixel_contrast(
             features, sentence, mask, pixel_temperature=pixel_temperature, text_temperature=text_temperature
         )
@@ -73,7 +74,9 @@ def pixel_contrast(
         sets = torch.stack(pixel_sets(mask, (height, width)), dim=1).flatten(2)  # [B, 2, N]
         unit = F.normalize(sentence.to(wide), dim=-1, eps=LEAST_NORM)
         temperatures = pixel_temperature, pixel_temperature, text_temperature
-        losses = _PixelContrast.apply(features.to(wide), unit, sets, temperatures)
+        by_kernels = path == "triton"
+        features = features if by_kernels else features.to(wide)
+        losses = _PixelContrast.apply(features, unit, sets, temperatures, by_kernels)
         counts = sets.any(-1).all(1)
         return torch.where(counts, losses, 0).sum() / counts.sum().clamp_min(1)
 
@@ -81,19 +84,21 @@ def pixel_contrast(
 class _PixelContrast(torch.autograd.Function):
     """The losses (B,) of features (B, D, h, w), unit vectors (B, D), sets (B, 2, N) and three temperatures.
 
-    A function of its own because its products stay wide where the backward pass runs under autocast, too.
+    A function of its own because its products stay wide where the backward pass runs under autocast, too. What reads or
+    writes the map is done ``by_kernels``, of any dtype, or by products of the vectors' dtype.
     """
 
     @staticmethod
-    def forward(ctx, features: Tensor, sentence: Tensor, sets: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    def forward(
+        ctx, features: Tensor, sentence: Tensor, sets: Tensor, temperatures: tuple[float, ...], by_kernels: bool
+    ) -> Tensor:
         pixels = features.flatten(2)
-        norm = torch.linalg.vector_norm(pixels, dim=1, keepdim=True).clamp_min(LEAST_NORM)  # [B, 1, N]
-        means = torch.bmm(_shares(sets, norm.dtype) / norm, pixels.mT)
+        norm, means = _norms_and_means(pixels, _shares(sets, sentence.dtype), by_kernels)
         lengths = torch.linalg.vector_norm(means, dim=-1, keepdim=True).clamp_min(LEAST_NORM)
         vectors = torch.cat([means / lengths, sentence[:, None]], dim=1)  # [B, 3, D]
-        cosines = torch.bmm(vectors, pixels) / norm
+        cosines = _cosines(vectors, pixels, norm, by_kernels)
         ctx.save_for_backward(features, sets, norm, lengths, vectors, cosines)
-        ctx.temperatures = temperatures
+        ctx.temperatures, ctx.by_kernels = temperatures, by_kernels
         own, other, scores = _in_turns(cosines, sets, temperatures)
         excess = F.softplus(_log_sum(scores, other) - scores)
         return (excess * own).sum((1, 2))
@@ -105,27 +110,63 @@ class _PixelContrast(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             pixels = features.flatten(2)
             slopes = upstream[:, None, None] * _slopes(cosines, sets, ctx.temperatures)  # [B, 3, N]
-            d_vectors = torch.bmm(slopes / norm, pixels.mT)
+            d_vectors = _sums(slopes / norm, pixels, ctx.by_kernels)
             d_features = None
             if ctx.needs_input_grad[0]:
                 anchors, d_anchors = vectors[:, :2], d_vectors[:, :2]
                 across = d_anchors - anchors * (anchors * d_anchors).sum(-1, keepdim=True)
                 d_means = torch.where(lengths > LEAST_NORM, across, d_anchors) / lengths
-                shares = _shares(sets, norm.dtype)
+                weights = torch.cat([slopes, _shares(sets, norm.dtype)], dim=1) / norm
                 along = (slopes * cosines).sum(1, keepdim=True)
-                along = along + (shares * torch.bmm(d_means, pixels)).sum(1, keepdim=True) / norm
-                along = torch.where(norm > LEAST_NORM, along, 0) / norm.square()
-                weights = torch.cat([slopes, shares], dim=1) / norm
-                d_features = _combined(torch.cat([vectors, d_means], dim=1), weights, pixels, along)
+                d_features = _combined(
+                    torch.cat([vectors, d_means], dim=1), weights, pixels, along, norm, ctx.by_kernels
+                )
                 d_features = d_features.unflatten(2, features.shape[2:])
-        return d_features, d_vectors[:, 2], None, None
+        return d_features, d_vectors[:, 2], None, None, None
 
 
-def _combined(vectors: Tensor, weights: Tensor, pixels: Tensor, along: Tensor) -> Tensor:
+def _norms_and_means(pixels: Tensor, shares: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:
+    """The pixels' norms (B, 1, N), and the sums (B, 2, D) of unit vectors by their shares (B, 2, N)."""
+    if by_kernels:
+        from fastris.kernels.pixel_contrast import norms
+
+        return norms(pixels, shares)
+    norm = torch.linalg.vector_norm(pixels, dim=1, keepdim=True).clamp_min(LEAST_NORM)
+    return norm, torch.bmm(shares / norm, pixels.mT)
+
+
+def _cosines(vectors: Tensor, pixels: Tensor, norm: Tensor, by_kernels: bool) -> Tensor:
+    """Products (B, 3, N) of the vectors (B, 3, D) with the unit vectors of the pixels."""
+    if by_kernels:
+        from fastris.kernels.pixel_contrast import cosines
+
+        return cosines(pixels, norm, vectors)
+    return torch.bmm(vectors, pixels) / norm
+
+
+def _sums(weights: Tensor, pixels: Tensor, by_kernels: bool) -> Tensor:
+    """The sums (B, 3, D) of the pixels by their weights (B, 3, N)."""
+    if by_kernels:
+        from fastris.kernels.pixel_contrast import sums
+
+        return sums(pixels, weights)
+    return torch.bmm(weights, pixels.mT)
+
+
+def _combined(
+    vectors: Tensor, weights: Tensor, pixels: Tensor, along: Tensor, norm: Tensor, by_kernels: bool
+) -> Tensor:
     """The pixels' gradient (B, D, N): their weights (B, 5, N) times five vectors (B, 5, D), less what is along them.
 
-    It lies in memory as the pixels do.
+    ``along`` (B, 1, N) is what the first three have along a pixel's unit vector. It lies in memory as the pixels do.
     """
+    inverse = (norm > LEAST_NORM) / norm.square()
+    if by_kernels:
+        from fastris.kernels.pixel_contrast import gradient
+
+        return gradient(pixels, vectors, weights, along, inverse)
+    along = along + (weights[:, 3:] * torch.bmm(vectors[:, 3:], pixels)).sum(1, keepdim=True)
+    along = along * inverse
     if pixels.stride(1) == 1:
         return torch.bmm(weights.mT, vectors).addcmul_(pixels.mT, along.mT, value=-1).mT
     return torch.bmm(vectors.mT, weights).addcmul_(pixels, along, value=-1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,39 +19,17 @@ from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.ops.contrastive import text_to_pixel_contrastive_loss
 from fastris.ops.cross_attention import cross_attention
 from fastris.ops.few_query_attention import few_query_attention
+from fastris.ops.magnet_proofs import MAGNET
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
+from fastris.ops.proving import ON_A_GPU, REAL_WORDS, SEED, Inputs, drawn, hold, sizes_on
 from fastris.ops.region_contrast import region_contrast
 from fastris.ops.similarity import text_to_pixel_similarity
 from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 from fastris.ops.word_attention import word_attention
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
-from fastris.testing import EPS, assert_path_same
 
-Inputs = dict[str, Tensor]
-
-TF32_ROUNDING = 2**-11
-"""Half a unit in the last place of 1, in TF32."""
 DROPOUT = 0.1
-REAL_WORDS = (17, 9)
-SEED = 3
-
-
-class Sizes(NamedTuple):
-    """``channels`` and ``height`` of the projector's maps; pixels and heads of the decoder, which is twice as wide.
-
-    ``draws`` of upstream gradients in low precision, whose errors are pooled.
-    """
-
-    channels: int
-    height: int
-    rows: int
-    heads: int
-    draws: int
-
-
-ON_A_GPU, INTERPRETED = Sizes(256, 13, 41, 8, 8), Sizes(32, 2, 5, 2, 2)
-"""CRIS's own, and what Triton's interpreter does in a second."""
 
 
 def prove_similarity(device: torch.device, dtype: torch.dtype) -> None:
@@ -64,30 +41,30 @@ def prove_similarity(device: torch.device, dtype: torch.dtype) -> None:
     def normed(path: Callable, norm_weight: Tensor, norm_bias: Tensor, **sources: Tensor) -> Tensor:
         return path(**sources, norm=PixelNorm(*given, norm_weight, norm_bias, 1e-5, False))
 
-    _hold(fast, published, inputs, dtype)
-    _hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
+    hold(fast, published, inputs, dtype)
+    hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
 
 
 def prove_contrastive(device: torch.device, dtype: torch.dtype) -> None:
     """The same with its loss; alone, and behind a norm as in training."""
     inputs, norm = _pixels(device), _norm(device)
     del norm["mean"], norm["var"]
-    target = (_drawn({"target": (2, 1, _sizes(device).height, 11)}, device, 1.0)["target"] > 0).float()
+    target = (drawn({"target": (2, 1, sizes_on(device).height, 11)}, device, 1.0)["target"] > 0).float()
     fast, published = (partial(text_to_pixel_contrastive_loss, target=target, impl=i) for i in ("triton", "reference"))
 
     def normed(path: Callable, norm_weight: Tensor, norm_bias: Tensor, **sources: Tensor) -> tuple[Tensor, ...]:
         by_batch = PixelNorm.by_statistics_of(sources["features"], norm_weight, norm_bias)
         return path(**sources, norm=by_batch)
 
-    _hold(fast, published, inputs, dtype)
-    _hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
+    hold(fast, published, inputs, dtype)
+    hold(partial(normed, fast), partial(normed, published), inputs | norm, dtype)
 
 
 def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
     """The up-convolution: alone, with the statistics of its output as in training, and with these and a bias."""
-    channels, height = _sizes(device)[:2]
-    inputs = _channels_last(_drawn({"x": (2, channels, height, 3)}, device, 1.0))
-    inputs |= _drawn({"weight": (channels, channels, 3, 3), "bias": (channels,)}, device, (9 * channels) ** -0.5)
+    channels, height = sizes_on(device)[:2]
+    inputs = _channels_last(drawn({"x": (2, channels, height, 3)}, device, 1.0))
+    inputs |= drawn({"weight": (channels, channels, 3, 3), "bias": (channels,)}, device, (9 * channels) ** -0.5)
 
     def both(impl: str, sources: Inputs) -> tuple[Tensor, ...]:
         x, weight = sources["x"], sources["weight"]
@@ -95,7 +72,7 @@ def prove_upsample_conv(device: torch.device, dtype: torch.dtype) -> None:
         with_statistics = upsample2x_conv3x3_stats(x, weight, impl=impl)
         return alone, *with_statistics, *upsample2x_conv3x3_stats(**sources, impl=impl)
 
-    _hold(lambda **x: both("triton", x), lambda **x: both("reference", x), inputs, dtype)
+    hold(lambda **x: both("triton", x), lambda **x: both("reference", x), inputs, dtype)
 
 
 def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
@@ -103,7 +80,7 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
 
     In low precision training means autocast, with a float32 residual; evaluation under it is proved too.
     """
-    inputs, heads = _attention_inputs(device), _sizes(device).heads
+    inputs, heads = _attention_inputs(device), sizes_on(device).heads
     words = max(REAL_WORDS)
     padding = torch.arange(words, device=device)[None] >= torch.tensor(REAL_WORDS, device=device)[:, None]
     tables = {name: inputs.pop(name) for name in ("positions", "text_positions")}
@@ -128,9 +105,9 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
     def by(impl: str) -> Callable[..., Tensor]:
         return lambda **sources: attend(impl, 0.0, sources)
 
-    _hold(by("triton"), by("reference"), inputs | tables, dtype)
+    hold(by("triton"), by("reference"), inputs | tables, dtype)
     if dtype is not torch.float32:
-        _hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
+        hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
 
     from fastris.kernels.cross_attention import dropout_masks
 
@@ -147,22 +124,22 @@ def prove_cross_attention(device: torch.device, dtype: torch.dtype) -> None:
         wide = {name: table.to(sources["x"].dtype) for name, table in tables.items()}
         return masked_cross_attention(wide | sources, padding, heads, *masks, DROPOUT, DROPOUT)
 
-    _hold(dropping, published, inputs, torch.float32, autocast=None if dtype is torch.float32 else dtype)
+    hold(dropping, published, inputs, torch.float32, autocast=None if dtype is torch.float32 else dtype)
 
 
 def prove_few_query_attention(device: torch.device, dtype: torch.dtype) -> None:
     """With a gradient of everything; and as in training: of fixed positions, under autocast in low precision."""
-    channels, height = _sizes(device)[:2]
-    dim, count, heads = 3 * channels, 21 * height, _sizes(device).heads
+    channels, height = sizes_on(device)[:2]
+    dim, count, heads = 3 * channels, 21 * height, sizes_on(device).heads
     weights: dict[str, tuple[int, ...]] = {
         "query_weight": (dim, dim),
         "key_weight": (dim, channels),
         "value_weight": (dim, channels),
     }
-    inputs = _drawn(weights | {"out_weight": (dim, dim)}, device, dim**-0.5)
-    inputs |= _drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query_positions": (1, dim)}, device, 1.0)
-    inputs |= _drawn({"level": (channels,), "query": (2, 1, dim), "pixels": (2, count, channels)}, device, 1.0)
-    table = _drawn({"positions": (count, channels)}, device, 1.0)
+    inputs = drawn(weights | {"out_weight": (dim, dim)}, device, dim**-0.5)
+    inputs |= drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query_positions": (1, dim)}, device, 1.0)
+    inputs |= drawn({"level": (channels,), "query": (2, 1, dim), "pixels": (2, count, channels)}, device, 1.0)
+    table = drawn({"positions": (count, channels)}, device, 1.0)
 
     def by(impl: str) -> Callable[..., Tensor]:
         def attend(**sources: Tensor) -> Tensor:
@@ -171,9 +148,9 @@ def prove_few_query_attention(device: torch.device, dtype: torch.dtype) -> None:
 
         return attend
 
-    _hold(by("triton"), by("reference"), inputs | table, dtype)
+    hold(by("triton"), by("reference"), inputs | table, dtype)
     if dtype is not torch.float32:
-        _hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
+        hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
 
 
 def prove_bidirectional_attention(device: torch.device, dtype: torch.dtype) -> None:
@@ -181,17 +158,17 @@ def prove_bidirectional_attention(device: torch.device, dtype: torch.dtype) -> N
 
     The biases that a norm takes out are zeros: their gradients are nothing but rounding.
     """
-    channels, height = _sizes(device)[:2]
+    channels, height = sizes_on(device)[:2]
     valid = torch.arange(max(REAL_WORDS), device=device)[None] < torch.tensor(REAL_WORDS, device=device)[:, None]
     for width, text_width in ((channels, 2 * channels), (channels // 8, channels // 8)):
         matrices = {"query": (width, width), "key": (width, text_width), "value": (width, text_width)}
         matrices |= {"out": (width, width), "sym_value": (text_width, width), "sym_out": (text_width, text_width)}
         shapes: dict[str, tuple[int, ...]] = {f"{name}_weight": size for name, size in matrices.items()}
-        inputs = {name: value / shapes[name][1] ** 0.5 for name, value in _drawn(shapes, device, 1.0).items()}
+        inputs = {name: value / shapes[name][1] ** 0.5 for name, value in drawn(shapes, device, 1.0).items()}
         biases = {"key_bias": (width,), "sym_out_bias": (text_width,), "project_weight": (width, width)}
-        inputs |= _drawn(biases, device, width**-0.5)
-        inputs |= _drawn({"pixels": (2, 11 * height, width)}, device, 1.0)
-        inputs |= _drawn({"words": (2, max(REAL_WORDS), text_width)}, device, 1.0)
+        inputs |= drawn(biases, device, width**-0.5)
+        inputs |= drawn({"pixels": (2, 11 * height, width)}, device, 1.0)
+        inputs |= drawn({"words": (2, max(REAL_WORDS), text_width)}, device, 1.0)
 
         def by(impl: str, silent: Sequence[tuple[str, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
             def attend(pixels: Tensor, words: Tensor, project_weight: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +179,9 @@ def prove_bidirectional_attention(device: torch.device, dtype: torch.dtype) -> N
             return attend
 
         silent = [(f"{name}_bias", matrices[name][0]) for name in ("query", "value", "out", "sym_value")]
-        _hold(by("triton", silent), by("reference", silent), inputs, dtype)
+        hold(by("triton", silent), by("reference", silent), inputs, dtype)
         if dtype is not torch.float32:
-            _hold(by("triton", silent), by("reference", silent), inputs, torch.float32, autocast=dtype)
+            hold(by("triton", silent), by("reference", silent), inputs, torch.float32, autocast=dtype)
 
 
 def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None:
@@ -212,8 +189,8 @@ def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None
 
     No place is so near a line between cells that rounding could move it across, where its gradient jumps.
     """
-    sizes, heads, points = ((3, 5), (4, 2), (6, 7)), _sizes(device).heads, 4
-    queries, width = _sizes(device).rows, _sizes(device).channels // heads
+    sizes, heads, points = ((3, 5), (4, 2), (6, 7)), sizes_on(device).heads, 4
+    queries, width = sizes_on(device).rows, sizes_on(device).channels // heads
     generator = torch.Generator().manual_seed(SEED)
     scale = torch.tensor([(columns, rows) for rows, columns in sizes], dtype=torch.float32)
     centres = torch.randint(1, 64, (queries, 2), generator=generator) / 64  # the same in every dtype
@@ -223,22 +200,22 @@ def prove_deformable_attention(device: torch.device, dtype: torch.dtype) -> None
     offsets = places + 0.5 - (centres[:, None] * scale)[:, None, :, None]
     pixels = sum(rows * columns for rows, columns in sizes)
     logits = (2, queries, heads, len(sizes) * points)
-    inputs = _drawn({"value": (2, pixels, heads, width), "logits": logits}, device, 1.0)
+    inputs = drawn({"value": (2, pixels, heads, width), "logits": logits}, device, 1.0)
     inputs |= {"reference_points": centres.to(device), "offsets": offsets.to(device)}
     fast, published = (partial(multiscale_deformable_attention, sizes=sizes, impl=i) for i in ("triton", "reference"))
-    _hold(fast, published, inputs, dtype)
+    hold(fast, published, inputs, dtype)
 
 
 def prove_word_attention(device: torch.device, dtype: torch.dtype) -> None:
     """Of AlignFormer's pixels and words of their own width, one sentence shorter; and of words for the smaller tile."""
-    dim, rows, heads = _sizes(device).channels, 3 * _sizes(device).rows, _sizes(device).heads
-    for words in (17, 9) if _sizes(device) is ON_A_GPU else (11,):
+    dim, rows, heads = sizes_on(device).channels, 3 * sizes_on(device).rows, sizes_on(device).heads
+    for words in (17, 9) if sizes_on(device) is ON_A_GPU else (11,):
         width, padding = dim + 8, torch.arange(words, device=device) >= torch.tensor([[words], [5]], device=device)
         shapes: dict[str, tuple[int, ...]] = {"query_weight": (dim, dim), "key_weight": (dim, width)}
         shapes |= {"value_weight": (dim, width), "out_weight": (dim, dim)}
-        inputs = _drawn(shapes, device, dim**-0.5)
-        inputs |= _drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query": (2, rows, dim)}, device, 1.0)
-        inputs |= _drawn({"key": (2, words, width), "value": (2, words, width)}, device, 1.0)
+        inputs = drawn(shapes, device, dim**-0.5)
+        inputs |= drawn({"in_proj_bias": (3 * dim,), "out_bias": (dim,), "query": (2, rows, dim)}, device, 1.0)
+        inputs |= drawn({"key": (2, words, width), "value": (2, words, width)}, device, 1.0)
 
         def by(impl: str, padding: Tensor = padding) -> Callable[..., Tensor]:
             def attend(query: Tensor, key: Tensor, value: Tensor, **weights: Tensor) -> Tensor:
@@ -247,35 +224,35 @@ def prove_word_attention(device: torch.device, dtype: torch.dtype) -> None:
 
             return attend
 
-        _hold(by("triton"), by("reference"), inputs, dtype)
+        hold(by("triton"), by("reference"), inputs, dtype)
 
 
 def prove_region_contrast(device: torch.device, dtype: torch.dtype) -> None:
     """Of the head's map, in both memory layouts, through a 1x1 convolution and its bias."""
-    channels, height = _sizes(device)[:2]
+    channels, height = sizes_on(device)[:2]
     mask = torch.zeros(3, 1, 4 * height, 44, device=device)
     for row in range(3):
         mask[row, :, : 2 * height, row : 30 + row] = 1
-    inputs = _drawn({"pointwise_weight": (channels, channels)}, device, channels**-0.5)
-    inputs |= _drawn({"pointwise_bias": (channels,), "centres": (3, channels)}, device, 1.0)  # the means' length counts
-    inputs |= _drawn({"features": (3, channels, height, 11)}, device, 1.0)
+    inputs = drawn({"pointwise_weight": (channels, channels)}, device, channels**-0.5)
+    inputs |= drawn({"pointwise_bias": (channels,), "centres": (3, channels)}, device, 1.0)  # the means' length counts
+    inputs |= drawn({"features": (3, channels, height, 11)}, device, 1.0)
     fast, published = (partial(region_contrast, mask=mask, temperature=0.5, impl=i) for i in ("triton", "reference"))
     for layout in (torch.contiguous_format, torch.channels_last):
         inputs["features"] = inputs["features"].contiguous(memory_format=layout)
-        _hold(fast, published, inputs, dtype)
+        hold(fast, published, inputs, dtype)
 
 
 def prove_upsampled_bce(device: torch.device, dtype: torch.dtype) -> None:
     """AlignFormer's maps under masks four times as large, and of a size that is no multiple of theirs."""
-    maps, height = 7 if _sizes(device) is ON_A_GPU else 1, _sizes(device).height
-    logits = _drawn({"logits": (2, maps, height, 11)}, device, 3.0)
+    maps, height = 7 if sizes_on(device) is ON_A_GPU else 1, sizes_on(device).height
+    logits = drawn({"logits": (2, maps, height, 11)}, device, 3.0)
     for size in ((4 * height, 44), (3 * height + 1, 35)):
-        target = _drawn({"target": (2, 1, *size)}, device, 1.0)["target"].clamp(0, 1)
+        target = drawn({"target": (2, 1, *size)}, device, 1.0)["target"].clamp(0, 1)
 
         def by(impl: str, target: Tensor = target) -> Callable[..., Tensor]:
             return partial(upsampled_bce_with_logits, target=target, pos_weight=1.1, impl=impl)
 
-        _hold(by("triton"), by("reference"), logits, dtype)
+        hold(by("triton"), by("reference"), logits, dtype)
 
 
 def masked_cross_attention(
@@ -313,35 +290,12 @@ def masked_cross_attention(
     return x + branch * branch_kept / (1 - dropout)
 
 
-def _hold(
-    fast: Callable, published: Callable, inputs: Inputs, dtype: torch.dtype, autocast: torch.dtype | None = None
-) -> None:
-    device, computed = next(iter(inputs.values())).device, autocast or dtype
-    if computed is torch.float32:
-        from fastris.kernels.common import dot_precision
-
-        tf32 = device.type == "cuda" and dot_precision(computed) == "tf32"
-        draws, rounding = 1, TF32_ROUNDING if tf32 else None
-    else:
-        draws, rounding = _sizes(device).draws, EPS[computed]
-    assert_path_same(fast, published, inputs, dtype, draws, autocast=autocast, rounding=rounding)
-
-
-def _sizes(device: torch.device) -> Sizes:
-    return ON_A_GPU if device.type == "cuda" else INTERPRETED
-
-
 def _seed(device: torch.device) -> None:
     """Of this device's generator alone: torch.manual_seed would seed the other GPUs too."""
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(SEED)
     else:
         torch.default_generator.manual_seed(SEED)
-
-
-def _drawn(shapes: dict[str, tuple[int, ...]], device: torch.device, scale: float) -> Inputs:
-    generator = torch.Generator().manual_seed(SEED)
-    return {name: (scale * torch.randn(shape, generator=generator)).to(device) for name, shape in shapes.items()}
 
 
 def _channels_last(images: Inputs) -> Inputs:
@@ -351,32 +305,32 @@ def _channels_last(images: Inputs) -> Inputs:
 
 def _pixels(device: torch.device) -> Inputs:
     """Of the head that scores pixels against a text kernel."""
-    channels, height = _sizes(device)[:2]
+    channels, height = sizes_on(device)[:2]
     parameters = {"kernel": (2, 1, channels, 3, 3), "bias": (2, 1)}
     parameters |= {"pointwise_weight": (channels, channels, 1, 1), "pointwise_bias": (channels,)}
-    features = _channels_last(_drawn({"features": (2, channels, height, 11)}, device, 1.0))
-    return features | _drawn(parameters, device, channels**-0.5)
+    features = _channels_last(drawn({"features": (2, channels, height, 11)}, device, 1.0))
+    return features | drawn(parameters, device, channels**-0.5)
 
 
 def _norm(device: torch.device) -> Inputs:
     """Of the pixels' norm: the statistics that evaluation is given, and what it has learnt."""
-    channels = (_sizes(device).channels,)
-    found = _drawn(dict.fromkeys(("mean", "var", "norm_weight", "norm_bias"), channels), device, 0.2)
+    channels = (sizes_on(device).channels,)
+    found = drawn(dict.fromkeys(("mean", "var", "norm_weight", "norm_bias"), channels), device, 0.2)
     found["var"] = 1 + found["var"].abs()
     found["norm_weight"] += 1
     return found
 
 
 def _attention_inputs(device: torch.device) -> Inputs:
-    dim, rows, words = 2 * _sizes(device).channels, _sizes(device).rows, max(REAL_WORDS)
+    dim, rows, words = 2 * sizes_on(device).channels, sizes_on(device).rows, max(REAL_WORDS)
     sources = {"x": (2, rows, dim), "text": (2, words, dim), "positions": (rows, dim), "text_positions": (words, dim)}
     shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "in_proj_weight": (3 * dim, dim), "in_proj_bias": (3 * dim,)}
     shapes |= {"out_proj_weight": (dim, dim), "out_proj_bias": (dim,)}
     shapes |= {"post_norm_weight": (dim,), "post_norm_bias": (dim,)}
-    weights = _drawn(shapes, device, dim**-0.5)
+    weights = drawn(shapes, device, dim**-0.5)
     weights["norm_weight"] += 1
     weights["post_norm_weight"] += 1
-    return _drawn(sources, device, 1.0) | weights
+    return drawn(sources, device, 1.0) | weights
 
 
 PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
@@ -390,5 +344,6 @@ PROOFS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "word_attention": prove_word_attention,
     "region_contrast": prove_region_contrast,
     "upsampled_bce_with_logits": prove_upsampled_bce,
+    **MAGNET,
 }
 """The proof of every operator that has kernels, by the operator's name."""

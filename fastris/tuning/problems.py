@@ -16,6 +16,7 @@ from fastris.ops import (
     cross_attention,
     few_query_attention,
     multiscale_deformable_attention,
+    pixel_contrast,
     region_contrast,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
@@ -82,6 +83,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "word_attention": _word_attention,
         "region_contrast": _region_contrast,
         "upsampled_bce_with_logits": _upsampled_bce,
+        "pixel_contrast": _pixel_contrast,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -291,6 +293,20 @@ def _upsampled_bce(batch: int, sizes: Sizes) -> Problem:
 
     data = {"target": torch.ones(batch, 1, 4 * side, 4 * side)}
     return Problem(_drawn({"logits": (batch, maps, side, side)}), data, forward)
+
+
+def _pixel_contrast(batch: int, sizes: Sizes) -> Problem:
+    """Of a map as large as the projector's last, under masks four times as large."""
+    channels, side = sizes.channels, 4 * sizes.side
+
+    def forward(path: str, features: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
+        return pixel_contrast(features, sentence, mask, impl=path)
+
+    mask = torch.zeros(batch, 1, 4 * side, 4 * side)
+    mask[..., : 2 * side] = 1
+    return Problem(
+        _drawn({"features": (batch, channels, side, side), "sentence": (batch, channels)}), {"mask": mask}, forward
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fastris.gate import scenarios  # noqa: E402
 from fastris.gate.scenarios import Scenario  # noqa: E402
 from fastris.kernels.configs import kernel_name  # noqa: E402
 from fastris.kernels.launch import Launch, Pointer  # noqa: E402
-from fastris.ops import proofs  # noqa: E402
+from fastris.ops import proofs, proving  # noqa: E402
 from fastris.testing import run_with_gradients  # noqa: E402
 
 
@@ -37,8 +37,8 @@ def launched(scenario: Scenario, dtype: torch.dtype) -> set[tuple]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whatever_training_and_evaluation_launch_is_proved(monkeypatch, dtype):
-    monkeypatch.setattr(proofs, "_sizes", lambda device: proofs.ON_A_GPU)
-    monkeypatch.setattr(proofs, "assert_path_same", run_once)
+    monkeypatch.setattr(proving, "INTERPRETED", proving.ON_A_GPU)
+    monkeypatch.setattr(proving, "assert_path_same", run_once)
     cpu, proved = torch.device("cpu"), set()
     for proof in proofs.PROOFS.values():
         proved |= launched(Scenario("proof", lambda dtype, proof=proof: proof(cpu, dtype)), dtype)

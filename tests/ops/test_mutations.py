@@ -49,10 +49,12 @@ from fastris.ops.cpu.dropout_attention import attention_with_dropout, dropout_ma
 from fastris.ops.upsample_conv import upsample2x_conv3x3_stats
 
 OFF = 1 + 1e-6
+UNCALLED = {f"fastris.ops.{name}" for name in ("proofs", "proving", "magnet_proofs", "tiles")}
+"""Modules that no operator calls."""
 MODULES = [
     importlib.import_module(found.name)
     for found in pkgutil.walk_packages(fastris.ops.__path__, "fastris.ops.")
-    if not found.ispkg and found.name not in ("fastris.ops.proofs", "fastris.ops.tiles")  # which no operator calls
+    if not found.ispkg and found.name not in UNCALLED
 ]
 
 
@@ -244,6 +246,7 @@ INSIDE = {
         region_contrast._rows_times region_contrast._two_vectors""",
     "pixel_contrast": """
         pixel_contrast._PixelContrast.forward pixel_contrast._PixelContrast.backward pixel_contrast._combined
+        pixel_contrast._norms_and_means pixel_contrast._cosines pixel_contrast._sums
         pixel_contrast._shares pixel_contrast._in_turns pixel_contrast._log_sum pixel_contrast._slopes""",
     "upsampled_bce_with_logits": """
         upsampled_bce._samples upsampled_bce._StreamedLoss.forward upsampled_bce._StreamedLoss.backward
