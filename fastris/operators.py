@@ -66,7 +66,13 @@ OPERATORS: dict[str, Operator] = {
             "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce_with_logits", "upsampled_bce", "upsampled_bce"
         ),
         Operator("pixel_contrast", "pixel_contrast", "pixel_contrast", "pixel_contrast", "pixel_contrast"),
-        Operator("pixel_word_attention", "pixel_word_attention", "pixel_word_attention", "", "pixel_word_attention"),
+        Operator(
+            "pixel_word_attention",
+            "pixel_word_attention",
+            "pixel_word_attention",
+            "pixel_word_attention",
+            "pixel_word_attention",
+        ),
         Operator("word_pixel_attention", "word_pixel_attention", "word_pixel_attention", "", "word_pixel_attention"),
         Operator(
             "multiscale_deformable_attention",

@@ -663,11 +663,11 @@ def every_problem() -> Iterator[Problem]:
     yield word_problem(2, 67, 40, 5, (9, 7), real=(6, 0), kernels=True)  # tiles of pixels, and a sample without words
     yield word_problem(3, 17, 64, 8, (9, 96), real=(6, 1, 4))
 
-    yield pixel_word_problem(40, 16, 12, (5, 3), thorough=True)  # the query's norm through its weights
-    yield pixel_word_problem(7, 16, 12, (2, 3), 4, thorough=True)  # and through the queries
+    yield pixel_word_problem(40, 16, 12, (5, 3), **whole)  # the query's norm through its weights
+    yield pixel_word_problem(7, 16, 12, (2, 3), 4, **whole)  # and through the queries
     yield pixel_word_problem(7, 4, 3, (3, 2), **small)
     yield pixel_word_problem(3, 5, 3, (3, 2), **small)
-    yield pixel_word_problem(70, 24, 40, (20, 1, 0, 9))
+    yield pixel_word_problem(70, 24, 40, (20, 1, 0, 9), kernels=True)
     yield pixel_word_problem(1, 32, 8, (3, 1), few=True)
 
     yield word_pixel_problem(60, 12, 16, (5, 3), "masked", thorough=True)  # through the covariance

@@ -34,6 +34,7 @@ OPERATOR_CASES = (
     "word_attention",
     "region_contrast",
     "pixel_contrast",
+    "pixel_word_attention_stage1",
     "upsampled_bce",
 )
 """The cases of operators with kernels, and of the parts of CRIS that are made of them. None needs open_clip."""

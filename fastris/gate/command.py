@@ -32,7 +32,16 @@ def _row(build: Build) -> str:
     )
 
 
-BRIEFLY = ("train", "train AlignFormer", "train pixel decoder", "train words", "train loss", "stage 1", "eval")
+BRIEFLY = (
+    "train",
+    "train AlignFormer",
+    "train pixel decoder",
+    "train words",
+    "train loss",
+    "stage 1",
+    "MagNet stage 1",
+    "eval",
+)
 """The scenarios of a brief gate."""
 SIBLINGS = ("sm_89", "sm_103")
 """Cards that a brief gate leaves out for time: the nearest to them, sm_86 and sm_100, have the same tiles."""

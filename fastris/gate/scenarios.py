@@ -12,11 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris import dispatch, reference
 from fastris.inference.folding import for_inference
@@ -39,6 +35,9 @@ from fastris.ops.upsample_conv import upsample2x_conv3x3, upsample2x_conv3x3_sta
 from fastris.ops.upsampled_bce import upsampled_bce_with_logits
 from fastris.ops.word_attention import word_attention
 from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
+
+from . import magnet_scenarios as magnet
+from .stand_ins import CudaAutocast, HollowProducts
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -66,38 +65,11 @@ def launches(scenario: Scenario, shared: str, dtype: torch.dtype) -> list[Launch
     with ExitStack() as stack:
         for context in (pretended_class(shared), dispatch.every_device_has_triton(), dispatch.use_impl("triton")):
             stack.enter_context(context)
-        stack.enter_context(_CudaAutocast())
-        stack.enter_context(_HollowProducts())
+        stack.enter_context(CudaAutocast())
+        stack.enter_context(HollowProducts())
         found = stack.enter_context(recording())
         scenario.run(dtype)
     return found
-
-
-class _CudaAutocast(TorchFunctionMode):
-    """Autocast on a CPU as it is on CUDA where that decides a kernel's types: there LayerNorm answers in float32."""
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if function is F.layer_norm and torch.is_autocast_enabled("cpu"):
-            arguments = [value.float() if isinstance(value, Tensor) else value for value in arguments]
-        return function(*arguments, **(keywords or {}))
-
-
-class _HollowProducts(TorchDispatchMode):
-    """Matrix products only answer with the right shape: their values decide no launch, and they would take minutes."""
-
-    HOLLOW = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        keywords, name = keywords or {}, function._schema.name
-        if name in OPDEFS:  # an operator with kernels: the products between its launches are hollow, too
-            with self:
-                return OPDEFS[name]._init_fn(*arguments, **keywords)
-        if name not in self.HOLLOW:
-            return function(*arguments, **keywords)
-        if "out" in keywords:
-            return keywords["out"]
-        first, second = [each for each in arguments if isinstance(each, Tensor)][-2:]
-        return first.new_zeros(*first.shape[:-1], second.shape[-1])
 
 
 @contextmanager
@@ -366,6 +338,10 @@ SCENARIOS = (
     Scenario("stage 4", _fuse(1024, 768, 15, 20)),
     Scenario("neck", _fuse(256, 512, 26, 17), TWO, rare=True),
     Scenario("neck, 16 words", _fuse(512, 512, 13, 16), TWO, rare=True),
+    Scenario("MagNet stage 1", magnet.stage(128, 768, 14400, 20), tuned=BFLOAT16),
+    Scenario("MagNet stage 4", magnet.stage(1024, 768, 225, 20)),
+    Scenario("MagNet stage 1 TF32", _with_tf32(magnet.stage(128, 768, 14400, 20)), FLOAT32, ("large", "small")),
+    Scenario("MagNet, 9 words", magnet.stage(70, 40, 50, 9), TWO, rare=True),
     Scenario("large masks", _losses(2, (13, 15), (480, 300)), BFLOAT16, rare=True),
     Scenario("mask alone", _masks, FLOAT32, rare=True),
 )

@@ -242,6 +242,26 @@ def _contrast_cells(a: _Sizes) -> Work:
     return Work(outputs, 0, moved, 0, (_up(a.channels, a.BLOCK_C),), a.batch)
 
 
+def _pixel_words(a: _Sizes) -> Work:
+    """Pixel-word attention: both products with the words' rows and both with their factor, and the maps once."""
+    samples = a.first // _up(a.pixels, a.BLOCK_N)
+    wide, narrow = samples * a.pixels * a.channels, samples * a.pixels * a.words
+    backward = a.size("upstream_ptr") > 0
+    maps = ("out_ptr", "seen_ptr", "source_ptr", "d_seen_ptr", "d_heard_ptr", "upstream_ptr")
+    of_words = ("raw_ptr", "weights_ptr", "d_scores_ptr")
+    few = samples * a.words * a.channels * a.size("keys_ptr", "answers_ptr") + 4 * samples * a.words * (a.words + 4)
+    moved = wide * a.size(*maps) + narrow * a.size(*of_words) + few + 4 * samples * a.pixels * (3 if backward else 1)
+    outputs = (3 * wide + 2 * narrow) if backward else wide + narrow
+    steps, factors = _up(a.channels, a.BLOCK_D), 2 if backward else 1
+    padded = a.BLOCK_N * a.WORDS * (2 * a.BLOCK_D * steps + factors * a.WORDS)
+    return Work(outputs, 2 * wide * a.words + factors * narrow * a.words, moved, padded, (steps,), samples)
+
+
+def _cholesky(a: _Sizes) -> Work:
+    outputs = a.first * a.words**2
+    return Work(outputs, 0, outputs * a.size("factor_ptr", "gram_ptr"), 0, (a.words,), a.first)
+
+
 def _few_words(a: _Sizes) -> Work:
     """Word attention: the answer, or the query's gradient with the weights and the scores' gradient."""
     samples = a.first // _up(a.rows, a.BLOCK_N)
@@ -299,6 +319,9 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "deformable_attention pixel backward": _of_pixels,
     "region_contrast sums": _region_sums,
     "region_contrast spread": _region_spread,
+    "pixel_word_attention factor": _cholesky,
+    "pixel_word_attention listen": _pixel_words,
+    "pixel_word_attention gradients": _pixel_words,
     "pixel_contrast norms": _contrast_sums,
     "pixel_contrast cosines": _contrast_cells,
     "pixel_contrast sums": _contrast_sums,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastris import reference
-from fastris.dispatch import resolve_without_kernels
+from fastris.dispatch import resolve
 from fastris.ops.absorbed_scores import with_silent
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 from fastris.ops.padding import check_valid
@@ -45,7 +45,7 @@ def pixel_word_attention(
         pixels: (B, N, C), in any memory layout, N >= 1; words: (B, L, T), L >= 1.
         valid: (B, L), bool or numbers: True or 1 where a word is not padding.
         weights: :class:`fastris.reference.PixelWordWeights`.
-        impl: ``"reference"`` runs the published formula; every other choice the path here, on any device.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     All tensors but ``valid`` are on one device and of one floating-point dtype; under autocast they may differ. The
     result is in the pixels' dtype, or in autocast's where that is on. Softmax, statistics and what is built of the
@@ -55,16 +55,18 @@ def pixel_word_attention(
     Gradients reach every tensor but ``valid``; that of the keys' bias, which changes nothing, is exactly 0. The fast
     path keeps the pixels, W_x x and the argument of the last GELU for the backward pass, beside a few numbers for every
     pixel and word; it can be differentiated once. Fewer pixels than words are computed as published.
+    ``triton``'s tiles hold 32 words, and what is more is ``torch``'s; of every pixel and word it keeps the score alone.
 
     Raises ValueError for a wrong shape, no words, no pixels or tensors on different devices; TypeError for dtypes that
-    do not fit.
+    do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: MagNet's released code; :func:`fastris.reference.pixel_word_attention`.
     """
     _check(pixels, words, valid, weights)
-    if resolve_without_kernels(impl) == "reference" or pixels.shape[1] < words.shape[1]:
-        return reference.pixel_word_attention(pixels, words, valid, weights)
     dtype = compute_dtype(pixels)
+    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
+    if path == "reference" or pixels.shape[1] < words.shape[1]:
+        return reference.pixel_word_attention(pixels, words, valid, weights)
     with torch.autocast(pixels.device.type, enabled=False):
         wide = torch.promote_types(dtype, torch.float32)
         own = PixelWordWeights(*(each.to(wide) for each in weights))
@@ -82,8 +84,18 @@ def pixel_word_attention(
                 (own.project_weight, own.project_bias),
                 (own.mixed_weight, own.mixed_bias),
                 EPS,
+                path == "triton" and _kernels_take(words.shape[1]),
             )
         )
+
+
+def _kernels_take(words: int) -> bool:
+    from fastris.kernels.pixel_word_attention import MAX_WORDS
+
+    return words <= MAX_WORDS
+
+
+_kernels_take._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks once, for constants
 
 
 def _check(pixels: Tensor, words: Tensor, valid: Tensor, weights: PixelWordWeights) -> None:

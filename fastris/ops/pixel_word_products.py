@@ -9,6 +9,7 @@ place in a forward pass, and ask that saved tensors are fetched once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,15 +41,17 @@ def attend_and_mix(
     project: tuple[Tensor, Tensor],
     mixed: tuple[Tensor, Tensor],
     eps: float,
+    kernels: bool = False,
 ) -> Tensor:
     """``(GELU(x W_x^T + b_x) * heard) W_m^T + b_m`` of pixels x (B, N, C), in their dtype, that of the products.
 
     ``heard`` is the norm of what a pixel reads: ``a rows / sqrt(a gram a^T + eps) + bias``, a the softmax over the
     words of ``norm(x W_q^T + b_q) key^T + score_bias``. ``key`` (B, L, C), ``score_bias`` (B, L) and the pairs of
     weight (C, C) and bias (C,) are in float32, or float64 for float64 pixels; neither norm has weights of its own.
+    With ``kernels`` what has an axis of pixels and one of words is made by Triton kernels.
     """
     form = _ThroughGram if gram_pays(pixels.shape[0] * pixels.shape[1], pixels.shape[2]) else _ThroughQuery
-    return form.apply(pixels, key, score_bias, *answers, *query, *project, *mixed, eps)
+    return form.apply(pixels, key, score_bias, *answers, *query, *project, *mixed, eps, kernels)
 
 
 def gram_pays(pixels: int, width: int) -> bool:
@@ -69,32 +72,30 @@ class _ThroughGram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pixels, key, score_bias, rows, gram, bias, query_weight, query_bias, *rest):
-        project_weight, project_bias, mixed_weight, mixed_bias, eps = rest
+        project_weight, project_bias, mixed_weight, mixed_bias, eps, kernels = rest
         width, wide = pixels.shape[2], key.dtype
         weight, shift = query_weight - query_weight.mean(0), query_bias - query_bias.mean()
         length = torch.linalg.vector_norm(linear(pixels, weight, shift), dim=2, dtype=wide)
         rstd = (length.square() / width + eps).rsqrt()
         absorbed, offset = _mapped(key, weight), (key * shift).sum(2, keepdim=True)
-        raw = product(absorbed, pixels.mT, pixels.dtype) + offset  # [B, L, N]
-        weights = (raw * rstd[:, None] + score_bias[..., None]).softmax(1)
         seen = linear(pixels, project_weight, project_bias)
-        mixed, heard_rstd = _mix(weights, seen, rows, gram, bias, mixed_weight, mixed_bias, eps)
+        answers = Answers(rows, gram, bias)
+        mixed, kept = _listen(pixels, absorbed, offset, rstd, score_bias, answers, seen, eps, kernels)
         ctx.save_for_backward(
-            pixels, key, rows, gram, bias, query_weight, query_bias, project_weight, mixed_weight,
-            seen, raw, weights, rstd, heard_rstd,
-        )  # fmt: skip
-        return mixed
+            pixels, key, *answers, query_weight, query_bias, project_weight, mixed_weight, seen, rstd, *kept
+        )
+        ctx.eps = eps
+        return linear(mixed, mixed_weight, mixed_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         pixels, key, rows, gram, bias, query_weight, query_bias, project_weight, mixed_weight, *kept = ctx.saved_tensors
         with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
-            seen, raw, weights, rstd, heard_rstd = kept
-            dtype = pixels.dtype
-            d_seen, d_scores, *d_mixed = _mix_backward(
-                upstream, weights, seen, rows, gram, bias, mixed_weight, heard_rstd
-            )
+            seen, rstd, *kept = kept
+            raw, dtype = kept[0], pixels.dtype
+            answers = Answers(rows, gram, bias)
+            d_seen, d_scores, *d_mixed = _listen_backward(upstream, rstd, kept, answers, seen, mixed_weight, ctx.eps)
             d_raw = d_scores * rstd[:, None]
             d_half = _slope(rstd, (d_scores * raw).sum(1)) / pixels.shape[2]  # [B, N], of half the squared length
             weight, shift = query_weight - query_weight.mean(0), query_bias - query_bias.mean()
@@ -112,10 +113,10 @@ class _ThroughGram(torch.autograd.Function):
                 left = torch.cat([d_raw, d_half[:, None]], 1)
                 right = torch.cat([_mapped(key, weight), (shift @ weight).expand(len(key), 1, -1)], 1)
                 d_pixels = product(left.mT, right, dtype, d_pixels).to(dtype)
-            d_project = _outer(d_seen, pixels, dtype), d_seen.sum((0, 1))
+            d_project = _outer(d_seen, pixels, dtype), d_seen.sum((0, 1), dtype=key.dtype)
             d_query = d_weight - d_weight.mean(0), d_shift - d_shift.mean()
             d_answers, d_mixed = d_mixed[:3], d_mixed[3:]
-            return d_pixels, d_key, d_scores.sum(2), *d_answers, *d_query, *d_project, *d_mixed, None
+            return d_pixels, d_key, d_scores.sum(2), *d_answers, *d_query, *d_project, *d_mixed, None, None
 
 
 class _ThroughQuery(torch.autograd.Function):
@@ -123,28 +124,26 @@ class _ThroughQuery(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pixels, key, score_bias, rows, gram, bias, query_weight, query_bias, *rest):
-        project_weight, project_bias, mixed_weight, mixed_bias, eps = rest
+        project_weight, project_bias, mixed_weight, mixed_bias, eps, kernels = rest
         unit, *_ = _unit(linear(pixels, query_weight, query_bias).to(key.dtype), eps)
-        weights = (product(key, unit.mT, pixels.dtype) + score_bias[..., None]).softmax(1)
         seen = linear(pixels, project_weight, project_bias)
-        mixed, heard_rstd = _mix(weights, seen, rows, gram, bias, mixed_weight, mixed_bias, eps)
+        answers = Answers(rows, gram, bias)
+        mixed, kept = _listen(unit, key, None, None, score_bias, answers, seen, eps, kernels)
         ctx.save_for_backward(
-            pixels, key, rows, gram, bias, query_weight, query_bias, project_weight, mixed_weight,
-            seen, weights, heard_rstd,
-        )  # fmt: skip
+            pixels, key, *answers, query_weight, query_bias, project_weight, mixed_weight, seen, *kept
+        )
         ctx.eps = eps
-        return mixed
+        return linear(mixed, mixed_weight, mixed_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         pixels, key, rows, gram, bias, query_weight, query_bias, project_weight, mixed_weight, *kept = ctx.saved_tensors
         with torch.autocast(pixels.device.type, enabled=False):  # which may be on in here
-            seen, weights, heard_rstd = kept
+            seen, *kept = kept
             dtype = pixels.dtype
-            d_seen, d_scores, *d_mixed = _mix_backward(
-                upstream, weights, seen, rows, gram, bias, mixed_weight, heard_rstd
-            )
+            answers = Answers(rows, gram, bias)
+            d_seen, d_scores, *d_mixed = _listen_backward(upstream, None, kept, answers, seen, mixed_weight, ctx.eps)
             query = linear(pixels, query_weight, query_bias).to(key.dtype)
             unit, mean, rstd = _unit(query, ctx.eps)
             d_key = product(d_scores, unit, dtype)
@@ -156,9 +155,9 @@ class _ThroughQuery(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 d_pixels = _flat_product(d_seen, project_weight, dtype)
                 d_pixels = _flat_product(d_query, query_weight, dtype, d_pixels).to(dtype)
-            d_pairs = [(_outer(each, pixels, dtype), each.sum((0, 1))) for each in (d_query, d_seen)]
+            d_pairs = [(_outer(each, pixels, dtype), each.sum((0, 1), dtype=key.dtype)) for each in (d_query, d_seen)]
             d_answers, d_mixed = d_mixed[:3], d_mixed[3:]
-            return d_pixels, d_key, d_scores.sum(2), *d_answers, *d_pairs[0], *d_pairs[1], *d_mixed, None
+            return d_pixels, d_key, d_scores.sum(2), *d_answers, *d_pairs[0], *d_pairs[1], *d_mixed, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -173,26 +172,38 @@ def _unit(query: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.native_layer_norm(query, query.shape[2:], None, None, eps)
 
 
-def _mix(
-    weights: Tensor,
+def _listen(
+    source: Tensor,
+    key: Tensor,
+    offset: Tensor | None,
+    rstd: Tensor | None,
+    score_bias: Tensor,
+    answers: Answers,
     seen: Tensor,
-    rows: Tensor,
-    gram: Tensor,
-    bias: Tensor,
-    mixed_weight: Tensor,
-    mixed_bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """What follows the softmax ``weights`` (B, L, N) and the projected pixels ``seen`` (B, N, C).
+    kernels: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """``GELU(seen) * heard`` (B, N, C) by scores ``(key source^T + offset) rstd + score_bias``, and what is kept.
 
-    And one over the deviation of what each pixel reads, (B, N). Answers that cancel leave a small variance of large
-    numbers, which float64 can tell from 0.
+    Kept are the scores without ``rstd`` and bias where these come back with it, (B, L, N), their softmax, and one over
+    the deviation of what each pixel reads, (B, N). Kernels make the last two anew, of the bias and a factor of
+    ``gram``. Answers that cancel leave a small variance of large numbers, which float64 can tell from 0.
     """
+    if kernels:
+        from fastris.kernels.pixel_word_attention import listen
+
+        offset = torch.zeros_like(score_bias) if offset is None else offset[..., 0]
+        rstd = torch.ones_like(seen[..., 0], dtype=key.dtype) if rstd is None else rstd
+        mixed, raw, factor = listen(source.to(seen.dtype), seen, rstd, key, offset, score_bias, *answers, eps)
+        return mixed, (raw, None, None, score_bias, factor)
+    raw = product(key, source.mT, seen.dtype)  # [B, L, N]
+    raw = raw if offset is None else raw + offset
+    weights = ((raw if rstd is None else raw * rstd[:, None]) + score_bias[..., None]).softmax(1)
     own = weights.double()
-    variance = (own * torch.bmm(gram, own)).sum(1).clamp_min(0)
-    rstd = (variance + eps).rsqrt().to(weights.dtype)
-    heard = _heard(weights, rstd, rows, bias, seen.dtype)
-    return linear(F.gelu(seen).mul_(heard), mixed_weight, mixed_bias), rstd
+    variance = (own * torch.bmm(answers.gram, own)).sum(1).clamp_min(0)
+    heard_rstd = (variance + eps).rsqrt().to(weights.dtype)
+    heard = _heard(weights, heard_rstd, answers.rows, answers.bias, seen.dtype)
+    return F.gelu(seen).mul_(heard), (None if rstd is None else raw, weights, heard_rstd, None, None)
 
 
 def _heard(weights: Tensor, rstd: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,6 +217,37 @@ def _with_ones(weights: Tensor) -> Tensor:
     return torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
 
 
+def _listen_backward(
+    upstream: Tensor,
+    rstd: Tensor | None,
+    kept: Sequence[Tensor],
+    answers: Answers,
+    seen: Tensor,
+    mixed_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of seen, scores, rows, gram, bias, mixed_weight and mixed_bias, in float32 or wider.
+
+    By kernels that of seen is in its own dtype.
+    """
+    raw, weights, heard_rstd, score_bias, factor = kept
+    if weights is not None:
+        return _mix_backward(upstream, weights, seen, *answers, mixed_weight, heard_rstd)
+    from fastris.kernels.pixel_word_attention import gradients
+
+    dtype, wide, upstream = seen.dtype, raw.dtype, upstream.to(seen.dtype)
+    rstd = torch.ones_like(raw[:, 0]) if rstd is None else rstd
+    d_product = _flat_product(upstream, mixed_weight, dtype)
+    mixed, d_seen, d_heard, weights, d_scores, of_pixels = gradients(
+        d_product, seen, raw, rstd, score_bias, answers.rows, factor, answers.bias, eps
+    )
+    heard_rstd, d_half = of_pixels.split(1, 1)  # [B, 1, N]
+    d_right = product(_with_ones(weights * heard_rstd), d_heard, dtype)  # [B, L + 1, C]
+    d_gram = (torch.bmm(weights * d_half, weights.mT) / 2).to(answers.gram.dtype)
+    d_mixed = _outer(upstream, mixed, dtype), upstream.sum((0, 1), dtype=wide)
+    return d_seen, d_scores, d_right[:, :-1], d_gram, d_right[:, -1].sum(0), *d_mixed
+
+
 def _mix_backward(
     upstream: Tensor,
     weights: Tensor,
@@ -216,7 +258,7 @@ def _mix_backward(
     mixed_weight: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of seen, scores, rows, gram, bias, mixed_weight and mixed_bias, in float32 or wider."""
+    """The same of kept ``weights`` and ``rstd``, by plain products."""
     dtype, wide = seen.dtype, weights.dtype
     upstream = upstream.to(dtype)
     heard, lively = _heard(weights, rstd, rows, bias, dtype), F.gelu(seen)

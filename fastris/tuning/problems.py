@@ -17,6 +17,7 @@ from fastris.ops import (
     few_query_attention,
     multiscale_deformable_attention,
     pixel_contrast,
+    pixel_word_attention,
     region_contrast,
     text_to_pixel_contrastive_loss,
     text_to_pixel_similarity,
@@ -24,7 +25,13 @@ from fastris.ops import (
     upsampled_bce_with_logits,
     word_attention,
 )
-from fastris.reference import AttentionWeights, BidirectionalAttentionWeights, PixelNorm, SeparateAttentionWeights
+from fastris.reference import (
+    AttentionWeights,
+    BidirectionalAttentionWeights,
+    PixelNorm,
+    PixelWordWeights,
+    SeparateAttentionWeights,
+)
 
 DROPOUT = 0.1
 
@@ -84,6 +91,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "region_contrast": _region_contrast,
         "upsampled_bce_with_logits": _upsampled_bce,
         "pixel_contrast": _pixel_contrast,
+        "pixel_word_attention": _pixel_word,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -307,6 +315,20 @@ def _pixel_contrast(batch: int, sizes: Sizes) -> Problem:
     return Problem(
         _drawn({"features": (batch, channels, side, side), "sentence": (batch, channels)}), {"mask": mask}, forward
     )
+
+
+def _pixel_word(batch: int, sizes: Sizes) -> Problem:
+    """Of a map twice as fine as the decoder's and half as wide, and words of the same width."""
+    dim, rows = sizes.channels, (2 * sizes.side) ** 2
+    shapes: Shapes = {"pixels": (batch, rows, dim), "words": (batch, sizes.words, dim)}
+    fields = PixelWordWeights._fields
+    shapes |= {name: (dim, dim) if name.endswith("weight") and "norm" not in name else (dim,) for name in fields}
+
+    def forward(path: str, pixels: Tensor, words: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
+        return pixel_word_attention(pixels, words, valid, PixelWordWeights(**weights), impl=path)
+
+    valid = torch.arange(sizes.words).expand(batch, -1) <= 2 * sizes.words // 3
+    return Problem(_drawn(shapes), {"valid": valid}, forward)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_whatever_training_and_evaluation_launch_is_proved(monkeypatch, dtype):
     for proof in proofs.PROOFS.values():
         proved |= launched(Scenario("proof", lambda dtype, proof=proof: proof(cpu, dtype)), dtype)
     names = ["train", "eval", "stage 1", "stage 4", "train pixel decoder", "eval pixel decoder", "train words"]
-    for name in (*names, "eval words", "train loss"):
+    for name in (*names, "eval words", "train loss", "MagNet stage 1", "MagNet stage 4"):
         (scenario,) = (each for each in scenarios.SCENARIOS if each.name == name)
         missing = launched(scenario, dtype) - proved
         assert not missing, f"{name}: {sorted(map(str, missing))}"

@@ -258,7 +258,8 @@ INSIDE = {
     "word_attention, projected": "word_attention._projected",
     "pixel_word_attention": """
         pixel_word_attention._answers pixel_word_products.attend_and_mix pixel_word_products._ThroughGram.forward
-        pixel_word_products._ThroughGram.backward pixel_word_products.linear pixel_word_products._mix
+        pixel_word_products._ThroughGram.backward pixel_word_products.linear pixel_word_products._listen
+        pixel_word_products._listen_backward
         pixel_word_products._heard pixel_word_products._with_ones pixel_word_products._mix_backward
         pixel_word_products._slope pixel_word_products._flat_product pixel_word_products._outer
         pixel_word_products._mapped""",
