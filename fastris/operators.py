@@ -73,7 +73,13 @@ OPERATORS: dict[str, Operator] = {
             "pixel_word_attention",
             "pixel_word_attention",
         ),
-        Operator("word_pixel_attention", "word_pixel_attention", "word_pixel_attention", "", "word_pixel_attention"),
+        Operator(
+            "word_pixel_attention",
+            "word_pixel_attention",
+            "word_pixel_attention",
+            "bidirectional_attention",
+            "word_pixel_attention",
+        ),
         Operator(
             "multiscale_deformable_attention",
             "multiscale_deformable_attention",

@@ -13,6 +13,9 @@ words' side ``few`` (B, L, D) and ``bias`` (B, L) in float32, L <= 32:
 * rows: Rc, once the mean is known.
 * backward: the gradient of S from S, that of R and that of P, which is made from v on the way; and P.
 
+Where words read and pixels do not (:mod:`fastris.ops.word_pixel_attention`), there is no R and no ``bias``: the same
+kernels, without BOTH, leave out what it needs.
+
 The pixels are read once, N x D numbers; written are S and Rc, N x L, and L x V numbers for each tile. Products of few
 rows are cheap: in low precision the words' side is split in two numbers that add up to it, so that only what the pixels
 are rounded to is lost. Kept for backward: S and three numbers per word.
@@ -49,6 +52,8 @@ SCORES = {
 }
 BACKWARD = {**SCORES, **{(shared, 4): _FEW_FLOAT for shared in ("large", "small", "tiny")}}
 ROWS = Config((("BLOCK_N", 128),), num_warps=4, num_stages=1)
+ALIGNED = 16
+"""Of other numbers of channels, each has an address of its own, for which wide tiles spill."""
 NOTHING = tl.constexpr(-1e30)  # the score of a word that does not exist
 # Rows of the (B, 3, L) float32 sums: the mean of R, and largest score and sum of exponentials over the pixels.
 MEAN, LARGEST, TOTAL = (tl.constexpr(i) for i in range(3))
@@ -106,7 +111,7 @@ def _softmax_of_words(scores):
 @triton.jit(do_not_specialize=SIZES)
 def _scores_kernel(
     scores_ptr, sums_ptr, squares_ptr, heard_ptr, few_ptr, bias_ptr, source_ptr, value_ptr, pixels, words,
-    width, value_width, PRECISION: tl.constexpr,
+    width, value_width, PRECISION: tl.constexpr, BOTH: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """S of BLOCK_N pixels, and what they add to sums [B, tiles, 3, L], squares [.., L, L] and heard [.., L, V]."""
@@ -116,25 +121,26 @@ def _scores_kernel(
     row, first_word = sample * pixels + pixel, sample * words
     scores = _of_words(few_ptr, source_ptr, first_word, word, words, row, present, width, PRECISION,
                        BLOCK_L, BLOCK_N, BLOCK_D)  # fmt: skip
-    scores += tl.load(bias_ptr + first_word + word, mask=real, other=0.0)[:, None]
+    if BOTH:
+        scores += tl.load(bias_ptr + first_word + word, mask=real, other=0.0)[:, None]
     scores = tl.where(real[:, None], scores, NOTHING)
     inside = real[:, None] & present[None, :]
     tl.store(_plane(scores_ptr, sample, word, words, pixel, pixels), scores, mask=inside)
 
     tile = tl.program_id(0).to(tl.int64)
-    count = tl.sum(tl.where(present, 1.0, 0.0))
-    rows = tl.where(present[None, :], _softmax_of_words(scores), 0.0)
-    mean = tl.sum(rows, axis=1) / count
     largest = tl.max(tl.where(present[None, :], scores, NOTHING), axis=1)
     weights = tl.where(present[None, :], tl.exp(scores - largest[:, None]), 0.0)
     sums = sums_ptr + tile * 3 * words + word
-    tl.store(sums + MEAN * words, mean, mask=real)
     tl.store(sums + LARGEST * words, largest, mask=real)
     tl.store(sums + TOTAL * words, tl.sum(weights, axis=1), mask=real)
-    centred = tl.where(present[None, :], rows - mean[:, None], 0.0)
-    squares = tl.dot(centred, tl.trans(centred), input_precision="ieee")
-    at = (tile * words + word)[:, None] * words + word[None, :]
-    tl.store(squares_ptr + at, squares, mask=real[:, None] & real[None, :])
+    if BOTH:
+        rows = tl.where(present[None, :], _softmax_of_words(scores), 0.0)
+        mean = tl.sum(rows, axis=1) / tl.sum(tl.where(present, 1.0, 0.0))
+        tl.store(sums + MEAN * words, mean, mask=real)
+        centred = tl.where(present[None, :], rows - mean[:, None], 0.0)
+        squares = tl.dot(centred, tl.trans(centred), input_precision="ieee")
+        at = (tile * words + word)[:, None] * words + word[None, :]
+        tl.store(squares_ptr + at, squares, mask=real[:, None] & real[None, :])
 
     for start in range(0, value_width, BLOCK_D):
         channel = start + tl.arange(0, BLOCK_D)
@@ -165,7 +171,7 @@ def _rows_kernel(
 def _backward_kernel(
     d_scores_ptr, columns_ptr, scores_ptr, sums_ptr, d_rows_ptr, d_mean_ptr, d_spread_ptr, d_heard_ptr, scale_ptr,
     inner_ptr, value_ptr, pixels, words,
-    value_width, PRECISION: tl.constexpr,
+    value_width, PRECISION: tl.constexpr, BOTH: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of S, and P, of BLOCK_N pixels.
@@ -190,15 +196,17 @@ def _backward_kernel(
     columns = tl.exp(scores - largest[:, None]) / total[:, None]
     tl.store(_plane(columns_ptr, sample, word, words, pixel, pixels), columns, mask=inside)
 
-    rows = _softmax_of_words(scores)
-    centred = rows - tl.load(sums + MEAN * words, mask=real, other=0.0)[:, None]
-    both = real[:, None] & real[None, :]
-    d_spread = tl.load(d_spread_ptr + (first_word + word)[:, None] * words + word[None, :], mask=both, other=0.0)
-    d_rows = tl.dot(d_spread, centred, input_precision="ieee")
-    d_rows += tl.load(_plane(d_rows_ptr, sample, word, words, pixel, pixels), mask=inside, other=0.0).to(tl.float32)
-    d_rows -= tl.load(d_mean_ptr + first_word + word, mask=real, other=0.0)[:, None]
-    d_rows *= rows
-    d_scores = d_rows - rows * tl.sum(d_rows, axis=0)[None, :] + columns * d_columns
+    d_scores = columns * d_columns
+    if BOTH:
+        rows = _softmax_of_words(scores)
+        centred = rows - tl.load(sums + MEAN * words, mask=real, other=0.0)[:, None]
+        both = real[:, None] & real[None, :]
+        d_spread = tl.load(d_spread_ptr + (first_word + word)[:, None] * words + word[None, :], mask=both, other=0.0)
+        d_rows = tl.dot(d_spread, centred, input_precision="ieee")
+        d_rows += tl.load(_plane(d_rows_ptr, sample, word, words, pixel, pixels), mask=inside, other=0.0).to(tl.float32)
+        d_rows -= tl.load(d_mean_ptr + first_word + word, mask=real, other=0.0)[:, None]
+        d_rows *= rows
+        d_scores += d_rows - rows * tl.sum(d_rows, axis=0)[None, :]
     tl.store(_plane(d_scores_ptr, sample, word, words, pixel, pixels), d_scores, mask=inside)
 
 
@@ -207,11 +215,15 @@ def word_block(words: int) -> int:
     return 16 if words <= 16 else MAX_WORDS
 
 
-def _launched(kernel, table: Table, source: Tensor, words: int) -> tuple[Config, tuple[int, ...], dict[str, int]]:
+def _launched(
+    kernel, table: Table, source: Tensor, words: int, what: str = ""
+) -> tuple[Config, tuple[int, ...], dict[str, int]]:
     """Tiles for the pixels ``source`` (B, N, D), the grid, and the words of a tile."""
-    batch, pixels, _ = source.shape
+    batch, pixels, width = source.shape
     config = table[device_class(source.device), source.dtype.itemsize]
-    config = choose(kernel, config, source.device, source.dtype, batch * pixels, f"L{word_block(words)}")
+    if width % ALIGNED:
+        config, what = _FEW_FLOAT, what + "odd"
+    config = choose(kernel, config, source.device, source.dtype, batch * pixels, f"L{word_block(words)}{what}")
     return config, (batch * triton.cdiv(pixels, config["BLOCK_N"]),), {"BLOCK_L": word_block(words)}
 
 
@@ -229,7 +241,7 @@ def _read(few: Tensor, bias: Tensor, source: Tensor, value: Tensor) -> tuple[Ten
     parts = few.new_empty(batch, tiles, words, value_width)
     launch(
         _scores_kernel, grid, scores, sums, squares, parts, few, bias, source, value, pixels, words,
-        width, value_width, PRECISION=dot_precision(source.dtype), **block, config=config,
+        width, value_width, PRECISION=dot_precision(source.dtype), BOTH=True, **block, config=config,
     )  # fmt: skip
     spread, heard, sums = _combined(sums, squares, parts, pixels, config["BLOCK_N"])
     grid = (batch * triton.cdiv(pixels, ROWS["BLOCK_N"]),)
@@ -270,20 +282,86 @@ def _read_backward(
     value, d_rows = value.contiguous(), d_rows.contiguous()
     d_mean = d_rows.mean(2, dtype=torch.float32)
     inner = (d_heard * heard).sum(2)
-    largest = d_heard.abs().amax(2, keepdim=True).clamp_min(1e-30)
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    scale = _scale(d_heard)
     config, grid, block = _launched(_backward_kernel, BACKWARD, value, words)
     launch(
         _backward_kernel, grid, d_scores, columns, scores, sums, d_rows, d_mean,
         (d_spread + d_spread.mT) / pixels, (d_heard / scale).contiguous(), scale, inner, value, pixels, words,
-        value.shape[2], PRECISION=dot_precision(value.dtype), **block, config=config,
+        value.shape[2], PRECISION=dot_precision(value.dtype), BOTH=True, **block, config=config,
     )  # fmt: skip
     return d_scores, columns
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """The power of two above each row's largest number, (B, L, 1): dividing by it rounds nothing."""
+    largest = rows.abs().amax(2, keepdim=True).clamp_min(1e-30)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
 @_read_backward.register_fake
 def _(scores, sums, heard, d_rows, d_spread, d_heard, value):
     return torch.empty_like(scores), torch.empty_like(scores)
+
+
+@torch.library.custom_op("fastris::read_columns", mutates_args=())
+def _read_columns(few: Tensor, source: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, pixels, width), words, value_width = source.shape, few.shape[1], value.shape[2]
+    few, source, value = (each.contiguous() for each in (few, source, value))
+    scores = few.new_empty(batch, words, pixels)
+    if not batch:
+        return scores, few.new_zeros(0, words, value_width), few.new_zeros(0, 3, words)
+    config, grid, block = _launched(_scores_kernel, SCORES, source, words, "columns")
+    tiles = grid[0] // batch
+    sums, parts = few.new_zeros(batch, tiles, 3, words), few.new_empty(batch, tiles, words, value_width)
+    launch(
+        _scores_kernel, grid, scores, sums, None, parts, few, None, source, value, pixels, words,
+        width, value_width, PRECISION=dot_precision(source.dtype), BOTH=False, **block, config=config,
+    )  # fmt: skip
+    _, largest, totals = sums.unbind(2)  # [B, tiles, L]
+    top = largest.amax(1)
+    factors = torch.exp(largest - top[:, None])
+    total = (totals * factors).sum(1)
+    heard = (parts * factors[..., None]).sum(1) / total[..., None]
+    return scores, heard, torch.stack([torch.zeros_like(top), top, total], 1)
+
+
+@_read_columns.register_fake
+def _(few, source, value):
+    (batch, words, _), pixels = few.shape, source.shape[1]
+    sized = (batch, words, pixels), (batch, words, value.shape[2]), (batch, 3, words)
+    return tuple(few.new_empty(each) for each in sized)
+
+
+@torch.library.custom_op("fastris::read_columns_backward", mutates_args=())
+def _read_columns_backward(
+    scores: Tensor, sums: Tensor, heard: Tensor, d_heard: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, words, pixels = scores.shape
+    d_scores, columns = torch.empty_like(scores), torch.empty_like(scores)
+    if batch:
+        value, scale = value.contiguous(), _scale(d_heard)
+        config, grid, block = _launched(_backward_kernel, BACKWARD, value, words, "columns")
+        launch(
+            _backward_kernel, grid, d_scores, columns, scores, sums, None, None, None,
+            (d_heard / scale).contiguous(), scale, (d_heard * heard).sum(2), value, pixels, words,
+            value.shape[2], PRECISION=dot_precision(value.dtype), BOTH=False, **block, config=config,
+        )  # fmt: skip
+    return d_scores, columns
+
+
+@_read_columns_backward.register_fake
+def _(scores, sums, heard, d_heard, value):
+    return torch.empty_like(scores), torch.empty_like(scores)
+
+
+@register_flop_formula(torch.ops.fastris.read_columns)
+def _(few, source, value, *_, out_shape=None, **__) -> int:
+    return 2 * few[0] * few[1] * source[1] * (source[2] + value[2])
+
+
+@register_flop_formula(torch.ops.fastris.read_columns_backward)
+def _(scores, sums, heard, d_heard, value, *_, out_shape=None, **__) -> int:
+    return 2 * scores[0] * scores[1] * value[1] * value[2]
 
 
 @register_flop_formula(torch.ops.fastris.bidirectional_read)
@@ -306,3 +384,15 @@ def read_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of S, and P, both (B, L, N), from what :func:`read` gave and the gradients of that."""
     return _read_backward(scores, sums, heard, d_rows, d_spread, d_heard, value)
+
+
+def read_columns(few: Tensor, source: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S without a bias (B, L, N), heard (B, L, V) and sums (B, 3, L), whose first row is 0."""
+    return _read_columns(few, source, value)
+
+
+def read_columns_backward(
+    scores: Tensor, sums: Tensor, heard: Tensor, d_heard: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of S, and P, both (B, L, N), from what :func:`read_columns` gave and the gradient of heard."""
+    return _read_columns_backward(scores, sums, heard, d_heard, value)

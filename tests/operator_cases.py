@@ -670,11 +670,11 @@ def every_problem() -> Iterator[Problem]:
     yield pixel_word_problem(70, 24, 40, (20, 1, 0, 9), kernels=True)
     yield pixel_word_problem(1, 32, 8, (3, 1), few=True)
 
-    yield word_pixel_problem(60, 12, 16, (5, 3), "masked", thorough=True)  # through the covariance
-    yield word_pixel_problem(11, 24, 16, (5, 8), "intended", 9, thorough=True)  # through the projected maps
+    yield word_pixel_problem(60, 12, 16, (5, 3), "masked", **whole)  # through the covariance
+    yield word_pixel_problem(11, 24, 16, (5, 8), "intended", 9, **whole)  # through the projected maps
     yield word_pixel_problem(9, 2, 3, (3, 4), "intended", 4, **small)
     yield word_pixel_problem(3, 4, 3, (3, 4), "masked", **small)
-    yield word_pixel_problem(130, 24, 40, (20, 2, 9), "intended")
+    yield word_pixel_problem(130, 24, 40, (20, 2, 9), "intended", kernels=True)
     yield word_pixel_problem(33, 40, 24, (2, 17), "masked")
 
     yield deformable_problem(2, 5, 2, 4, ((2, 4), (1, 3)), 2, **whole)

@@ -35,6 +35,7 @@ OPERATOR_CASES = (
     "region_contrast",
     "pixel_contrast",
     "pixel_word_attention_stage1",
+    "word_pixel_attention_stage1",
     "upsampled_bce",
 )
 """The cases of operators with kernels, and of the parts of CRIS that are made of them. None needs open_clip."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastris.ops.pixel_word_attention import pixel_word_attention
-from fastris.reference import PixelWordWeights
+from fastris.ops.word_pixel_attention import word_pixel_attention
+from fastris.reference import PixelWordWeights, WordPixelWeights
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -30,8 +31,11 @@ def stage(width: int, text_width: int, count: int, words: int) -> Callable[[torc
             *(leaf(width, width), leaf(width), leaf(width), leaf(width)),
             *(leaf(width, width), leaf(width)),
         )
+        sides = ((text_width, text_width),) * 2 + ((text_width, width),) * 2 + ((text_width, text_width),) * 2
+        of_words = WordPixelWeights(*(each for rows, columns in sides for each in (leaf(rows, columns), leaf(rows))))
         with torch.autocast("cpu", dtype, enabled=dtype in HALF):
             seen = pixel_word_attention(pixels, said, valid, own)
-        seen.sum().backward()
+            heard = word_pixel_attention(said, pixels, valid, of_words, "masked")
+        (seen.sum() + heard.sum()).backward()
 
     return run

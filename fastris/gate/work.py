@@ -178,9 +178,9 @@ def _pool_gradients(a: _Sizes) -> Work:
 
 
 def _read(a: _Sizes) -> Work:
-    """Bidirectional attention: scores, and every tile's partial sums."""
+    """Bidirectional attention, or its columns alone: scores, and every tile's partial sums."""
     tile, samples = a.BLOCK_N, a.first // _up(a.pixels, a.BLOCK_N)
-    sums = a.first * a.words * (3 + a.words + a.value_width)
+    sums = a.first * a.words * (3 + a.words * a.BOTH + a.value_width)
     outputs = samples * a.words * a.pixels + sums
     wide = samples * a.pixels * (a.width * a.size("source_ptr") + a.value_width * a.size("value_ptr"))
     few = 4 * samples * a.words * (a.width + 1)

@@ -47,17 +47,20 @@ def score_and_read(
     return Scored(*form.apply(pixels, key, bias, query_weight, sym_value_weight, eps, kernels))
 
 
-def read_normed(few: Tensor, pixels: Tensor, key_weight: Tensor, value_weight: Tensor, eps: float) -> Tensor:
+def read_normed(
+    few: Tensor, pixels: Tensor, key_weight: Tensor, value_weight: Tensor, eps: float, kernels: bool = False
+) -> Tensor:
     """``softmax(few IN(W_k x)^T / sqrt(T)) IN(W_v x)``: (B, L, T), what few rows (B, L, T) read from the pixels.
 
     The other half of :func:`score_and_read` by itself, in the same two forms: ``pixels`` (B, N, C) in the dtype of the
-    matrix products, the others in float32, or float64 for float64 pixels; both weights are (T, C).
+    matrix products, the others in float32, or float64 for float64 pixels; both weights are (T, C). With ``kernels``
+    what has an axis of pixels and one of words is made by Triton kernels.
     """
     count, width = pixels.shape[1:]
     rows = len(key_weight) + len(value_weight)
     form = _ThroughCovariance if _covariance_pays(count, width, rows) else _ThroughMaps
     few = few * (width / len(key_weight)) ** 0.5  # which is divided by sqrt(C) there
-    return form.apply(pixels, few, None, key_weight, value_weight, eps, False)[2]
+    return form.apply(pixels, few, None, key_weight, value_weight, eps, kernels)[2]
 
 
 def covariance_pays(pixels: int, width: int, text_width: int) -> bool:
@@ -260,6 +263,11 @@ def _read(
         from fastris.kernels.bidirectional_attention import read
 
         return read(few, bias, source, value)
+    if kernels:
+        from fastris.kernels.bidirectional_attention import read_columns
+
+        scores, heard, sums = read_columns(few, source, value)
+        return scores, None, None, heard, sums
     scores = split_product(few, source.mT, source.dtype)
     if bias is None:
         return scores, None, None, split_product(scores.softmax(2), value, source.dtype), None
@@ -284,6 +292,10 @@ def _read_backward(
         from fastris.kernels.bidirectional_attention import read_backward
 
         return read_backward(scores, sums, heard, d_rows, d_spread, d_heard, value)
+    if sums is not None:
+        from fastris.kernels.bidirectional_attention import read_columns_backward
+
+        return read_columns_backward(scores, sums, heard, d_heard, value)
     columns = scores.softmax(2)
     d_columns = split_product(d_heard, value.mT, value.dtype)
     d_columns = d_columns - (d_columns * columns).sum(2, keepdim=True)

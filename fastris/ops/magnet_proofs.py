@@ -11,7 +11,8 @@ from torch import Tensor
 from fastris.ops.pixel_contrast import pixel_contrast
 from fastris.ops.pixel_word_attention import pixel_word_attention
 from fastris.ops.proving import REAL_WORDS, Inputs, drawn, hold, sizes_on
-from fastris.reference import PixelWordWeights
+from fastris.ops.word_pixel_attention import word_pixel_attention
+from fastris.reference import PixelWordWeights, WordPixelWeights
 
 
 def prove_pixel_contrast(device: torch.device, dtype: torch.dtype) -> None:
@@ -62,8 +63,38 @@ def _pixel_word_inputs(device: torch.device, width: int, text_width: int, count:
     return inputs | drawn({"pixels": (2, count, width), "words": words}, device, 1.0)
 
 
+def prove_word_pixel_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Through projected maps, and through the pixels' covariance; the biases that a norm takes out are zeros."""
+    channels, height = sizes_on(device)[:2]
+    valid = torch.arange(max(REAL_WORDS), device=device)[None] < torch.tensor(REAL_WORDS, device=device)[:, None]
+    for width, text_width in ((channels, 2 * channels), (channels // 8, channels // 8)):
+        columns = {
+            name: width if name.startswith(("key", "value")) else text_width for name in WordPixelWeights._fields
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (text_width, columns[name]) for name in columns if name.endswith("weight")
+        }
+        shapes |= {f"{part}_bias": (text_width,) for part in ("project", "query", "mixed")}
+        inputs = {name: value / columns[name] ** 0.5 for name, value in drawn(shapes, device, 1.0).items()}
+        inputs |= drawn({"pixels": (2, 11 * height, width), "words": (2, max(REAL_WORDS), text_width)}, device, 1.0)
+
+        def by(impl: str, text_width: int = text_width) -> Callable[..., Tensor]:
+            def attend(words: Tensor, pixels: Tensor, **given: Tensor) -> Tensor:
+                zeros = dict.fromkeys(("key_bias", "value_bias", "out_bias"), words.new_zeros(text_width))
+                return word_pixel_attention(
+                    words, pixels, valid, WordPixelWeights(**given, **zeros), "masked", impl=impl
+                )
+
+            return attend
+
+        hold(by("triton"), by("reference"), inputs, dtype)
+        if dtype is not torch.float32:
+            hold(by("triton"), by("reference"), inputs, torch.float32, autocast=dtype)
+
+
 MAGNET: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "pixel_contrast": prove_pixel_contrast,
     "pixel_word_attention": prove_pixel_word_attention,
+    "word_pixel_attention": prove_word_pixel_attention,
 }
 """By the operator's name."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastris import reference
-from fastris.dispatch import resolve_without_kernels
+from fastris.dispatch import resolve
 from fastris.ops.absorbed_scores import read_normed, with_silent
 from fastris.ops.checks import check_shape, check_tensors, compute_dtype
 from fastris.ops.padding import check_valid
@@ -49,7 +49,7 @@ def word_pixel_attention(
         rule: what padding does, ``"masked"``, ``"intended"`` or ``"released"``: see
             :func:`fastris.reference.word_pixel_attention`. ``"released"`` picks single pixels, and is computed as
             written there whatever ``impl`` says.
-        impl: ``"reference"`` runs the published formula; every other choice the path here, on any device.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     All tensors but ``valid`` are on one device and of one floating-point dtype; under autocast they may differ. The
     result is in the words' dtype, or in autocast's where that is on; the products with the pixels run in the pixels'
@@ -58,29 +58,41 @@ def word_pixel_attention(
 
     Gradients reach every tensor but ``valid``; those of the biases of keys, values and output, which change nothing,
     are exactly 0. The fast path keeps the pixels and the scores for the backward pass, and the two projected maps where
-    there are few pixels; it can be differentiated once.
+    there are few pixels; it can be differentiated once. ``triton``'s tiles hold 32 words, and what is more is
+    ``torch``'s.
 
     Raises ValueError for a wrong shape, an unknown rule, no words, no pixels or tensors on different devices; TypeError
-    for dtypes that do not fit.
+    for dtypes that do not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: MagNet's released code; :func:`fastris.reference.word_pixel_attention`.
     """
     _check(words, pixels, valid, weights, rule)
-    if resolve_without_kernels(impl) == "reference" or rule == "released":
-        return reference.word_pixel_attention(words, pixels, valid, weights, rule)
     dtype = compute_dtype(pixels)
+    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
+    if path == "reference" or rule == "released":
+        return reference.word_pixel_attention(words, pixels, valid, weights, rule)
+    kernels = path == "triton" and _kernels_take(words.shape[1])
     with torch.autocast(pixels.device.type, enabled=False):
         wide = torch.promote_types(dtype, torch.float32)
         own = WordPixelWeights(*(each.to(wide) for each in weights))
         mask, said = valid.to(wide)[..., None], words.to(wide)
         query = mask * F.linear(said, own.query_weight, own.query_bias)
         query = with_silent(query, own.key_bias, own.value_bias, own.out_bias)
-        read = mask * read_normed(query, pixels.to(dtype), own.key_weight, own.value_weight, EPS)
+        read = mask * read_normed(query, pixels.to(dtype), own.key_weight, own.value_weight, EPS, kernels)
         out = F.linear(read, own.out_weight)
         heard = masked_instance_norm(out, mask) if rule == "masked" else instance_norm(out, EPS)
         seen = F.gelu(F.linear(said, own.project_weight, own.project_bias))
         mixed = F.gelu(F.linear(seen * heard, own.mixed_weight, own.mixed_bias))
     return mixed.to(compute_dtype(words))
+
+
+def _kernels_take(words: int) -> bool:
+    from fastris.kernels.bidirectional_attention import MAX_WORDS
+
+    return words <= MAX_WORDS
+
+
+_kernels_take._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks once, for constants
 
 
 def _check(words: Tensor, pixels: Tensor, valid: Tensor, weights: WordPixelWeights, rule: str) -> None:

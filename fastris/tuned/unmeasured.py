@@ -31,6 +31,10 @@ EXPECTED_LOSSES = (
         "its products of the pixels' size are cuBLAS's on either path, and nobody has measured whether the rest pays",
         operator="pixel_word_attention",
     ),
+    Loss(
+        "its products of the pixels' size are cuBLAS's on either path, and nobody has measured whether the rest pays",
+        operator="word_pixel_attention",
+    ),
     Loss("small batches are bound by launches, of which the kernels make more", bucket=SMALL),
     Loss(
         "in IEEE float32 its products have no tensor cores, and cuBLAS tiles them better",

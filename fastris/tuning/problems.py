@@ -24,6 +24,7 @@ from fastris.ops import (
     upsample2x_conv3x3,
     upsampled_bce_with_logits,
     word_attention,
+    word_pixel_attention,
 )
 from fastris.reference import (
     AttentionWeights,
@@ -31,6 +32,7 @@ from fastris.reference import (
     PixelNorm,
     PixelWordWeights,
     SeparateAttentionWeights,
+    WordPixelWeights,
 )
 
 DROPOUT = 0.1
@@ -92,6 +94,7 @@ def problem(operator: str, batch: int, device: torch.device, sizes: Sizes = CRIS
         "upsampled_bce_with_logits": _upsampled_bce,
         "pixel_contrast": _pixel_contrast,
         "pixel_word_attention": _pixel_word,
+        "word_pixel_attention": _word_pixel,
     }[operator]
     made = make(batch, sizes)
     made.tensors = {name: _placed(tensor, device).requires_grad_() for name, tensor in made.tensors.items()}
@@ -326,6 +329,21 @@ def _pixel_word(batch: int, sizes: Sizes) -> Problem:
 
     def forward(path: str, pixels: Tensor, words: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
         return pixel_word_attention(pixels, words, valid, PixelWordWeights(**weights), impl=path)
+
+    valid = torch.arange(sizes.words).expand(batch, -1) <= 2 * sizes.words // 3
+    return Problem(_drawn(shapes), {"valid": valid}, forward)
+
+
+def _word_pixel(batch: int, sizes: Sizes) -> Problem:
+    """Of a map twice as fine as the decoder's and half as wide, and words twice as wide."""
+    dim, text, rows = sizes.channels, 2 * sizes.channels, (2 * sizes.side) ** 2
+    shapes: Shapes = {"words": (batch, sizes.words, text), "pixels": (batch, rows, dim)}
+    for name in WordPixelWeights._fields:
+        columns = dim if name in ("key_weight", "value_weight") else text
+        shapes[name] = (text, columns) if name.endswith("weight") else (text,)
+
+    def forward(path: str, words: Tensor, pixels: Tensor, valid: Tensor, **weights: Tensor) -> Tensor:
+        return word_pixel_attention(words, pixels, valid, WordPixelWeights(**weights), "masked", impl=path)
 
     valid = torch.arange(sizes.words).expand(batch, -1) <= 2 * sizes.words // 3
     return Problem(_drawn(shapes), {"valid": valid}, forward)
