@@ -32,9 +32,12 @@ def chosen_cases(config: BenchConfig) -> tuple[list[Case], bool]:
     for row, name in ((row, name) for row in rows for name in passes):
         for batch in config.batch or (row.sizes["batch"],):
             try:
-                cases.append(row.of_pass(name).at_batch(batch))
+                case = row.of_pass(name).at_batch(batch)
             except ValueError as error:
                 reasons[str(error)] = row.name
+                continue
+            if case not in cases:  # what only runs forward is whole with its forward pass
+                cases.append(case)
     if rows and not cases:
         raise ValueError(next(iter(reasons)))
     for reason in reasons:

@@ -62,11 +62,18 @@ ALIGNFORMER = {
 
 
 MAGNET = {
-    "encoders": ("image_model.patch_embed.forward", "language_model.embed", "language_model.part"),
+    "encoders": (
+        "image_model.patch_embed.forward",
+        "image_model.layers.*.blocks.*.forward",
+        "language_model.embed",
+        "language_model.part",
+    ),
+    "exchanges": ("image_model.layers.*.see", "image_model.layers.*.pass_on", "language_model.listen"),
     "pixel decoder": ("classifier.pixel_decoder.forward",),
     "mask decoder": ("classifier.predictor.forward",),
-    "exchanges + loss": ("classifier.forward",),
+    "masks + loss": ("classifier.forward",),
 }
+"""The same of :class:`fastris.MagNet`; ``*`` stands for every number in its place."""
 
 Parts: TypeAlias = Mapping[str, tuple[str, ...]]
 SYSTEMS: dict[str, tuple[Parts, Parts]] = {
@@ -87,6 +94,8 @@ def parts_of(config: ModelConfig) -> tuple[Parts, Parts]:
 OWN_STAGES = ("neck", "decoder", "projector + loss")
 GOAL = 0.5
 """Bytes kept in CRIS's own stages, or in the whole of another system, at most this fraction of the baseline's."""
+PART_GOALS = {"magnet": {"pixel decoder": 0.15}}
+"""System -> part -> the same of that part alone."""
 
 TITLE = (
     f"kept for backward per image: neck + decoder + projector + loss of CRIS-RN50 at 416x416, B={BATCH}, dropout 0.1, "
@@ -153,6 +162,7 @@ def _about(options: WholeConfig, config: ModelConfig) -> dict[str, Any]:
         "words": config.word_len,
         "goals": {},
         "share": GOAL,
+        "parts": PART_GOALS.get(config.system, {}),
         "published_batch": config.recipe.batch_size,
     }
 
@@ -290,10 +300,19 @@ def told_of_parts(model: nn.Module, counter: LiveStorages, parts: Mapping[str, t
         for part, methods in parts.items():
             for path in methods:
                 owner, _, method = path.rpartition(".")
-                module = model.get_submodule(owner)
-                told = _within(getattr(module, method), counter, part)
-                undo.enter_context(mock.patch.object(module, method, told))
+                for module in submodules(model, owner):
+                    told = _within(getattr(module, method), counter, part)
+                    undo.enter_context(mock.patch.object(module, method, told))
         yield
+
+
+def submodules(model: nn.Module, path: str) -> list[nn.Module]:
+    """The submodules that ``path`` names, in which ``*`` stands for every name in its place."""
+    if "*" not in path:
+        return [model.get_submodule(path)]
+    parent, _, rest = path.partition(".*")
+    children = model.get_submodule(parent).children()
+    return [found for child in children for found in (submodules(child, rest[1:]) if rest else [child])]
 
 
 def _within(method: Any, counter: LiveStorages, part: str) -> Any:

@@ -116,7 +116,12 @@ def _centre_and_loss(
 
 def step(preset: Preset, side: int, batch: int, words: int) -> Problem:
     """Forward and backward of the whole model in training mode, all words real."""
-    config = dataclasses.replace(_config(preset), drop_path=0.0, vocabulary="built-in")  # a vocabulary to count by
+    return step_without_draws(_config(preset), side, batch, words)
+
+
+def step_without_draws(config: Any, side: int, batch: int, words: int) -> Problem:
+    """A step of a model on Swin and BERT without the optimizer; drop-path and dropout are off."""
+    config = dataclasses.replace(config, drop_path=0.0, vocabulary="built-in")  # a vocabulary to count by
     problem = training_step(config, side, batch, words, (words,))
     for module in opened(problem.module).modules():
         if isinstance(module, nn.Dropout):

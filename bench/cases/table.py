@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from fastris import CLIPConfig, CRISConfig
 
-from . import alignformer, builders
+from . import alignformer, builders, magnet
 from .case import Case
 from .problem import Problem
 
@@ -42,6 +43,8 @@ SMALL_CRIS = CRISConfig(
 _PIXELS = {"batch": 4, "height": 26, "width": 26, "dim": 512, "heads": 8, "words": 17}
 _FEW_PIXELS = {"batch": 2, "height": 5, "width": 7, "dim": 64, "heads": 4, "words": 11}
 _CRIS_R50 = {"preset": "cris_r50", "side": 416, "words": 17, "lengths": REAL_LENGTHS}
+_TITLES = {"alignformer": "AlignFormer", "magnet": "MagNet"}
+_WHOLE = "480x480, 20 words"
 _SMALL_MODEL = {"preset": SMALL_CRIS, "side": 96, "batch": 6}
 
 
@@ -75,19 +78,32 @@ def _magnet(op: str, what: str, stage: int, goal: float) -> Case:
     )
 
 
-def _alignformer(name: str, title: str, build: Callable[..., Problem], side: int, goal: float, **sizes: Any) -> Case:
-    """Of AlignFormer on Swin-B; checked on the tiny one, whose every map is larger than a window."""
+def _of_model(
+    op: str, name: str, title: str, build: Callable[..., Problem], side: int, goal: float = 0.0, **sizes: Any
+) -> Case:
+    """Of AlignFormer or MagNet on Swin-B; checked on the tiny one, most of whose maps are larger than a window."""
     return Case(
-        name=f"alignformer_{name}",
-        op="alignformer",
-        title=f"AlignFormer, Swin-B: {title}, 20 words, B=1 (checked smaller)",
+        name=f"{op}_{name}",
+        op=op,
+        title=f"{_TITLES[op]}, Swin-B: {title}, B=1 (checked smaller)",
         build=build,
         composed=True,
-        sizes={"preset": "alignformer_swin_b", "side": side, "batch": 1, "words": 20, **sizes},
-        small={"preset": "alignformer_tiny", "side": 8 if sizes else 96, "batch": 2, "words": 6},
+        sizes={"preset": f"{op}_swin_b", "side": side, "batch": 1, **sizes},
+        small={"preset": f"{op}_tiny", "side": 8 if "number" in sizes else 96, "batch": 2}
+        | ({"words": 6} if "words" in sizes else {}),
         check_small=True,
         goals={"cpu/float32": goal} if goal else {},
         compiles_long=True,
+    )
+
+
+def _stages(op: str, build: Callable[..., Problem]) -> tuple[Case, ...]:
+    """The four stages of Swin at 480x480, each with what its pixels and 20 words learn from each other."""
+    return tuple(
+        _of_model(
+            op, f"stage{n}", f"stage {n} with its words, {side}x{side}, 20 words", build, side, number=n, words=20
+        )
+        for n, side in enumerate((120, 60, 30, 15))
     )
 
 
@@ -238,7 +254,7 @@ CASES: tuple[Case, ...] = (
         goals={"cpu/float32": 1.4},
     ),
     *(_magnet("pixel_word_attention", "pixels read words", *each) for each in enumerate((1.4, 1.4, 1.0, 1.0))),
-    *(_magnet("word_pixel_attention", "words read pixels", *each) for each in enumerate((1.0, 1.0, 1.0, 1.0))),
+    *(_magnet("word_pixel_attention", "words read pixels", *each) for each in enumerate((10.0, 3.5, 1.3, 1.0))),
     Case(
         name="deformable_attention",
         op="deformable_attention",
@@ -341,20 +357,26 @@ CASES: tuple[Case, ...] = (
         goals={"cpu/float32": 1.4},
         compiles_long=True,
     ),
-    *(
-        _alignformer(
-            f"stage{number}",
-            f"stage {number} with its words, {side}x{side}",
-            alignformer.stage,
-            side,
-            0.0,
-            number=number,
-        )
-        for number, side in enumerate((120, 60, 30, 15))
+    *_stages("alignformer", alignformer.stage),
+    _of_model("alignformer", "pixel_decoder", f"pixel decoder, {_WHOLE}", alignformer.pixel_decoder, 480, words=20),
+    _of_model(
+        "alignformer",
+        "centre",
+        f"centre embedding, scores and loss, {_WHOLE}",
+        alignformer.centre_and_loss,
+        480,
+        words=20,
     ),
-    _alignformer("pixel_decoder", "pixel decoder, 480x480", alignformer.pixel_decoder, 480, 0.0),
-    _alignformer("centre", "centre embedding, scores and loss, 480x480", alignformer.centre_and_loss, 480, 0.0),
-    _alignformer("step", "training step without the optimizer, 480x480", alignformer.step, 480, 1.3),
+    _of_model(
+        "alignformer", "step", f"training step without the optimizer, {_WHOLE}", alignformer.step, 480, 1.3, words=20
+    ),
+    *_stages("magnet", magnet.stage),
+    _of_model("magnet", "pixel_decoder", "pixel decoder, 480x480", magnet.pixel_decoder, 480),
+    _of_model("magnet", "mask_decoder", "mask decoder and loss, 480x480", magnet.mask_decoder, 480),
+    _of_model("magnet", "step", f"training step without the optimizer, {_WHOLE}", magnet.step, 480, 1.4, words=20),
+    replace(
+        _of_model("magnet", "inference", f"inference, {_WHOLE}", magnet.answer, 480, 1.5, words=20), passes="forward"
+    ),
 )
 
 MEMORY = "memory"

@@ -45,7 +45,8 @@ CRIS_R50 = {
     "published_batch": PUBLISHED_BATCH,
 }
 """What a count is of, where a file does not say. ``goals``: setting -> MiB kept per image at most; ``share``: of what
-the baseline keeps, where there is no such goal; ``published_batch``: the batch that training is published with."""
+the baseline keeps, where there is no such goal; ``parts``: part -> the share for it alone, where there is one;
+``published_batch``: the batch that training is published with."""
 
 GIB = 2**30
 
@@ -120,7 +121,24 @@ def kept_table(cells: Sequence[WholeCell], of: Mapping[str, Any] = CRIS_R50) -> 
     columns = ("arm", "recompute", "MiB per image", "of them copies of weights", "goal", "met")
     precision = of["dtype"] if of["dtype"] == "float32" else f"{of['dtype']} autocast"
     title = f"Kept for backward per image by the whole of {of['model']}, B={BATCH}, {precision}, {of['words']} words."
-    return f"{title}\n\n{markdown_table(columns, rows)}"
+    return "\n\n".join([f"{title}\n\n{markdown_table(columns, rows)}", *_shares_of_parts(cells, of.get("parts", {}))])
+
+
+def _shares_of_parts(cells: Sequence[WholeCell], goals: Mapping[str, float]) -> list[str]:
+    """A line for each part that has a goal of its own: which share of the baseline's bytes every setting keeps."""
+    counted = [cell for cell in cells if not cell.message]
+    kept = {part: {(c.arm, c.recompute): c.mib_per_image(part) for c in counted} for part in goals}
+    lines = []
+    for part, goal in goals.items():
+        whole = next((mib for (arm, _), mib in kept[part].items() if arm == BASELINE), 0.0)
+        if whole:
+            shares = (
+                f"{arm}, {recompute}: {mib / whole:.2f}x ({'yes' if mib <= goal * whole else 'no'})"
+                for (arm, recompute), mib in kept[part].items()
+                if arm != BASELINE
+            )
+            lines.append(f"Goal for the {part}: at most {goal:g}x {BASELINE}. {'; '.join(shares)}.")
+    return lines
 
 
 def fits_table(cells: Sequence[WholeCell], of: Mapping[str, Any] = CRIS_R50) -> str:

@@ -27,6 +27,7 @@ from fastris.bench.timing.harness import Cell, Setting, measure_case, order_of_r
 from fastris.commands import cli
 from fastris.dispatch import requested_impl
 from fastris.models import registry
+from fastris.models.magnet import query_decoder
 from fastris.runtime.float32_precision import float32_precision
 
 ROOT = Path(__file__).parents[2]
@@ -196,13 +197,35 @@ def test_medians_ratios_and_verdicts():
     assert results.verdict(results.Spread(0.5, 0.5, 0.5), 0.5, at_most=True) == "yes"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def every_case(slow: tuple[str, ...]) -> list[Any]:
+    """All cases, those that take seconds even on a small copy marked as slow."""
+    return [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in slow else ()) for case in CASES]
+
+
+@pytest.mark.parametrize("case", every_case(slow=("magnet_step",)))
 def test_every_case_passes_its_own_check_on_a_small_copy(case):
     problem = case.check_problem(quick=True)
     checker = Checker(problem, case.composed)
     for arm in ("reference", "repaired", "torch"):
         checked = checker.check(ARMS[arm])
         assert checked.tensors >= 1 and checked.error < 1e-2
+
+
+@pytest.mark.parametrize("name", ["magnet_mask_decoder", "magnet_inference"])
+def test_no_pixel_is_hidden_from_magnets_query_by_rounding(monkeypatch, name):
+    margins = []
+    original = query_decoder._Reduced.logits
+
+    def watched(*arguments):
+        logits = original(*arguments)
+        margins.append(float(logits.abs().min() / logits.abs().max()))
+        return logits
+
+    monkeypatch.setattr(query_decoder._Reduced, "logits", watched)
+    case = next(case for case in CASES if case.name == name)
+    with ARMS["reference"].active(), torch.no_grad():
+        case.check_problem(quick=True).to(CPU, torch.float64).forward()
+    assert len(margins) == 3 and min(margins) > 100 * torch.finfo(torch.float32).eps, margins
 
 
 def test_cases_have_names_of_their_own_and_numbers_that_do_not_depend_on_what_came_before():

@@ -136,22 +136,42 @@ def test_alignformers_step_keeps_half_of_what_the_published_formulas_do():
     assert kept["torch"] <= 0.5 * kept["reference"], {name: bytes_ / MIB for name, bytes_ in kept.items()}
 
 
-def test_another_systems_count_is_by_its_own_stages_and_held_to_a_share_of_the_baselines(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="AlignFormer's text encoder is BERT")
-    tiny = dataclasses.replace(registry.preset("alignformer_tiny"), input_size=64)
-    monkeypatch.setattr(memory.registry, "preset", lambda name: {"alignformer_tiny": tiny}[name])
+@pytest.mark.parametrize("system", ["alignformer", "magnet"])
+def test_another_systems_count_is_by_its_own_stages_and_held_to_a_share_of_the_baselines(
+    monkeypatch, tmp_path, capsys, system
+):
+    pytest.importorskip("transformers", reason="the text encoder is BERT")
+    tiny = dataclasses.replace(registry.preset(f"{system}_tiny"), input_size=64)
+    monkeypatch.setattr(memory.registry, "preset", lambda name: {f"{system}_tiny": tiny}[name])
     monkeypatch.setattr(memory, "RECOMPUTE_SETTINGS", ("none",))
     monkeypatch.setattr(memory.count_whole, "__defaults__", (("none",), torch.bfloat16))
     path = tmp_path / "memory.json"
-    options = ["model=alignformer_tiny", "counted=float32", "arms=torch", "device=cpu", f"json={path}"]
+    options = [f"model={system}_tiny", "counted=float32", "arms=torch", "device=cpu", f"json={path}"]
     assert memory.main(options) == 0
     printed, found = capsys.readouterr().out, report.load_counts(path)
     kept = {cell["arm"]: sum(k["activations"] for k in cell["stages"].values()) for cell in found["cells"]}
-    assert all(list(cell["stages"]) == list(memory.ALIGNFORMER) for cell in found["cells"])
+    assert all(list(cell["stages"]) == list(memory.SYSTEMS[system][0]) for cell in found["cells"])
     assert all(kept["activations"] > 0 for cell in found["cells"] for kept in cell["stages"].values())
     assert f"at most 0.5x reference (is {kept['torch'] / kept['reference']:.2f}x)" in printed
     assert "64x64, B=2, float32, 20 words" in printed and "B=32 needs GiB" in printed
+    assert ("Goal for the pixel decoder: at most 0.15x reference. torch, none: 0." in printed) == (system == "magnet")
+    assert report.kept_table([WholeCell(**cell) for cell in found["cells"]], found["of"]) in printed
     assert printed.split("\n\n")[1] in report.memory_page(found, "memory.json")
+
+
+def test_magnets_pixel_decoder_keeps_a_small_share_of_what_stored_samples_take():
+    pytest.importorskip("transformers", reason="MagNet's text encoder is BERT")
+    widths = {"conv_dim": 64, "decoder_heads": 2, "pixel_ffn": 256, "pixel_layers": 4, "query_layers": 1}
+    config = dataclasses.replace(registry.preset("magnet_tiny"), **widths)  # the decoder's proportions as released
+    kept = {}
+    for arm, setting in (("reference", "none"), ("torch", "none"), ("torch", "stages")):
+        with ARMS[arm].active():
+            parts = count_step(config, setting, CPU, dtype=torch.float32).kept
+        assert list(parts) == list(memory.MAGNET)
+        kept[arm, setting] = parts["pixel decoder"].total
+    whole = kept["reference", "none"]
+    assert kept["torch", "stages"] <= 0.15 * whole, kept  # beside products, of which linear1's alone is 0.14
+    assert kept["torch", "none"] <= 0.5 * whole, kept
 
 
 @pytest.mark.slow

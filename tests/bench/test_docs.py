@@ -86,6 +86,19 @@ def test_marks_that_do_not_fit_are_named(checkout, capsys, text, message):
     assert (checkout / "README.md").read_text() == text
 
 
+def test_a_block_whose_long_run_is_still_to_come_names_its_command_until_the_file_is_there(checkout):
+    for file in ("magnet_step_cpu_float32.json", "magnet_memory.json"):
+        (checkout / readme.RESULTS / file).unlink(missing_ok=True)
+    waiting = readme.block(checkout, "magnet_step_cpu")
+    assert waiting.startswith(
+        "Not measured yet: `python -m bench op=magnet arms=torch,repaired json=bench/results/magn"
+    )
+    assert "bench.memory model=magnet_swin_b" in readme.block(checkout, "magnet-memory")
+    results = checkout / readme.RESULTS
+    shutil.copy(results / "cpu_float32.json", results / "magnet_step_cpu_float32.json")
+    assert "ms<br>" in readme.block(checkout, "magnet_step_cpu")
+
+
 def test_a_result_file_of_another_device_gets_a_block_and_a_chart(checkout):
     results = checkout / readme.RESULTS
     shutil.copy(results / "cpu_float32.json", results / "h200_bfloat16.json")

@@ -137,19 +137,20 @@ class _Reduced:
     @torch.no_grad()
     def background(self, kernel: Tensor, level: int) -> Tensor:
         """Pixels (B, h * w) of a level where the mask of kernels (B, 1, D) is negative; none where it all would be."""
-        size = self.sizes[level]
+        hidden = self.logits(kernel, level) < 0
+        return hidden & ~hidden.all(dim=1, keepdim=True)
+
+    def logits(self, kernel: Tensor, level: int) -> Tensor:
+        """The mask of kernels (B, 1, D) at the size of a level: (B, h * w)."""
         if self.published:
             logits = torch.einsum("bqd,bdhw->bqhw", kernel, self.maps[0])
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2)[:, 0]
-        else:
-            weight, bias = self.conv.weight[..., 0, 0], self.conv.bias
-            assert bias is not None
-            with torch.autocast(kernel.device.type, enabled=False):
-                kernel = kernel.to(weight.dtype)
-                folded = kernel @ weight  # [B, 1, D]
-                logits = (folded @ self.maps[level].flatten(2) + kernel @ bias[:, None])[:, 0]
-        hidden = logits < 0
-        return hidden & ~hidden.all(dim=1, keepdim=True)
+            return F.interpolate(logits, self.sizes[level], mode="bilinear", align_corners=False).flatten(2)[:, 0]
+        weight, bias = self.conv.weight[..., 0, 0], self.conv.bias
+        assert bias is not None
+        with torch.autocast(kernel.device.type, enabled=False):
+            kernel = kernel.to(weight.dtype)
+            folded = kernel @ weight  # [B, 1, D]
+            return (folded @ self.maps[level].flatten(2) + kernel @ bias[:, None])[:, 0]
 
 
 def _shrunk(pixels: Tensor, size: tuple[int, int]) -> Tensor:
