@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastris import MagNetConfig, for_inference
 from fastris.models.magnet import training_parts
+from fastris.models.magnet.training_parts import SentenceGrounding
 from fastris.models.vocabulary import read_vocabulary
 from fastris.nn.mask_grounding import METRICS
 from fastris.nn.masked_words import DRAWS
@@ -20,6 +21,7 @@ IDS = read_vocabulary("built-in")
 VOCABULARY = {"bert": {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
                        "intermediate_size": 32, "max_position_embeddings": 16}}  # fmt: skip
 BOTH = {"mask_grounding": 1.0, "alignment_loss": 0.5}
+OVR_CNN = {"predictor_layers": 6, "predictor_ffn": 768, "predictor_heads": 8}
 
 
 def still(**changes):
@@ -194,6 +196,20 @@ def test_an_empty_batch_of_words_has_a_grounding_loss_of_zero():
     assert loss.isfinite()
 
 
+def test_the_predictor_is_of_berts_sizes_or_of_those_that_are_asked_for():
+    plain, small = (MagNetConfig(mask_grounding=1.0, vocabulary="built-in", **sizes) for sizes in ({}, OVR_CNN))
+    found = []
+    for config in (plain, small):
+        with torch.device("meta"):
+            grounding = SentenceGrounding(config)
+        layers = grounding.layers
+        found.append((len(layers), layers[0].linear1.out_features, layers[0].self_attn.num_heads))
+        about = sum(config.parameter_counts().values()) - sum(MagNetConfig().parameter_counts().values())
+        assert about == pytest.approx(sum(p.numel() for p in grounding.parameters()), rel=0.02)
+    assert found == [(4, 3072, 12), (6, 768, 8)]
+    assert MagNetConfig.from_dict(small.to_dict()) == small and small.for_others() == plain.for_others()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -203,6 +219,10 @@ def test_an_empty_batch_of_words_has_a_grounding_loss_of_zero():
         ({"mask_grounding": 1.0, "mask_rate": 0}, "mask_rate must be a probability above 0"),
         ({"mask_grounding": 1.0, "clean_segmentation": 1}, "clean_segmentation must be true or false"),
         ({"mask_grounding": 1.0, "predictor_layers": 0}, "predictor_layers must be a whole number from 1"),
+        ({"mask_grounding": 1.0, "predictor_ffn": -1}, "predictor_ffn must be a whole number from 1"),
+        ({"mask_grounding": 1.0, "predictor_heads": False}, "predictor_heads must be a whole number from 1"),
+        ({"mask_grounding": 1.0, "predictor_heads": 7}, r"predictor_heads \(7\) must divide bert.hidden_size \(768\)"),
+        ({"predictor_ffn": 768}, "predictor_ffn=768 would do nothing without mask_grounding"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(fields, message):

@@ -41,6 +41,21 @@ def test_run_goes_on_exactly_with_its_words_counts_and_generators(tmp_path):
         run(stopped, resume=True, epochs=2, extra=EXTRA | {"mask_rate": 0.3})
 
 
+@pytest.mark.slow
+def test_a_magnet_goes_on_exactly_too(tmp_path):
+    pytest.importorskip("transformers", reason="MagNet's text encoder is BERT")
+    sizes = {"depths": (1, 1, 1, 1), "query_layers": 1, "pixel_layers": 1, "predictor_layers": 1}
+    magnet = {"model": "magnet_tiny", "extra": sizes | {"mask_grounding": 1.0, "alignment_loss": 0.5}, "word_len": None}
+    run(tmp_path / "whole", max_steps=3, **magnet)
+    run(tmp_path / "stopped", max_steps=1, **magnet)
+    run(tmp_path / "stopped", max_steps=3, resume=True, **magnet)
+    told = rows(tmp_path / "whole" / "log.csv")
+    assert told == rows(tmp_path / "stopped" / "log.csv") and len({row["grounding_loss"] for row in told}) == 3
+    ours, theirs = (load_torch(tmp_path / folder / "last.pth") for folder in ("stopped", "whole"))
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+    assert torch.equal(ours["metrics"]["seen"], theirs["metrics"]["seen"]) and theirs["metrics"]["seen"].any()
+
+
 def test_steps_are_logged_with_the_words_that_were_guessed(tmp_path, capfd):
     run(tmp_path, max_steps=2, print_freq=1)
     with (tmp_path / "log.csv").open(newline="") as file:

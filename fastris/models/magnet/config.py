@@ -26,6 +26,8 @@ _GROUNDING: dict[str, Any] = {
     "mask_grounding": 0.0,
     "mask_rate": 0.15,
     "predictor_layers": 4,
+    "predictor_ffn": 0,
+    "predictor_heads": 0,
     "whole_words": True,
     "clean_segmentation": False,
 }
@@ -70,8 +72,10 @@ class MagNetConfig(SwinBertConfig):
 
     The paper's two further losses are on in training where their weights are above 0
     (:mod:`fastris.models.magnet.training_parts`): ``mask_grounding``, of which the paper's weight is 1, with
-    ``mask_rate``, the probability with which a word is hidden, ``predictor_layers``, ``whole_words``, whether the
-    pieces of a word are hidden together, and ``clean_segmentation``, which encodes every sample twice so that the
+    ``mask_rate``, the probability with which a word is hidden, ``predictor_layers``, ``predictor_ffn`` and
+    ``predictor_heads``, 0 for 4 times BERT's width and for BERT's heads (the predictor that MagNet's authors point to,
+    ovr-cnn's, has 6 layers, 768 and 8), ``whole_words``, whether the pieces of a word are hidden together, and
+    ``clean_segmentation``, which encodes every sample twice so that the
     segmentation sees whole sentences alone; and ``alignment_loss``, 0.5 in the paper. They are off in files for others.
     Raises ValueError, naming the fields, where the sizes do not fit together.
     """
@@ -136,6 +140,8 @@ class MagNetConfig(SwinBertConfig):
     mask_grounding: float = 0.0
     mask_rate: float = 0.15
     predictor_layers: int = 4
+    predictor_ffn: int = 0
+    predictor_heads: int = 0
     whole_words: bool = True
     clean_segmentation: bool = False
     alignment_loss: float = 0.0
@@ -167,6 +173,9 @@ class MagNetConfig(SwinBertConfig):
         if not _is_number(self.mask_rate) or not 0 < self.mask_rate <= 1:
             raise ValueError(f"mask_rate must be a probability above 0 and at most 1, got {shown(self.mask_rate)}")
         check_whole("predictor_layers", self.predictor_layers, _MAX_LAYERS)
+        for name in ("predictor_ffn", "predictor_heads"):
+            if (value := getattr(self, name)) != 0 or isinstance(value, bool):
+                check_whole(name, value, self.limits["pixel_ffn" if name == "predictor_ffn" else "decoder_heads"])
         for name in ("whole_words", "clean_segmentation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
@@ -180,6 +189,10 @@ class MagNetConfig(SwinBertConfig):
             raise ValueError(
                 f"bert.hidden_size ({self.text_width}) must be a multiple of 4 for Mask Grounding's positions; change "
                 "it, or give mask_grounding=0"
+            )
+        if self.predictor_heads and self.text_width % self.predictor_heads:
+            raise ValueError(
+                f"predictor_heads ({self.predictor_heads}) must divide bert.hidden_size ({self.text_width})"
             )
 
     def for_others(self) -> MagNetConfig:
@@ -207,12 +220,13 @@ class MagNetConfig(SwinBertConfig):
         samples = self.decoder_heads * LEVELS * POINTS
         pixel = 2 * width**2 + 3 * samples * width + 2 * width * self.pixel_ffn
         query = 8 * width**2 + 2 * width * self.query_ffn
-        predictor = 12 * self.predictor_layers * text**2 + text * (2 * text + self.widths[-1]) + self.bert.vocab_size
+        layer = 4 * text**2 + 2 * text * (self.predictor_ffn or 4 * text)
+        predictor = self.predictor_layers * layer + text * (2 * text + self.widths[-1]) + self.bert.vocab_size
         return {
             "bert.hidden_size, bert.num_hidden_layers, bert.vocab_size": bert,
             "embed_dim, depths, window": swin + exchange,
             "conv_dim, pixel_layers, pixel_ffn": self.pixel_layers * pixel + width * sum(self.widths) + width**2,
-            "predictor_layers, bert.hidden_size": predictor if self.mask_grounding else 0,
+            "predictor_layers, predictor_ffn, bert.hidden_size": predictor if self.mask_grounding else 0,
             "query_layers, query_ffn": self.query_layers * query + 3 * width**2 + text * width,
         }
 
