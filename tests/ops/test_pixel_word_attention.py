@@ -112,15 +112,18 @@ def with_answers_that_cancel(problem) -> dict[str, Tensor]:
 
 
 @BOTH
-def test_answers_that_cancel_lose_one_digit_more_than_as_published_and_no_more(problem):
-    """W_o rounds before they cancel here, and behind it as published; a variance of float32 would lose two digits."""
+def test_answers_that_cancel_lose_the_digits_that_cancel_and_no_more(problem):
+    """Answers of 1 and -0.999 are rounded before they cancel, so a rounding counts their sum over their difference.
+
+    A few roundings reach an answer: from weights, words and two short sums. A variance of float32 would make it 34.
+    """
     inputs = with_answers_that_cancel(problem)
     truth = hold(inputs)
     low = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     fast, published = (call(impl)(**low).double() - truth["output 0"] for impl in ("torch", "reference"))
     scale = truth["output 0"].abs().max()
     assert published.abs().max() > 2e-5 * scale
-    assert fast.abs().max() <= 10 * published.abs().max()
+    assert fast.abs().max() <= 4 * torch.finfo(torch.float32).eps * 1.999 / 0.001 * scale
 
 
 @BOTH
