@@ -163,7 +163,9 @@ def test_magnets_pixel_decoder_keeps_a_small_share_of_what_stored_samples_take()
     pytest.importorskip("transformers", reason="MagNet's text encoder is BERT")
     widths = {"conv_dim": 64, "decoder_heads": 2, "pixel_ffn": 256, "pixel_layers": 4, "query_layers": 1}
     config = dataclasses.replace(registry.preset("magnet_tiny"), **widths)  # the decoder's proportions as released
-    kept = {}
+    model, kept = registry.create(config), {}
+    owners = [path.rpartition(".")[0] for paths in memory.MAGNET.values() for path in paths]
+    assert all(memory.submodules(model, owner) for owner in owners)
     for arm, setting in (("reference", "none"), ("torch", "none"), ("torch", "stages")):
         with ARMS[arm].active():
             parts = count_step(config, setting, CPU, dtype=torch.float32).kept

@@ -80,10 +80,12 @@ def test_work_in_parts_gives_the_bits_of_work_at_once(monkeypatch):
         assert all(torch.equal(each, whole[name]) for name, each in parts.items())
 
 
-def test_at_most_15_percent_of_the_published_forms_bytes_are_kept_at_480x480():
-    sizes, heads, points, batch = ((15, 15), (30, 30), (60, 60)), 8, 4, 2
+@pytest.mark.parametrize("sides", [(15, 30, 60), (4, 8, 15, 30)], ids=["AlignFormer", "MagNet, smaller"])
+def test_at_most_15_percent_of_the_published_forms_bytes_are_kept_at_480x480(sides):
+    sizes, levels, heads, points, batch = tuple((side, side) for side in sides), len(sides), 8, 4, 2
     pixels = sum(height * width for height, width in sizes)
-    shapes = (batch, pixels, heads, 32), (batch, pixels, heads, 3, points, 2), (batch, pixels, heads, 3 * points)
+    samples = levels, points
+    shapes = (batch, pixels, heads, 32), (batch, pixels, heads, *samples, 2), (batch, pixels, heads, levels * points)
     value, offsets, logits = (torch.zeros(shape, requires_grad=True) for shape in shapes)
     centres, kept = reference.pixel_centres(sizes), {}
     for impl in ("reference", "torch"):
