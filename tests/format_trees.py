@@ -167,12 +167,36 @@ def make_folder_tree(root: Path, change: Callable[[dict[str, Any]], Any] = lambd
     return root
 
 
+def make_coco_tree(
+    root: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None, *, images: str = "images"
+) -> Path:
+    """As tools for labelling export COCO: `annotations/instances_SPLIT.json`, here with the sentences in each one."""
+    source = _source(root)
+    refs = pickle.loads((source / "refcoco" / "refs(unc).p").read_bytes())
+    instances = json.loads((source / "refcoco" / "instances.json").read_text())
+    said = {ref["ann_id"]: ref for ref in refs}
+    (root / "annotations").mkdir()
+    for split in SPLITS:
+        rows = [
+            annotation | {"iscrowd": 0, "sentences": said[annotation["id"]]["sentences"]}
+            for annotation in instances["annotations"]
+            if said[annotation["id"]]["split"] == split
+        ]
+        content = {"info": {}, "images": instances["images"], "categories": [{"id": 1, "name": "block"}]}
+        content["annotations"] = rows
+        change(content)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    shutil.copytree(source / IMAGE_FOLDER, root / images)
+    return root
+
+
 MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "refer": ("refcoco", make_refer_tree),
     "lmdb": ("refcoco", make_lmdb_tree),
     "parquet": ("refcoco", make_parquet_tree),
     "grefs": ("grefcoco", make_grefs_tree),
     "folder": ("folder", make_folder_tree),
+    "coco": ("folder", make_coco_tree),
 }
 """Layout -> name of its data set, and what makes it."""
 LIBRARIES = {"lmdb": "lmdb", "parquet": "pyarrow"}

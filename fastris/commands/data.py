@@ -15,7 +15,7 @@ from fastris.data.formats.check import MENDS_OF_CHECK, UNREADABLE_FILE, SplitRep
 from fastris.data.formats.convert import convert
 from fastris.data.formats.extras import MissingLibrary
 from fastris.data.formats.published import compare
-from fastris.data.formats.table import FORMATS, NAMES, Found, choose_format, discover, open_split
+from fastris.data.formats.table import FORMATS, NAMES, OWN_OPTIONS, Found, choose_format, discover, open_split
 from fastris.options.declare import REQUIRED, option
 
 WORD_LEN = {"refcocog_u": 22, "refcocog_g": 22}  # as published; 17 for the others
@@ -34,11 +34,16 @@ class DataConfig:
     action: Literal["inspect", "check", "convert"] = option(REQUIRED, "what to do", positional=True)
     root: Path = option(REQUIRED, "folder with the data set's files, or an .lmdb file", positional=True)
     dataset: str = option("auto", "which data set of the folder: " + ", ".join(NAMES) + "; auto: what is found there")
-    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet"] = option("auto", "how it lies there; auto: as found")
+    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet", "coco"] = option(
+        "auto", "how it lies there; auto: as found"
+    )
     split: str = option("all", "one split, such as val; all: every one")
     images: Path | None = option(None, "folder of the images, if it is not in its usual place")
     out: Path | None = option(None, "new folder that convert writes")
     copy_images: bool = option(False, "convert: copy the images instead of a link to their folder")
+    several: Literal["skip", "merge"] | None = option(
+        None, "objects of a picture with one label or phrase: left out (skip), or one mask", default_text="skip"
+    )
     on_error: Literal["raise", "skip"] = option("raise", "convert: what to do about references that are unusable")
     word_len: int | None = option(
         None, "check: longer phrases are reported; none: as published, 17 or 22; 0: at no length", "tokens"
@@ -102,6 +107,10 @@ def _splits(config: DataConfig, entry: Found) -> list[str]:
     return [config.split]
 
 
+def _own_options(config: DataConfig) -> dict[str, Any]:
+    return {name: value for name in OWN_OPTIONS if (value := getattr(config, name)) is not None}
+
+
 def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
     """Split -> what was found; a file that cannot be read at all is a problem of its split."""
     reports: dict[str, SplitReport] = {}
@@ -117,7 +126,13 @@ def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
         for split in splits:
             try:
                 dataset: Any = open_split(
-                    entry.name, split, config.root, format=entry.format, images=config.images, on_error="defer"
+                    entry.name,
+                    split,
+                    config.root,
+                    format=entry.format,
+                    images=config.images,
+                    on_error="defer",
+                    **_own_options(config),
                 )
                 if config.action == "inspect":
                     reports[split] = count_split(dataset, bars)
@@ -142,6 +157,8 @@ def _print(config: DataConfig, entry: Found, splits: dict[str, SplitReport]) -> 
         kinds = [f"{report.references} references", f"{report.sentences} sentences", f"{report.images} images"]
         kinds += [f"{report.no_target} without a target"] if report.no_target else []
         print(f"  {printable(split):<6} {', '.join(kinds)}; {compare(entry.name, split, report.references)}")
+        for why, count in report.left_out.items():
+            print(f"    {count} left out: {why}")
         for problem, cases in report.problems.items():
             ids = ", ".join(printable(ref_id) for ref_id, _ in cases[:MOST_NAMED] if ref_id != "")
             more = ", ..." if len(cases) > MOST_NAMED else ""
@@ -188,6 +205,7 @@ def _convert(config: DataConfig, found: list[Found]) -> int:
             on_error=config.on_error,
             copy_images=config.copy_images,
             track=bars,
+            **_own_options(config),
         )
     print(f"wrote {config.out}: {printable(entry.name)}, from {entry.format}")
     for split, counts in manifest["splits"].items():

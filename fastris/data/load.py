@@ -34,7 +34,7 @@ def load_dataset(
         on_error: "raise" for an error that names the first unusable reference; "skip" to check every file now, leave
             unusable references out and list them in `.skipped`; see `AnnotatedDataset`.
         options: passed on to `SyntheticExpressions`, or to the reader of the format; those share `images=`, the folder
-            of the images, and `format=`, one of "jsonl", "refer", "lmdb", "parquet" where `root` holds several.
+            of the images, and `format=`, a key of `fastris.data.formats.table.FORMATS` where `root` holds several.
 
     Raises:
         DataError: unknown name or split, missing `root`, or missing or unusable files.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastris.data.base import DataError, ReferringDataset
+from fastris.data.formats.table import FORMATS
 from fastris.data.load import DATASETS, check_name, load_dataset
 from fastris.options.declare import option
 
@@ -22,7 +23,10 @@ class DataOptions:
     dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
     data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
     images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
-    format: str | None = option(None, "of its files, where data_root holds several: jsonl, refer, lmdb, parquet")
+    format: str | None = option(None, "of its files, where data_root holds several: " + ", ".join(FORMATS))
+    several: Literal["skip", "merge"] | None = option(
+        None, "objects of a picture with one label or phrase: left out (skip), or one mask", default_text="skip"
+    )
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
 
     def __post_init__(self) -> None:
@@ -37,8 +41,8 @@ def load_split(options: DataOptions, split: str) -> ReferringDataset:
 
 
 def _reader_options(options: DataOptions) -> dict[str, str]:
-    """The options `images` and `format` for a data set's reader, as far as they are given."""
-    given = {name: value for name in ("images", "format") if (value := getattr(options, name)) is not None}
+    """The options for a data set's reader, as far as they are given."""
+    given = {name: value for name in ("images", "format", "several") if (value := getattr(options, name)) is not None}
     if given and options.dataset == "synthetic":
         raise DataError(f"dataset=synthetic reads no files, so {' and '.join(given)} must be left out")
     return given

@@ -25,6 +25,7 @@ from fastris.data import DataError, load_dataset, paths
 from fastris.data.formats import annotation, jsonl, lmdb_files, parquet, refer_files
 from fastris.data.formats.annotated import Annotated, UnusableReference
 from fastris.data.formats.budget import Budget
+from fastris.data.formats.table import open_split
 from fastris.data.formats.unpickle import loads_plain
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
@@ -279,6 +280,34 @@ def test_arbitrary_grefcoco_files(root: Path, refs: list[Any], annotations: Any,
     from fastris.data.formats.refer import ReferDataset
 
     read_all(ReferDataset("grefcoco", "train", root, images=root / "images", on_error="defer"))
+
+
+def read_any_way(root: Path, format: str) -> None:
+    """Open and read a split with every `on_error`; nothing but a DataError."""
+    for on_error in ("raise", "skip", "defer"):
+        for several in ("skip", "merge"):
+            try:
+                data = open_split("folder", "train", root, format=format, on_error=on_error, several=several)
+            except DataError:
+                continue
+            read_all(data)
+
+
+OBJECT = ANN | {"category_id": 1, "caption": "it"}
+CATEGORY = {"id": 1, "name": "cat"}
+
+
+@FUZZ_FILES
+@given(
+    st.lists(bent(OBJECT, JSON | SEGMENTATIONS), max_size=2).map(lambda anns: [OBJECT, *anns]) | JSON,
+    st.lists(bent(IMAGE), min_size=1, max_size=2) | st.just([IMAGE]),
+    st.lists(bent(CATEGORY), max_size=2) | JSON,
+)
+def test_arbitrary_coco_files(root: Path, annotations: Any, images: list[Any], categories: Any) -> None:
+    (root / "annotations").mkdir(exist_ok=True)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / "train.json").write_text(json.dumps(content))
+    read_any_way(root, "coco")
 
 
 @FUZZ

@@ -64,8 +64,9 @@ class AnnotatedDataset(ReferringDataset):
     """One split of a data set on disk.
 
     Opening a split reads its annotation files and, unless `on_error="skip"`, decodes no image and no mask. Images are
-    returned as stored: annotations are made for raw pixels, so EXIF orientation is not applied. Grey and palette images
-    become RGB, transparency is dropped, and of an animation the first frame is used.
+    returned as stored, since annotations are made for raw pixels: EXIF orientation is applied only to those that were
+    annotated turned (`Annotated.upright`). Grey and palette images become RGB, transparency is dropped, and of an
+    animation the first frame is used.
 
     Args:
         name, split: of the data set.
@@ -78,15 +79,24 @@ class AnnotatedDataset(ReferringDataset):
             pixels. Unusable references are left out and listed in `skipped`; `len` never changes later. A file that
             is damaged or removed afterwards raises when it is read.
             "defer", for tools that check: every reference is kept, and an unusable one raises when it is read.
+        left_out: problem -> ids of what the reader left out by its format's rule; they open `skipped`.
 
     Raises:
         DataError: unusable references, or none that is usable.
     """
 
-    def __init__(self, name: str, split: str, records: Iterable[Record], on_error: OnError, look: Look | None = None):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        records: Iterable[Record],
+        on_error: OnError,
+        look: Look | None = None,
+        left_out: dict[str, list[int | str]] | None = None,
+    ):
         self.name = name
         self.split = split
-        self.skipped = {}
+        self.skipped = dict(left_out or {})
         self._items: list[Record] = self._usable(list(records), on_error, look or Look())
 
     @cached_property
@@ -110,7 +120,7 @@ class AnnotatedDataset(ReferringDataset):
         return self._item(index).reference
 
     def image(self, index: int) -> np.ndarray:
-        """The image of reference `index`: (H, W, 3) uint8, RGB, EXIF orientation not applied.
+        """The image of reference `index`: (H, W, 3) uint8, RGB, by EXIF turned only if it was annotated so.
 
         Raises:
             DataError: the file is damaged, or its size is not the annotation's.
@@ -139,6 +149,10 @@ class AnnotatedDataset(ReferringDataset):
         """The folder that the `file_name` of reference `index` is relative to; None if the image is not in a folder."""
         root = self._item(index).root
         return root[0] if root else None
+
+    def upright(self, index: int) -> bool:
+        """Whether the image of reference `index` is taken as its EXIF orientation turns it."""
+        return self._rule.upright(self._item(index))
 
     def encoded_image(self, index: int) -> Path | bytes:
         """The file that holds the image of reference `index`, or its bytes where the data set has no such file."""

@@ -37,6 +37,7 @@ class SplitReport:
         images, sentences: their numbers, over the references that could be read.
         no_target: number of references whose sentences name nothing in the image.
         problems: problem -> (reference's id, what is wrong) of each case.
+        left_out: reason -> number of references that the reader left out by its format's rule.
     """
 
     references: int = 0
@@ -44,6 +45,7 @@ class SplitReport:
     sentences: int = 0
     no_target: int = 0
     problems: dict[str, list[tuple[int | str, str]]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def note(self, problem: str, ref_id: int | str, detail: str) -> None:
         self.problems.setdefault(problem, []).append((ref_id, detail))
@@ -65,12 +67,16 @@ class SplitReport:
             for problem, cases in self.problems.items()
         }
         counts = {name: getattr(self, name) for name in ("references", "images", "sentences", "no_target")}
-        return counts | {"problems": problems}
+        return counts | {"problems": problems} | ({"left_out": self.left_out} if self.left_out else {})
+
+
+def _new_report(dataset: AnnotatedDataset) -> SplitReport:
+    return SplitReport(len(dataset), left_out={why: len(refs) for why, refs in dataset.skipped.items()})
 
 
 def count_split(dataset: AnnotatedDataset, track: Track = silent) -> SplitReport:
     """Count a split from its annotations alone; it must have been opened with `on_error="defer"`."""
-    report, images = SplitReport(len(dataset)), set[Any]()
+    report, images = _new_report(dataset), set[Any]()
     for index in track(range(len(dataset)), len(dataset), f"read {dataset.name} {dataset.split}"):
         try:
             report.count(dataset.reference(index), images)
@@ -87,7 +93,7 @@ def check_split(dataset: AnnotatedDataset, word_len: int, track: Track = silent)
         word_len: sentences of more tokens than this, start and end included, are reported; 0 reports none.
         track: shows progress.
     """
-    report, images, seen = SplitReport(len(dataset)), set[Any](), Seen()
+    report, images, seen = _new_report(dataset), set[Any](), Seen()
     for index in track(range(len(dataset)), len(dataset), f"check {dataset.name} {dataset.split}"):
         for error in dataset.problems(index, seen):
             report.note(error.problem, error.ref_id, error.detail)

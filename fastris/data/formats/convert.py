@@ -32,6 +32,7 @@ def convert(
     on_error: str = "raise",
     copy_images: bool = False,
     track: Track = silent,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a data set to a new folder, which appears complete or not at all.
 
@@ -46,6 +47,7 @@ def convert(
         on_error: "raise" or "skip" for unusable references.
         copy_images: copy the images instead of linking to their folder.
         track: shows progress.
+        options: of the format's reader.
 
     Returns:
         the content of `dataset.json`.
@@ -58,7 +60,7 @@ def convert(
     manifest |= {"converted_from": format, "fastris": __version__, "splits": {}}
     with _new_folder(Path(out).expanduser()) as folder:
         for split in splits:
-            dataset = open_split(name, split, root, format=format, images=images, on_error=on_error)
+            dataset = open_split(name, split, root, format=format, images=images, on_error=on_error, **options)
             report = _write_split(dataset, folder, copy_images, track)
             skipped = {problem: len(ids) for problem, ids in dataset.skipped.items()}
             counts = {key: value for key, value in report.as_dict().items() if key != "problems"}
@@ -97,6 +99,8 @@ def _write_split(dataset: AnnotatedDataset, folder: Path, copy_images: bool, tra
             line: dict[str, Any] = {"ref_id": reference.ref_id, "image_id": reference.image_id}
             line |= {"image": reference.file_name, "sentences": reference.sentences}
             line |= {"no_target": True} if mask is None else {"mask": mask}
+            if dataset.upright(index):
+                line["upright"] = True
             if reference.image_id not in images:
                 _place_image(dataset, index, reference.file_name, folder / "images", copy_images)
             report.count(reference, images)

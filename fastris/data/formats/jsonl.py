@@ -3,8 +3,9 @@
     {"image": "cat.jpg", "mask": "cat.png", "sentences": ["the cat on the left", "grey cat"]}
 
 `image` lies under `images/`, `mask` under `masks/`. Instead of a file, `mask` may hold COCO's run lengths or polygons.
-Optional are `split`, `ref_id`, `image_id`, `size` ([height, width] in pixels) and `no_target`, for sentences that name
-nothing in the image. `convert` also writes `dataset.json`, which holds the data set's name and counts.
+Optional are `split`, `ref_id`, `image_id`, `size` ([height, width] in pixels), `no_target`, for sentences that name
+nothing in the image, and `upright`, for a mask of the image as its EXIF orientation turns it. `convert` also writes
+`dataset.json`, which holds the data set's name and counts.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ def build(row: dict[str, Any], where: str, images: Path, root: Path, look: Look,
     no_target = field(row, "no_target", (bool,), named, LAYOUT) if "no_target" in row else False
     segmentation = _segmentation(row, ref_id, named, root / "masks", no_target, look)
     height, width = _size(row, named, segmentation)
+    upright = field(row, "upright", (bool,), named, LAYOUT) if "upright" in row else False
     return Annotated(
         Reference(ref_id, image_id, _sentences(row, named, budget), name, no_target),
         f"{where.rpartition(', ')[2]}, ",
@@ -195,6 +197,7 @@ def build(row: dict[str, Any], where: str, images: Path, root: Path, look: Look,
         width,
         segmentation,
         (images, name),
+        upright=upright,
     )
 
 

@@ -15,12 +15,18 @@ NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder"
 """Data sets that are read from files; "folder" is your own data."""
 
 
+OWN_OPTIONS = ("several",)
+"""Options of commands that only some formats have."""
+
+
 class Format(NamedTuple):
-    """A format: the module and class of its reader, imported only when needed, and its layout in words."""
+    """A format: the module and class of its reader, imported only when needed, its layout in words, and which of
+    `OWN_OPTIONS` the reader takes."""
 
     module: str
     reader: str
     layout: str
+    options: tuple[str, ...] = ()
 
     def load(self) -> type[AnnotatedDataset]:
         return getattr(importlib.import_module(self.module), self.reader)
@@ -38,6 +44,12 @@ FORMATS = {
     ),
     "parquet": Format(
         "fastris.data.formats.parquet", "ParquetDataset", "data/*.parquet of jxu124/refcoco, coco/train2014/"
+    ),
+    "coco": Format(
+        "fastris.data.formats.coco",
+        "CocoDataset",
+        "COCO's instances as annotations/*.json, *.json or train/_annotations.coco.json",
+        ("several",),
     ),
 }
 """Formats by name, in the order in which a folder is searched for them."""
@@ -75,6 +87,10 @@ def open_split(
     chosen = choose_format(name, root, format)
     if chosen is None:
         raise DataError(_nothing(name, root))
+    for option in OWN_OPTIONS:
+        if option in options and option not in FORMATS[chosen].options:
+            takers = ", ".join(key for key, entry in FORMATS.items() if option in entry.options)
+            raise DataError(f"{option}= is for the formats {takers}, but {root} is read as {chosen}; leave it out")
     reader: Any = FORMATS[chosen].load()
     return reader(name, split, root, images=images, **options)
 
@@ -119,6 +135,8 @@ def _nothing(name: str, root: Path) -> str:
         try:
             locate(name, root, None)
         except DataError as error:
-            return f"{error}. Other formats are looked for, too: {layouts}"
+            own = next((key for key, entry in FORMATS.items() if entry.load().finds("folder", root)), None)
+            hint = f". It does hold data of your own ({own}): pass dataset=folder" if own else ""
+            return f"{error}{hint}. Other formats are looked for, too: {layouts}"
     what = "holds no data set" if root.is_dir() else "is no folder" if root.exists() else "does not exist"
     return f"root={str(root)!r} {what}. Formats that are looked for: {layouts}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for untrusted files
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits
+ORIENTATION = 0x0112  # EXIF's tag
+SIDEWAYS = range(5, 9)  # orientations that swap height and width
 MAX_SIDE = 32766  # pixels; OpenCV 4 warps no image with a longer side
 
 MISSING_IMAGE = "missing image"
@@ -105,6 +108,8 @@ class Annotated:
         segmentation: polygons or run lengths of COCO, or `annotation.Several` or `annotation.MaskPicture`.
         root: the folder that `path` must stay in, and the path relative to it.
         pixels: the encoded image, where it is not in a file.
+        upright: whether it was annotated as its EXIF orientation turns it, not as it is stored; None: where the
+            stated size says so.
     """
 
     reference: Reference
@@ -115,6 +120,7 @@ class Annotated:
     segmentation: Any
     root: tuple[Path, str] | None = None
     pixels: bytes | None = None
+    upright: bool | None = False
 
 
 @dataclass
@@ -145,6 +151,7 @@ class Rule:
         self.title = title
         self.way_out = "; or pass on_error='skip' to leave such references out"
         self._sizes: dict[Path, tuple[int, int]] = {}
+        self._spelled: dict[Path, dict[str, str]] = {}
 
     def unusable(self, problem: str, item: Annotated, detail: str) -> UnusableReference:
         """The error for a problem of a reference: its message, with the mend, and its detail."""
@@ -207,7 +214,15 @@ class Rule:
             raise self.unusable(UNREADABLE_IMAGE, item, found)
 
     def _missing(self, item: Annotated) -> UnusableReference:
-        return self.unusable(MISSING_IMAGE, item, f"no file {item.path.name} in {item.path.parent}")
+        folder, name = item.path.parent, item.path.name
+        if folder not in self._spelled:
+            try:
+                self._spelled[folder] = {other.casefold(): other for other in os.listdir(folder)}
+            except OSError:
+                self._spelled[folder] = {}
+        other = self._spelled[folder].get(name.casefold())
+        hint = "" if other is None else f", but {other}, and upper and lower case differ"
+        return self.unusable(MISSING_IMAGE, item, f"no file {name} in {folder}{hint}")
 
     def sentences(self, item: Annotated) -> None:
         """Raise UnusableReference unless `tokenize` takes every sentence.
@@ -264,7 +279,7 @@ class Rule:
         """Height and width from the image's header, checked; the header of each file is read once."""
         if item.pixels is not None or item.path not in self._sizes:
             with self._open(item) as image:
-                size = image.height, image.width
+                size = _upright_size(item, image)
             if item.pixels is None:
                 self._sizes[item.path] = size
         else:
@@ -275,13 +290,24 @@ class Rule:
     def image(self, item: Annotated) -> np.ndarray:
         """The image: (H, W, 3) uint8, RGB; the first frame of an animation, and transparent pixels as opaque ones."""
         with self._open(item) as image:
-            self._check_size(item, image.height, image.width)
+            self._check_size(item, *_upright_size(item, image))
             try:
+                if _turned(item, image):
+                    from PIL import ImageOps
+
+                    image = ImageOps.exif_transpose(image)
                 if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
                     return np.array(image.convert("RGBA").convert("RGB"))  # the same pixels, without Pillow's warning
                 return np.array(image.convert("RGB"))
             except Exception as error:  # decoders fail in many ways
                 raise self.unusable(UNREADABLE_IMAGE, item, str(error)) from error
+
+    def upright(self, item: Annotated) -> bool:
+        """Whether the image is taken as its EXIF orientation turns it."""
+        if item.upright is None:
+            with self._open(item) as image:
+                return _turned(item, image)
+        return item.upright
 
     def _decode(self, item: Annotated) -> None:
         """Decode the pixels only to find errors: a JPEG in grey at an eighth of its size, which reads every byte."""
@@ -331,6 +357,31 @@ class Rule:
             image.close()
             raise self.unusable(UNSUITABLE_IMAGE, item, detail)
         return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's orientation; 1, which means as stored, where there is none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # forged EXIF breaks in many ways
+        return 1
+
+
+def _turned(item: Annotated, image: Image.Image) -> bool:
+    """Whether the opened image is to be turned by its EXIF orientation."""
+    if item.upright is False:
+        return False
+    orientation = _orientation(image)
+    if item.upright:
+        return orientation in range(2, 9)
+    stored, stated = (image.height, image.width), (item.height, item.width)
+    return orientation in SIDEWAYS and stated != stored and stated == stored[::-1]
+
+
+def _upright_size(item: Annotated, image: Image.Image) -> tuple[int, int]:
+    """Height and width of the opened image, turned if it is to be."""
+    sideways = _turned(item, image) and _orientation(image) in SIDEWAYS
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _failures(*steps: Callable[[], Any]) -> list[UnusableReference]:
