@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
 import shutil
@@ -190,6 +192,44 @@ def make_coco_tree(
     return root
 
 
+def make_labelme_tree(root: Path) -> Path:
+    """As LabelMe: a JSON file beside each picture, in folders of splits; the red block in two parts, blue as a mask."""
+    source = _source(root)
+    instances = json.loads((source / "refcoco" / "instances.json").read_text())
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    for split in SPLITS:
+        (root / split).mkdir()
+        pictures: dict[str, list[Any]] = {}
+        for number, entry in enumerate(_references(source, split)):
+            shape = {"label": "block", "description": "\n".join(entry["ref"].sentences), "group_id": number}
+            polygons = annotations[_ann_id(source, entry["ref"].ref_id)]["segmentation"]
+            shapes = pictures.setdefault(entry["ref"].file_name, [])
+            if isinstance(polygons, list):
+                for flat in polygons:
+                    points = [list(point) for point in zip(flat[::2], flat[1::2], strict=True)]
+                    shapes.append(shape | {"shape_type": "polygon", "points": points})
+            else:
+                rows, columns = np.nonzero(entry["mask"])
+                top, left, bottom, right = rows.min(), columns.min(), rows.max(), columns.max()
+                part = io.BytesIO()
+                Image.fromarray(entry["mask"][top : bottom + 1, left : right + 1]).save(part, "PNG")
+                points = [[float(left), float(top)], [float(right), float(bottom)]]
+                encoded = base64.b64encode(part.getvalue()).decode()
+                shapes.append(shape | {"shape_type": "mask", "points": points, "mask": encoded})
+        for name, shapes in pictures.items():
+            height, width = Image.open(source / IMAGE_FOLDER / name).size[::-1]
+            row = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": f"..\\pictures\\{name}"}
+            row |= {"imageData": None, "imageHeight": height, "imageWidth": width}
+            (root / split / f"{Path(name).stem}.json").write_text(json.dumps(row))
+    shutil.copytree(source / IMAGE_FOLDER, root / "pictures")
+    return root
+
+
+def _ann_id(root: Path, ref_id: int | str) -> int:
+    refs = pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    return next(ref["ann_id"] for ref in refs if ref["ref_id"] == ref_id)
+
+
 MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "refer": ("refcoco", make_refer_tree),
     "lmdb": ("refcoco", make_lmdb_tree),
@@ -197,6 +237,7 @@ MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "grefs": ("grefcoco", make_grefs_tree),
     "folder": ("folder", make_folder_tree),
     "coco": ("folder", make_coco_tree),
+    "labelme": ("folder", make_labelme_tree),
 }
 """Layout -> name of its data set, and what makes it."""
 LIBRARIES = {"lmdb": "lmdb", "parquet": "pyarrow"}

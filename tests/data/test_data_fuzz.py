@@ -310,6 +310,30 @@ def test_arbitrary_coco_files(root: Path, annotations: Any, images: list[Any], c
     read_any_way(root, "coco")
 
 
+PLACES = st.lists(st.lists(st.floats(-3, 8), min_size=2, max_size=2), min_size=2, max_size=4)
+SHAPE = {
+    "label": "cat",
+    "points": [[0, 0], [3, 3]],
+    "shape_type": "rectangle",
+    "group_id": None,
+    "description": "",
+    "mask": "AAAA",
+}
+KINDS = st.sampled_from(["polygon", "circle", "mask", "line", "rectangle"])
+SHOWN = {"imagePath": "../images/a.png", "imageData": None, "imageHeight": 4, "imageWidth": 6, "shapes": []}
+
+
+@FUZZ_FILES
+@given(
+    st.lists(bent(SHAPE, JSON | PLACES | KINDS), max_size=3) | JSON, bent(SHOWN, JSON | st.just("AAAA")), st.booleans()
+)
+def test_an_arbitrary_labelme_file(root: Path, shapes: Any, row: dict[str, Any], whole: bool) -> None:
+    (root / "labels").mkdir(exist_ok=True)
+    row = (SHOWN if whole else row) | {"shapes": shapes}
+    (root / "labels" / "a.json").write_text(json.dumps(row))
+    read_any_way(root, "labelme")
+
+
 @FUZZ
 @given(st.lists(st.sampled_from(["..", ".", "a", "/", "\\", "C:", "~", "\0", " ", "..."]), max_size=7).map("".join))
 def test_no_name_that_is_accepted_leaves_its_folder(name: str) -> None:

@@ -163,6 +163,10 @@ class AnnotatedDataset(ReferringDataset):
         item = self._items[index]
         if isinstance(item, UnusableReference):
             raise item
+        return self._whole(item)
+
+    def _whole(self, item: Annotated) -> Annotated:
+        """The reference with its image's bytes, for readers that keep them in the file until they are needed."""
         return item
 
     def problems(self, index: int, seen: Seen) -> list[UnusableReference]:
@@ -191,7 +195,12 @@ class AnnotatedDataset(ReferringDataset):
     def _first_problem(self, item: Annotated, seen: Seen, on_error: OnError) -> UnusableReference | None:
         """The first problem of a reference, None if it has none; only "skip" looks into image and mask."""
         found = self._rule.stated(item, seen)
-        return first_of(found or (self._rule.looked(item, seen) if on_error == "skip" else ()))
+        if found or on_error != "skip":
+            return first_of(found)
+        try:
+            return first_of(self._rule.looked(self._whole(item), seen))
+        except UnusableReference as error:  # its image's bytes are none
+            return error
 
     def _account(self, unusable: list[UnusableReference], total: int, usable: int, on_error: str) -> None:
         """List the unusable references in `skipped`, or raise the first one; raise if no reference is left."""

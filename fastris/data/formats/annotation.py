@@ -29,6 +29,24 @@ class MaskPicture:
     file: Path | bytes
 
 
+@dataclass(frozen=True)
+class Patch:
+    """The mask of a part of an image, cropped to the image.
+
+    Attributes:
+        content: the bytes of a mask picture; or run lengths "3, 5, 2, ..." of the part's rows, one after another, of
+            which the first, third and so on are outside of the object.
+        left, top: of the part, in pixels of the image.
+        height, width: of the part in pixels; of a mask picture its own.
+    """
+
+    content: bytes | str
+    left: int
+    top: int
+    height: int = 0
+    width: int = 0
+
+
 class BadAnnotation(ValueError):
     """A segmentation that cannot be a mask of its image; the message says why."""
 
@@ -43,7 +61,7 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
     Args:
         segmentation: polygons `[[x1, y1, x2, y2, ...], ...]`, whose union counts; or, for crowds, run lengths
             `{"size": [height, width], "counts": ...}` with counts as a list of ints or as COCO's compressed string;
-            or `Several` of these.
+            or a `Patch`; or `Several` of these.
         height, width: of the image, in pixels.
 
     Returns:
@@ -57,6 +75,9 @@ def checked(segmentation: Any, height: int, width: int) -> list[Any]:
         raise BadAnnotation(f"an image of {height} x {width} pixels (height x width) is out of bounds")
     if isinstance(segmentation, Several):
         return [part for part in segmentation.parts if checked(part, height, width)]
+    if isinstance(segmentation, Patch):
+        _check_patch(segmentation, height, width)
+        return [segmentation]
     if not segmentation:
         return []
     if isinstance(segmentation, dict):
@@ -86,7 +107,9 @@ def encode(segmentation: Any, height: int, width: int) -> Any:
     if isinstance(segmentation, Several):
         codes = [code for code in (encode(part, height, width) for part in parts) if code]
         return mask.merge(codes) if codes else None
-    if isinstance(segmentation, dict):
+    if isinstance(segmentation, Patch):
+        code = mask.encode(_whole(segmentation, height, width))
+    elif isinstance(segmentation, dict):
         code = mask.frPyObjects({"size": [height, width], "counts": parts}, height, width)
     else:
         code = mask.merge(mask.frPyObjects(parts, height, width))
@@ -100,13 +123,52 @@ def decode(code: Any) -> np.ndarray:
     return mask.decode(code).astype(bool, order="C")
 
 
-def _read_picture(file: Path | bytes, height: int, width: int) -> np.ndarray:
-    """Read a mask image: (H, W) bool. Of a palette image the indices count, not the colours."""
+def _check_patch(patch: Patch, height: int, width: int) -> None:
+    if not (-height <= patch.top <= 2 * height and -width <= patch.left <= 2 * width):
+        raise BadAnnotation(
+            f"the mask begins at {patch.left}, {patch.top}, far outside of its {height} x {width} image"
+        )
+    if isinstance(patch.content, str):
+        _runs_of(patch)
+
+
+def _runs_of(patch: Patch) -> list[int]:
+    """The run lengths of a patch, which must cover it exactly."""
+    area = patch.height * patch.width
+    if patch.height < 1 or patch.width < 1 or area > MAX_PIXELS:
+        raise BadAnnotation(f"a mask of {patch.height} x {patch.width} pixels (height x width) is out of bounds")
+    try:
+        runs = [int(run) for run in str(patch.content).split(",", area + 2)]
+    except ValueError as error:
+        raise BadAnnotation("the mask's run lengths are not numbers between commas, or too many") from error
+    if min(runs) < 0 or sum(runs) != area:
+        raise BadAnnotation(f"the mask's run lengths do not add up to its {area} pixels")
+    return runs
+
+
+def _whole(patch: Patch, height: int, width: int) -> np.ndarray:
+    """A patch in its image: (H, W) uint8, in the memory order that pycocotools takes."""
+    if isinstance(patch.content, bytes):
+        part = _read_picture(patch.content)
+    else:
+        runs = _runs_of(patch)
+        part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(patch.height, patch.width)
+    whole = np.zeros((height, width), np.uint8, order="F")
+    top, left = max(patch.top, 0), max(patch.left, 0)
+    inner = part[top - patch.top : height - patch.top, left - patch.left : width - patch.left]
+    whole[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+    return whole
+
+
+def _read_picture(file: Path | bytes, height: int = 0, width: int = 0) -> np.ndarray:
+    """Read a mask image, of this size if it is given: (H, W) bool. Of a palette the indices count, not the colours."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=MASK_FORMATS) as image:
-            if image.size != (width, height):
+            if image.width * image.height > MAX_PIXELS:
+                raise BadAnnotation(f"the mask has {image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            if height and image.size != (width, height):
                 real, wanted = f"{image.width} x {image.height}", f"{width} x {height}"
                 raise WrongSize(f"the mask is {real} pixels (width x height), its image {wanted}")
             if image.mode not in MASK_MODES:

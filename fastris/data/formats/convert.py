@@ -122,11 +122,14 @@ def _place_image(dataset: AnnotatedDataset, index: int, name: str, images: Path,
     source, folder = dataset.encoded_image(index), dataset.image_folder(index)
     if isinstance(source, Path) and folder is not None and not copy:
         target = folder.resolve()
-        if images.is_symlink() and images.resolve() != target:
-            raise DataError(f"the images lie in {images.resolve()} and in {target}; pass copy_images=true")
+        if images.is_dir() and images.resolve() != target:
+            place = images.resolve() if images.is_symlink() else "the annotations"
+            raise DataError(f"the images lie in {place} and in {target}; pass copy_images=true")
         if not images.is_symlink():
             images.symlink_to(target, target_is_directory=True)
         return
+    if images.is_symlink():
+        raise DataError(f"some images lie in {images.resolve()}, and some in the annotations; pass copy_images=true")
     target = images / safe_name(name, f"{dataset.name} {dataset.split}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Path):

@@ -191,9 +191,14 @@ def inside(name: str, start: str, where: str) -> str:
     """
     parts: list[str] = []
     text = name.replace("\\", "/")
-    for part in f"{start}/{text}".split("/") if not text.startswith("/") else [text]:
-        if part == ".." and parts:
+    for part in f"{start}/{text}".split("/"):
+        if part == ".." and not parts:
+            break
+        if part == "..":
             parts.pop()
         elif part not in ("", "."):
             parts.append(part)
-    return safe_name("/".join(parts) if text.strip("/") else name, where, key="picture", folder="the data set's folder")
+    else:
+        if not text.startswith("/"):
+            name = "/".join(parts)
+    return safe_name(name, where, key="picture", folder="the data set's folder")

@@ -51,6 +51,12 @@ FORMATS = {
         "COCO's instances as annotations/*.json, *.json or train/_annotations.coco.json",
         ("several",),
     ),
+    "labelme": Format(
+        "fastris.data.formats.labelme",
+        "LabelmeDataset",
+        "LabelMe's *.json beside its pictures, or in train/, val/",
+        ("several",),
+    ),
 }
 """Formats by name, in the order in which a folder is searched for them."""
 

@@ -108,8 +108,8 @@ class Annotated:
         segmentation: polygons or run lengths of COCO, or `annotation.Several` or `annotation.MaskPicture`.
         root: the folder that `path` must stay in, and the path relative to it.
         pixels: the encoded image, where it is not in a file.
-        upright: whether it was annotated as its EXIF orientation turns it, not as it is stored; None: where the
-            stated size says so.
+        upright: whether it was annotated as its EXIF orientation turns it, unless the stated size says that it was
+            annotated as stored; None: only where the stated size says so.
     """
 
     reference: Reference
@@ -304,10 +304,10 @@ class Rule:
 
     def upright(self, item: Annotated) -> bool:
         """Whether the image is taken as its EXIF orientation turns it."""
-        if item.upright is None:
-            with self._open(item) as image:
-                return _turned(item, image)
-        return item.upright
+        if item.upright is False:
+            return False
+        with self._open(item) as image:
+            return _turned(item, image)
 
     def _decode(self, item: Annotated) -> None:
         """Decode the pixels only to find errors: a JPEG in grey at an eighth of its size, which reads every byte."""
@@ -372,9 +372,10 @@ def _turned(item: Annotated, image: Image.Image) -> bool:
     if item.upright is False:
         return False
     orientation = _orientation(image)
-    if item.upright:
-        return orientation in range(2, 9)
     stored, stated = (image.height, image.width), (item.height, item.width)
+    if item.upright:
+        as_stored = orientation in SIDEWAYS and stated == stored and stated != stored[::-1]
+        return orientation in range(2, 9) and not as_stored
     return orientation in SIDEWAYS and stated != stored and stated == stored[::-1]
 
 
