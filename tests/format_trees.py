@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -230,6 +231,44 @@ def _ann_id(root: Path, ref_id: int | str) -> int:
     return next(ref["ann_id"] for ref in refs if ref["ref_id"] == ref_id)
 
 
+def make_cvat_tree(root: Path) -> Path:
+    """As a project of CVAT: one `annotations.xml` with subsets, pictures in `images/SUBSET`; blue blocks as masks."""
+    source = _source(root)
+    instances = json.loads((source / "refcoco" / "instances.json").read_text())
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    top = ElementTree.Element("annotations")
+    ElementTree.SubElement(top, "version").text = "1.1"
+    for split in SPLITS:
+        rows: dict[str, ElementTree.Element] = {}
+        (root / "images" / split).mkdir(parents=True)
+        for number, entry in enumerate(_references(source, split), 1):
+            name, mask = entry["ref"].file_name, entry["mask"]
+            sizes = {"height": str(mask.shape[0]), "width": str(mask.shape[1])}
+            if name not in rows:
+                rows[name] = ElementTree.SubElement(top, "image", {"name": name, "subset": split, **sizes})
+                shutil.copyfile(entry["file"], root / "images" / split / name)
+            polygons = annotations[_ann_id(source, entry["ref"].ref_id)]["segmentation"]
+            for shape in _cvat_shapes(polygons, mask):
+                shape.attrib |= {"label": "block", "occluded": "0", "group_id": str(number)}
+                ElementTree.SubElement(shape, "attribute", {"name": "Phrase"}).text = "\n".join(entry["ref"].sentences)
+                rows[name].append(shape)
+    ElementTree.ElementTree(top).write(root / "annotations.xml", "utf-8", xml_declaration=True)
+    return root
+
+
+def _cvat_shapes(polygons: Any, mask: np.ndarray) -> list[ElementTree.Element]:
+    if isinstance(polygons, list):
+        texts = [";".join(f"{x},{y}" for x, y in zip(flat[::2], flat[1::2], strict=True)) for flat in polygons]
+        return [ElementTree.Element("polygon", {"points": text}) for text in texts]
+    rows, columns = np.nonzero(mask)
+    top, left = rows.min(), columns.min()
+    part = mask[top : rows.max() + 1, left : columns.max() + 1]
+    changes = np.flatnonzero(np.diff(np.concatenate(([False], part.ravel(), [False])))).tolist()
+    runs = np.diff([0, *changes, part.size] if changes[-1] < part.size else [0, *changes]).tolist()
+    place = {"left": left, "top": top, "height": part.shape[0], "width": part.shape[1], "rle": str(runs)[1:-1]}
+    return [ElementTree.Element("mask", {key: str(value) for key, value in place.items()})]
+
+
 MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "refer": ("refcoco", make_refer_tree),
     "lmdb": ("refcoco", make_lmdb_tree),
@@ -238,6 +277,7 @@ MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "folder": ("folder", make_folder_tree),
     "coco": ("folder", make_coco_tree),
     "labelme": ("folder", make_labelme_tree),
+    "cvat": ("folder", make_cvat_tree),
 }
 """Layout -> name of its data set, and what makes it."""
 LIBRARIES = {"lmdb": "lmdb", "parquet": "pyarrow"}

@@ -34,7 +34,7 @@ class DataConfig:
     action: Literal["inspect", "check", "convert"] = option(REQUIRED, "what to do", positional=True)
     root: Path = option(REQUIRED, "folder with the data set's files, or an .lmdb file", positional=True)
     dataset: str = option("auto", "which data set of the folder: " + ", ".join(NAMES) + "; auto: what is found there")
-    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet", "coco", "labelme"] = option(
+    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet", "coco", "labelme", "cvat"] = option(
         "auto", "how it lies there; auto: as found"
     )
     split: str = option("all", "one split, such as val; all: every one")

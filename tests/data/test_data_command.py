@@ -257,7 +257,7 @@ def test_ctrl_c_stops_a_check_in_one_line(tmp_path: Path) -> None:
         (["inspect"], ["ROOT is missing"]),
         (["inspect", "nowhere"], ["does not exist", "jsonl:", "refer:", "lmdb:", "parquet:"]),
         (["inspect", ".", "dataset=coco"], ["dataset='coco' is unknown", "refcocog_u", "grefcoco", "folder"]),
-        (["inspect", ".", "format=csv"], ["format must be auto|jsonl|refer|lmdb|parquet|coco|labelme, got 'csv'"]),
+        (["inspect", ".", "format=csv"], ["format must be auto|jsonl|refer|lmdb|parquet|coco|labelme|cvat, got 'csv'"]),
         (["inspect", ".", "dataset=refcoco"], ["refcoco/refs(unc).p (MISSING)", "lmdb:"]),
         (["convert", "."], ["convert needs out="]),
         (["check", ".", "out=x"], ["check writes no out="]),

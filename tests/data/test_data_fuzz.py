@@ -13,6 +13,7 @@ import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
@@ -332,6 +333,47 @@ def test_an_arbitrary_labelme_file(root: Path, shapes: Any, row: dict[str, Any],
     row = (SHOWN if whole else row) | {"shapes": shapes}
     (root / "labels" / "a.json").write_text(json.dumps(row))
     read_any_way(root, "labelme")
+
+
+XML_SHAPE = {
+    "label": "cat",
+    "points": "0,0;3,0;3,3",
+    "rle": "1, 2, 3",
+    "left": "1",
+    "top": "1",
+    "width": "3",
+    "height": "2",
+    "xtl": "0",
+    "ytl": "0",
+    "xbr": "3",
+    "ybr": "2",
+    "rotation": "30",
+    "outside": "0",
+    "group_id": "1",
+}
+XML_TEXTS = st.text(max_size=6) | st.sampled_from(
+    ["1", "-1", "nan", "inf", "1e9", "9" * 5000, "0,0;1", "1,2,,3", "&", "<", "\ud800"]
+)
+
+
+@FUZZ_FILES
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["polygon", "box", "mask", "ellipse", "points"]), bent(XML_SHAPE, XML_TEXTS)),
+        max_size=3,
+    ),
+    bent({"name": "a.png", "width": "6", "height": "4", "subset": ""}, XML_TEXTS),
+    st.binary(max_size=3),
+)
+def test_an_arbitrary_cvat_file(root: Path, shapes: Any, image: dict[str, Any], end: bytes) -> None:
+    def element(tag: str, attributes: dict[str, str], inner: str = "") -> str:
+        named = " ".join(f"{key}={quoteattr(value)}" for key, value in attributes.items() if key.isidentifier())
+        return f"<{tag} {named}>{inner}</{tag}>"
+
+    inner = "".join(element(tag, attributes) for tag, attributes in shapes)
+    text = f"<annotations>{element('image', image, inner)}</annotations>"
+    (root / "annotations.xml").write_bytes(text.encode("utf-8", "surrogatepass") + end)
+    read_any_way(root, "cvat")
 
 
 @FUZZ

@@ -24,6 +24,7 @@ from fastris.data.formats.pictures import (
     Shared,
     own_words,
     picture_folder,
+    rooted,
     split_name,
     starts_with,
 )
@@ -115,6 +116,7 @@ def _read(
     content = read_json(file)
     for key in ("images", "annotations"):
         field(content, key, (list,), str(file), LAYOUT)
+    root = root if is_dir(root) else root.parent
     names = _categories(content, file, references.budget)
     by_id: dict[int | str, dict[str, Any]] = {}
     for number, image in enumerate(content["images"]):
@@ -141,7 +143,7 @@ def _read(
             )
     for image_id, labelled in objects.items():
         try:
-            picture = _picture(by_id[image_id], image_id, file, folder, look)
+            picture = _picture(by_id[image_id], image_id, file, root, folder, look)
         except DataError as error:
             references.budget.spend(ERROR)
             yield UnusableReference(str(error), ref_id=f"image {image_id}")
@@ -177,7 +179,7 @@ def _labelled(annotation: Any, number: int, file: Path, names: dict[int | str, s
     return Labelled(ref_id, phrases, segmentation, f"annotation {ref_id}, ", bool(crowd))
 
 
-def _picture(image: dict[str, Any], image_id: int | str, file: Path, folder: Path, look: Look) -> Picture:
+def _picture(image: dict[str, Any], image_id: int | str, file: Path, root: Path, folder: Path, look: Look) -> Picture:
     where = f"{file}, image {image_id},"
     stated = field(image, "file_name", (str,), where, LAYOUT).replace("\\", "/")
     name, _ = place(folder, stated, where, look, key="file_name", kind="the folder of images", prefix="images/")
@@ -188,7 +190,7 @@ def _picture(image: dict[str, Any], image_id: int | str, file: Path, folder: Pat
             raise DataError(f"{where} has {key} {side}, but it must be at least 1 pixel")
         sides.append(side)
     height, width = sides if all(sides) else (0, 0)
-    return Picture(image_id, folder, name, height, width)
+    return Picture(image_id, *rooted(root, folder, name), height, width)
 
 
 def _folder(
@@ -200,10 +202,9 @@ def _folder(
         if not is_dir(folder):
             raise DataError(f"images={str(images)!r} is no folder; give the one that holds the pictures")
         return folder
-    base = root if is_dir(root) else root.parent
     told = (file.stem.removeprefix("instances_"), split)
-    places = [base / "images" / name for name in told] + [base / name for name in told]
-    places += [base / "images", file.parent, base]
+    places = [root / "images" / name for name in told] + [root / name for name in told]
+    places += [root / "images", file.parent, root]
     names = [image.get("file_name") for image in list(by_id.values())[:_TRIED]]
     spelled = [name.replace("\\", "/") for name in names if type(name) is str]
     folder_or_none = picture_folder(places, [*spelled, *(name.removeprefix("images/") for name in spelled)], look)

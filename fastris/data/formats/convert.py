@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -132,11 +133,14 @@ def _place_image(dataset: AnnotatedDataset, index: int, name: str, images: Path,
         raise DataError(f"some images lie in {images.resolve()}, and some in the annotations; pass copy_images=true")
     target = images / safe_name(name, f"{dataset.name} {dataset.split}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, Path):
+    same = not target.exists() or (
+        target.read_bytes() == source if isinstance(source, bytes) else filecmp.cmp(source, target, shallow=False)
+    )
+    if isinstance(source, Path) and same:
         shutil.copyfile(source, target)
-    elif target.exists() and target.read_bytes() != source:
+    elif not same:
         raise DataError(f"two references have different images of the name {name!r}; they cannot both be {target.name}")
-    else:
+    elif isinstance(source, bytes):
         target.write_bytes(source)
 
 

@@ -181,6 +181,21 @@ def picture_folder(candidates: Sequence[Path], names: Iterable[str], look: Look)
     )
 
 
+def rooted(root: Path, folder: Path, name: str) -> tuple[Path, str]:
+    """The folder and name of a picture in `folder`, from `root/images` or `root` if that is below it.
+
+    Pictures of several folders then have names of their own. A folder that is a link is kept: it may lie anywhere.
+    """
+    for base in (root / "images", root):
+        if folder == base:
+            return folder, name
+        if folder.is_relative_to(base):
+            inner = folder.relative_to(base)
+            if not any((base / part).is_symlink() for part in (inner, *inner.parents[:-1])):
+                return base, (inner / name).as_posix()
+    return folder, name
+
+
 def inside(name: str, start: str, where: str) -> str:
     """The path of a picture from the data set's folder, of a name that is relative to the folder `start` in that one.
 

@@ -57,6 +57,12 @@ FORMATS = {
         "LabelMe's *.json beside its pictures, or in train/, val/",
         ("several",),
     ),
+    "cvat": Format(
+        "fastris.data.formats.cvat",
+        "CvatDataset",
+        "annotations.xml of CVAT for images 1.1, images/",
+        ("several",),
+    ),
 }
 """Formats by name, in the order in which a folder is searched for them."""
 
