@@ -32,9 +32,9 @@ class DataConfig:
     """
 
     action: Literal["inspect", "check", "convert"] = option(REQUIRED, "what to do", positional=True)
-    root: Path = option(REQUIRED, "folder with the data set's files, or an .lmdb file", positional=True)
+    root: Path = option(REQUIRED, "folder with the files, an .lmdb file, or hf://OWNER/NAME", positional=True)
     dataset: str = option("auto", "which data set of the folder: " + ", ".join(NAMES) + "; auto: what is found there")
-    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet", "coco", "labelme", "cvat"] = option(
+    format: Literal["auto", "jsonl", "refer", "lmdb", "parquet", "coco", "labelme", "cvat", "hub"] = option(
         "auto", "how it lies there; auto: as found"
     )
     split: str = option("all", "one split, such as val; all: every one")
@@ -44,6 +44,8 @@ class DataConfig:
     several: Literal["skip", "merge"] | None = option(
         None, "objects of a picture with one label or phrase: left out (skip), or one mask", default_text="skip"
     )
+    columns: str | None = option(None, "of a table of the hub, if not as usual: image=...,mask=...,text=...")
+    streaming: bool = option(False, "read a data set of the hub row by row, without downloading it first")
     on_error: Literal["raise", "skip"] = option("raise", "convert: what to do about references that are unusable")
     word_len: int | None = option(
         None, "check: longer phrases are reported; none: as published, 17 or 22; 0: at no length", "tokens"
@@ -108,7 +110,7 @@ def _splits(config: DataConfig, entry: Found) -> list[str]:
 
 
 def _own_options(config: DataConfig) -> dict[str, Any]:
-    return {name: value for name in OWN_OPTIONS if (value := getattr(config, name)) is not None}
+    return {name: value for name in OWN_OPTIONS if (value := getattr(config, name)) not in (None, False)}
 
 
 def _reports(config: DataConfig, entry: Found) -> dict[str, SplitReport]:
@@ -156,7 +158,8 @@ def _print(config: DataConfig, entry: Found, splits: dict[str, SplitReport]) -> 
     for split, report in splits.items():
         kinds = [f"{report.references} references", f"{report.sentences} sentences", f"{report.images} images"]
         kinds += [f"{report.no_target} without a target"] if report.no_target else []
-        print(f"  {printable(split):<6} {', '.join(kinds)}; {compare(entry.name, split, report.references)}")
+        compared = compare(entry.name, split, report.references, report.images, report.sentences)
+        print(f"  {printable(split):<6} {', '.join(kinds)}; {compared}")
         for why, count in report.left_out.items():
             print(f"    {count} left out: {why}")
         for problem, cases in report.problems.items():
@@ -175,7 +178,8 @@ def _write_json(config: DataConfig, reports: dict[Found, dict[str, SplitReport]]
             "dataset": entry.name,
             "format": entry.format,
             "splits": {
-                split: report.as_dict() | {"published": compare(entry.name, split, report.references)}
+                split: report.as_dict()
+                | {"published": compare(entry.name, split, report.references, report.images, report.sentences)}
                 for split, report in splits.items()
             },
         }

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastris.data.base import DataError, ReferringDataset
 
-DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
+DATASETS = ("synthetic", "refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "refcoco-m", "folder")
 
 
 def check_name(name: str) -> None:
@@ -28,9 +28,11 @@ def load_dataset(
 
     Args:
         name: "synthetic" (made on the fly, no files); "refcoco", "refcoco+", "refcocog_u" (the UMD split,
-            `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`) or "grefcoco"; "folder" for your own.
+            `refs(umd).p`), "refcocog_g" (the Google split, `refs(google).p`) or "grefcoco"; "refcoco-m", the cleaned
+            masks of RefCOCO's validation split; "folder" for your own.
         split: the split's name in that data set, for instance "train", "val", "testA", "testB", "test".
-        root: the folder that holds the files, in any of the formats of `fastris.data.formats`; not used by "synthetic".
+        root: the folder that holds the files, in any of the formats of `fastris.data.formats`, or `hf://OWNER/NAME` for
+            the Hugging Face hub; not used by "synthetic", and "refcoco-m" has the hub's for a default.
         on_error: "raise" for an error that names the first unusable reference; "skip" to check every file now, leave
             unusable references out and list them in `.skipped`; see `AnnotatedDataset`.
         options: passed on to `SyntheticExpressions`, or to the reader of the format; those share `images=`, the folder
@@ -46,6 +48,10 @@ def load_dataset(
         from fastris.data.scenes.dataset import SyntheticExpressions
 
         return SyntheticExpressions(split, **options)
+    if root is None and name == "refcoco-m":
+        from fastris.data.formats.hub import NAMED
+
+        root = NAMED[name]
     if root is None:
         raise DataError(f"dataset={name!r} needs root= (data_root), the folder that holds its files")
     from fastris.data.formats.table import open_split

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastris.data.base import DataError, ReferringDataset
-from fastris.data.formats.table import FORMATS
+from fastris.data.formats.table import FORMATS, OWN_OPTIONS
 from fastris.data.load import DATASETS, check_name, load_dataset
 from fastris.options.declare import option
 
@@ -21,12 +21,14 @@ class DataOptions:
     """
 
     dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
-    data_root: str | None = option(None, "folder of the data set's files; synthetic needs none")
+    data_root: str | None = option(None, "folder of the data set's files, or hf://OWNER/NAME; synthetic needs none")
     images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
     format: str | None = option(None, "of its files, where data_root holds several: " + ", ".join(FORMATS))
     several: Literal["skip", "merge"] | None = option(
         None, "objects of a picture with one label or phrase: left out (skip), or one mask", default_text="skip"
     )
+    columns: str | None = option(None, "of a table of the hub, if not as usual: image=...,mask=...,text=...")
+    streaming: bool = option(False, "read a data set of the hub row by row, without downloading it first")
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
 
     def __post_init__(self) -> None:
@@ -40,9 +42,10 @@ def load_split(options: DataOptions, split: str) -> ReferringDataset:
     return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **given)
 
 
-def _reader_options(options: DataOptions) -> dict[str, str]:
+def _reader_options(options: DataOptions) -> dict[str, Any]:
     """The options for a data set's reader, as far as they are given."""
-    given = {name: value for name in ("images", "format", "several") if (value := getattr(options, name)) is not None}
+    given = {name: getattr(options, name) for name in ("images", "format", *OWN_OPTIONS)}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
     if given and options.dataset == "synthetic":
         raise DataError(f"dataset=synthetic reads no files, so {' and '.join(given)} must be left out")
     return given

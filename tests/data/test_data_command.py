@@ -70,6 +70,7 @@ def test_the_published_counts_are_the_papers() -> None:
         "refcoco+": {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
         "refcocog_u": {"train": 42226, "val": 2573, "test": 5023},
         "refcocog_g": {"train": 44822, "val": 5000},
+        "refcoco-m": {"val": 2080},
     }
 
 
@@ -257,7 +258,10 @@ def test_ctrl_c_stops_a_check_in_one_line(tmp_path: Path) -> None:
         (["inspect"], ["ROOT is missing"]),
         (["inspect", "nowhere"], ["does not exist", "jsonl:", "refer:", "lmdb:", "parquet:"]),
         (["inspect", ".", "dataset=coco"], ["dataset='coco' is unknown", "refcocog_u", "grefcoco", "folder"]),
-        (["inspect", ".", "format=csv"], ["format must be auto|jsonl|refer|lmdb|parquet|coco|labelme|cvat, got 'csv'"]),
+        (
+            ["inspect", ".", "format=csv"],
+            ["format must be auto|jsonl|refer|lmdb|parquet|coco|labelme|cvat|hub, got 'csv'"],
+        ),
         (["inspect", ".", "dataset=refcoco"], ["refcoco/refs(unc).p (MISSING)", "lmdb:"]),
         (["convert", "."], ["convert needs out="]),
         (["check", ".", "out=x"], ["check writes no out="]),

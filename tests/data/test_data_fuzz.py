@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -23,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from fastris.data import DataError, load_dataset, paths
-from fastris.data.formats import annotation, jsonl, lmdb_files, parquet, refer_files
+from fastris.data.formats import annotation, hub_rows, jsonl, lmdb_files, parquet, refer_files
 from fastris.data.formats.annotated import Annotated, UnusableReference
 from fastris.data.formats.budget import Budget
 from fastris.data.formats.table import open_split
@@ -374,6 +375,27 @@ def test_an_arbitrary_cvat_file(root: Path, shapes: Any, image: dict[str, Any], 
     text = f"<annotations>{element('image', image, inner)}</annotations>"
     (root / "annotations.xml").write_bytes(text.encode("utf-8", "surrogatepass") + end)
     read_any_way(root, "cvat")
+
+
+CELL = {"mask": {"size": [4, 6], "counts": [1, 2, 21]}, "sentences": ["it"], "id": 3}
+CELLS = JSON | SEGMENTATIONS | SEGMENTATIONS.map(json.dumps) | st.just({"bytes": b"x", "path": None})
+
+
+@FUZZ
+@given(
+    bent({"image_id": 2, "file_name": "a.png"}),
+    st.lists(bent(CELL, CELLS), max_size=3) | st.dictionaries(WORDS, st.lists(CELLS, max_size=2), max_size=3) | JSON,
+    st.booleans(),
+)
+def test_an_arbitrary_row_of_the_hub(row: dict[str, Any], objects: Any, listed: bool) -> None:
+    columns = hub_rows.Columns("image", "mask", "sentences", "samples" if listed else "")
+    if not listed and type(objects) is list:
+        row |= objects[0] if objects and type(objects[0]) is dict else {}
+    for record in hub_rows.build(row | {"samples": objects}, 0, columns, "x, row 0", plenty(), ["cat"]):
+        assert isinstance(record, Annotated | UnusableReference)
+        if isinstance(record, Annotated) and not isinstance(record.segmentation, annotation.MaskPicture):
+            with suppress(annotation.BadAnnotation):
+                annotation.encode(record.segmentation, 4, 6)
 
 
 @FUZZ

@@ -24,6 +24,7 @@ from fastris.data.formats.annotated import (
 from fastris.data.formats.annotation import Several
 from fastris.data.formats.budget import NUMBER, QUOTE, Budget
 from fastris.data.formats.extras import need
+from fastris.data.formats.hub_rows import holds_pictures
 from fastris.data.formats.records import ID, field, parse_json, sentences_of
 from fastris.data.formats.refer_files import IMAGE_FOLDERS, image_folder
 from fastris.data.paths import regular, safe_name, unreadable
@@ -93,8 +94,9 @@ class ParquetDataset(AnnotatedDataset):
 
     @classmethod
     def finds(cls, name: str, root: Path) -> bool:
-        """Whether there are Parquet files for this data set."""
-        return bool(find_files(name, root))
+        """Whether there are Parquet files for this data set, without pictures in them."""
+        files = find_files(name, root)
+        return bool(files) and not holds_pictures(files)
 
     @classmethod
     def splits(cls, name: str, root: Path, images: str | Path | None = None) -> list[str]:

@@ -11,11 +11,11 @@ from fastris.data.base import DataError
 from fastris.data.formats.annotated import AnnotatedDataset
 from fastris.data.paths import unreadable
 
-NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "folder")
+NAMES = ("refcoco", "refcoco+", "refcocog_u", "refcocog_g", "grefcoco", "refcoco-m", "folder")
 """Data sets that are read from files; "folder" is your own data."""
 
 
-OWN_OPTIONS = ("several",)
+OWN_OPTIONS = ("several", "columns", "streaming")
 """Options of commands that only some formats have."""
 
 
@@ -62,6 +62,12 @@ FORMATS = {
         "CvatDataset",
         "annotations.xml of CVAT for images 1.1, images/",
         ("several",),
+    ),
+    "hub": Format(
+        "fastris.data.formats.hub",
+        "HubDataset",
+        "hf://OWNER/NAME of the Hugging Face hub, or its files with pictures in them",
+        ("columns", "streaming"),
     ),
 }
 """Formats by name, in the order in which a folder is searched for them."""
@@ -122,13 +128,20 @@ def discover(root: str | Path) -> list[Found]:
         if entry.load().finds(name, root) and key not in nameless
     ]
     for key in nameless:
-        found.append(Found(_stated_name(root) if key == "jsonl" else "folder", key))
+        found.append(Found(_stated_name(root, key), key))
     if not found:
         raise DataError(_nothing("folder", root))
     return found
 
 
-def _stated_name(root: Path) -> str:
+def _stated_name(root: Path, format: str) -> str:
+    if format == "hub":
+        from fastris.data.formats.hub import NAMED, source_of
+
+        repo = f"hf://{source_of(root).repo}"
+        return next((name for name, place in NAMED.items() if place == repo), "folder")
+    if format != "jsonl":
+        return "folder"
     from fastris.data.formats.jsonl import read_manifest
 
     return read_manifest(root).get("name", "folder")
@@ -141,7 +154,7 @@ def _nothing(name: str, root: Path) -> str:
     except OSError as error:  # searching a folder without permission finds nothing and raises nothing
         return str(unreadable(root, error))
     layouts = "; ".join(f"{key}: {entry.layout}" for key, entry in FORMATS.items())
-    if name != "folder":
+    if name not in ("folder", "refcoco-m"):
         from fastris.data.formats.refer_files import locate
 
         try:
