@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from fastris.commands.train_options import TrainConfig
+from fastris.data.options import as_arguments
 from fastris.evaluation.rules import find_rule
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _done(options: TrainConfig, result: TrainResult) -> str:
     has_best = (folder / BEST).exists()
     name = find_rule(options.val_rule).best_by
     weights = folder / (BEST if has_best else LAST)
-    data = f"dataset={options.dataset}" + (f" data_root={shlex.quote(options.data_root)}" if options.data_root else "")
+    data = as_arguments(options)
     model = shlex.quote(str(weights))
     score = f", best validation {name} {100 * result.best_iou:.2f} %" if has_best else ", not validated"
     return (

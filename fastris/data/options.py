@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,13 @@ def load_split(options: DataOptions, split: str) -> ReferringDataset:
     """Open one split of the data that a command's options select; see :func:`load_dataset`."""
     given = _reader_options(options)
     return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **given)
+
+
+def as_arguments(options: DataOptions) -> str:
+    """The options that select the data, without a split, as they are typed after another command."""
+    root = {"data_root": options.data_root} if options.data_root else {}
+    given = {"dataset": options.dataset, **root, **_reader_options(options)}
+    return " ".join(f"{name}={shlex.quote('true' if value is True else value)}" for name, value in given.items())
 
 
 def _reader_options(options: DataOptions) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from fastris.commands import cli
 from fastris.commands.eval import EvalConfig
 from fastris.data import DataError, load_dataset, load_split
 from fastris.data.formats.pictures import SHARED, SHARED_IN_PART
+from fastris.data.formats.table import discover
+from fastris.data.options import as_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
@@ -84,6 +86,7 @@ def test_what_is_left_out_is_said_by_every_command(tmp_path: Path, capsys: pytes
     assert told(load_dataset("folder", "train", tmp_path / "out"))["2+3"] == (("cat",), 8)
     options = EvalConfig(model="x", dataset="folder", data_root=str(tmp_path), several="merge", format="coco")
     assert len(load_split(options, "train")) == 4
+    assert as_arguments(options) == f"dataset=folder data_root={tmp_path} format=coco several=merge"
 
 
 def test_several_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
@@ -151,6 +154,14 @@ def test_files_that_are_no_coco_are_one_line(tmp_path: Path) -> None:
         coco(root, [], name)
     with pytest.raises(DataError, match="both hold the split 'train'; rename one"):
         load_dataset("folder", "train", root)
+
+
+def test_labels_beside_other_data_are_not_in_its_way(tmp_path: Path) -> None:
+    root = make_folder_tree(tmp_path / "a")
+    coco(root, [square(1, 1, 0)])
+    assert [entry.format for entry in discover(root)] == ["jsonl"]
+    assert load_dataset("folder", "val", root).reference(0).sentences[0] == "red block"
+    assert load_dataset("folder", "train", root, format="coco").reference(0).sentences == ("cat",)
 
 
 def test_a_wrong_name_is_answered_by_the_right_one(tmp_path: Path) -> None:

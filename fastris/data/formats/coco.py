@@ -124,6 +124,7 @@ def _read(
         if by_id.setdefault(image_id, image) is not image:
             raise DataError(f"{file} holds image {shown(image_id)} twice; give every image an id of its own")
     folder = _folder(file, split, root, images, by_id, look)
+    images_in = rooted(root, folder)
     objects: dict[int | str, list[Labelled | UnusableReference]] = {}
     for number, annotation in enumerate(content["annotations"]):
         try:
@@ -143,7 +144,7 @@ def _read(
             )
     for image_id, labelled in objects.items():
         try:
-            picture = _picture(by_id[image_id], image_id, file, root, folder, look)
+            picture = _picture(by_id[image_id], image_id, file, folder, images_in, look)
         except DataError as error:
             references.budget.spend(ERROR)
             yield UnusableReference(str(error), ref_id=f"image {image_id}")
@@ -179,7 +180,9 @@ def _labelled(annotation: Any, number: int, file: Path, names: dict[int | str, s
     return Labelled(ref_id, phrases, segmentation, f"annotation {ref_id}, ", bool(crowd))
 
 
-def _picture(image: dict[str, Any], image_id: int | str, file: Path, root: Path, folder: Path, look: Look) -> Picture:
+def _picture(
+    image: dict[str, Any], image_id: int | str, file: Path, folder: Path, images_in: tuple[Path, str], look: Look
+) -> Picture:
     where = f"{file}, image {image_id},"
     stated = field(image, "file_name", (str,), where, LAYOUT).replace("\\", "/")
     name, _ = place(folder, stated, where, look, key="file_name", kind="the folder of images", prefix="images/")
@@ -190,7 +193,7 @@ def _picture(image: dict[str, Any], image_id: int | str, file: Path, root: Path,
             raise DataError(f"{where} has {key} {side}, but it must be at least 1 pixel")
         sides.append(side)
     height, width = sides if all(sides) else (0, 0)
-    return Picture(image_id, *rooted(root, folder, name), height, width)
+    return Picture(image_id, images_in[0], images_in[1] + name, height, width)
 
 
 def _folder(

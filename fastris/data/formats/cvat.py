@@ -194,7 +194,8 @@ def _read(
             if min(sides.values()) < 1 or any(side % 1 for side in sides.values()):
                 raise DataError(f"{where} has height and width {shown(list(sides.values()))}, but both must be pixels")
             if images is None:
-                folder, name = rooted(root if is_dir(root) else base, folder, name)
+                folder, prefix = rooted(root if is_dir(root) else base, folder)
+                name = prefix + name
             picture = Picture(name, folder, name, int(sides["height"]), int(sides["width"]), upright=True)
             objects = list(_objects(row, picture.image_id, where, references))
         except TooMuch:

@@ -181,19 +181,19 @@ def picture_folder(candidates: Sequence[Path], names: Iterable[str], look: Look)
     )
 
 
-def rooted(root: Path, folder: Path, name: str) -> tuple[Path, str]:
-    """The folder and name of a picture in `folder`, from `root/images` or `root` if that is below it.
+def rooted(root: Path, folder: Path) -> tuple[Path, str]:
+    """`folder` as a folder, and what precedes a picture's name there: from `root/images` or `root` if it is below that.
 
     Pictures of several folders then have names of their own. A folder that is a link is kept: it may lie anywhere.
     """
     for base in (root / "images", root):
         if folder == base:
-            return folder, name
+            break
         if folder.is_relative_to(base):
             inner = folder.relative_to(base)
             if not any((base / part).is_symlink() for part in (inner, *inner.parents[:-1])):
-                return base, (inner / name).as_posix()
-    return folder, name
+                return base, f"{inner.as_posix()}/"
+    return folder, ""
 
 
 def inside(name: str, start: str, where: str) -> str:

@@ -73,6 +73,10 @@ FORMATS = {
 """Formats by name, in the order in which a folder is searched for them."""
 
 
+LABELS = ("coco", "labelme", "cvat", "hub")
+"""Formats of labels and tables in general, which may lie beside data in one of the others; `discover` prefers those."""
+
+
 class Found(NamedTuple):
     """A data set that a folder holds, and its format."""
 
@@ -120,18 +124,23 @@ def discover(root: str | Path) -> list[Found]:
         DataError: there is no such folder, or nothing in it.
     """
     root = Path(root).expanduser()
-    nameless = {key: entry for key, entry in FORMATS.items() if entry.load().finds("folder", root)}
+    everything = _discovered(root, [key for key in FORMATS if key not in LABELS]) or _discovered(root, list(LABELS))
+    if not everything:
+        raise DataError(_nothing("folder", root))
+    return everything
+
+
+def _discovered(root: Path, formats: list[str]) -> list[Found]:
+    """The data sets in a folder in these formats."""
+    readers = {key: FORMATS[key].load() for key in formats}
+    nameless = [key for key, reader in readers.items() if reader.finds("folder", root)]
     found = [
         Found(name, key)
         for name in NAMES[:-1]
-        for key, entry in FORMATS.items()
-        if entry.load().finds(name, root) and key not in nameless
+        for key, reader in readers.items()
+        if key not in nameless and reader.finds(name, root)
     ]
-    for key in nameless:
-        found.append(Found(_stated_name(root, key), key))
-    if not found:
-        raise DataError(_nothing("folder", root))
-    return found
+    return found + [Found(_stated_name(root, key), key) for key in nameless]
 
 
 def _stated_name(root: Path, format: str) -> str:
