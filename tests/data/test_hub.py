@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import pickle
@@ -121,6 +122,11 @@ def test_refcoco_m_is_read_by_its_name(hub: dict[str, Any], streaming: bool) -> 
     for index, (picture, column) in enumerate([(0, 0), (1, 0), (1, 5)]):
         assert (data.image(index) == PICTURE + picture).all()
         assert (data.mask(index) == stripe(column)).all()
+    file = data.encoded_image(0)  # type: ignore[attr-defined]
+    assert isinstance(file, Path) is streaming
+    del data
+    gc.collect()
+    assert not (streaming and file.exists()), "the temporary folder outlives the data set"
 
 
 def test_its_counts_are_compared_with_the_published_ones(
