@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from format_trees import make_coco_tree, make_folder_tree, pixels
 from PIL import Image
+from refer_tree import make_refer_tree
 
 from fastris.commands import cli
 from fastris.commands.eval import EvalConfig
@@ -162,6 +163,23 @@ def test_labels_beside_other_data_are_not_in_its_way(tmp_path: Path) -> None:
     assert [entry.format for entry in discover(root)] == ["jsonl"]
     assert load_dataset("folder", "val", root).reference(0).sentences[0] == "red block"
     assert load_dataset("folder", "train", root, format="coco").reference(0).sentences == ("cat",)
+
+
+def test_the_instances_of_a_published_data_set_are_not_taken_for_labels(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data set"):
+        discover(make_refer_tree(tmp_path) / "refcoco")
+
+
+def test_pictures_of_one_name_are_never_written_over_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, colour in (("train", "red"), ("val", "blue")):
+        coco(tmp_path / "a", [square(1, 1, 0)], f"annotations/{split}.json", f"../{split}")
+        Image.new("RGB", (20, 10), colour).save(tmp_path / split / "a.png")
+        (tmp_path / "a" / split).symlink_to(tmp_path / split)
+    assert cli.main(["data", "convert", str(tmp_path / "a"), f"out={tmp_path / 'out'}", "copy_images=true"]) == 2
+    assert "two references have different images of the name 'a.png'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_name_is_answered_by_the_right_one(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Inputs tried in every run, the same ones each time: 150 for each test with `FUZZ`, 60 where files are written, 2,010 in
 all. On 2026-11-21 a further 21,200 random ones were tried once, and 760 files of LMDB and 600 of Parquet with one to
-eight changed bytes, each in a process of its own: no other outcome, and no crash. On 2026-11-22 8,500 more were tried of
-COCO's, LabelMe's and CVAT's files and of the hub's rows, with the same outcome.
+eight changed bytes, each in a process of its own: no other outcome, and no crash. On 2026-11-22 8,500 more were tried
+of COCO's, LabelMe's and CVAT's files and of the hub's rows, with the same outcome.
 """
 
 from __future__ import annotations
