@@ -79,9 +79,9 @@ def test_merged_a_shared_phrase_names_all_of_its_objects(tmp_path: Path) -> None
 def test_what_is_left_out_is_said_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coco(tmp_path, THREE)
     for action in ("inspect", "check"):
-        assert cli.main(["data", action, str(tmp_path)]) == 0
+        assert cli.main(["data", action, str(tmp_path), "word_len=0"]) == 0
         assert f"2 left out: {SHARED}" in capsys.readouterr().out
-    assert cli.main(["data", "check", str(tmp_path), "several=merge"]) == 0
+    assert cli.main(["data", "check", str(tmp_path), "several=merge", "word_len=0"]) == 0
     assert "left out" not in capsys.readouterr().out
     assert cli.main(["data", "convert", str(tmp_path), f"out={tmp_path / 'out'}", "several=merge"]) == 0
     assert told(load_dataset("folder", "train", tmp_path / "out"))["2+3"] == (("cat",), 8)
@@ -92,7 +92,9 @@ def test_what_is_left_out_is_said_by_every_command(tmp_path: Path, capsys: pytes
 
 def test_several_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"several= is for the formats coco.*, but .* is read as jsonl; leave it out"):
-        load_dataset("folder", "train", make_folder_tree(tmp_path), several="merge")
+        load_dataset("folder", "train", make_folder_tree(tmp_path / "a"), several="merge")
+    with pytest.raises(DataError, match="several='both' is unknown; choose 'skip' or 'merge'"):
+        load_dataset("folder", "train", coco(tmp_path / "b", []), several="both")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,10 @@ class References:
     budget: Budget
     left_out: dict[str, list[int | str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.several not in ("skip", "merge"):
+            raise DataError(f"several={self.several!r} is unknown; choose 'skip' or 'merge'")
+
     def of(self, picture: Picture, objects: Iterable[Labelled | UnusableReference]) -> Iterator[Record]:
         """The references of one picture; errors are passed on."""
         whole: list[Labelled] = []
