@@ -85,6 +85,13 @@ def test_folders_that_are_called_so_are_splits_and_shared_labels_are_told(tmp_pa
     assert told(load_dataset("folder", "train", tmp_path)) == {"labels/b:0": (("cat",), 16)}
 
 
+def test_pictures_that_were_labelled_elsewhere_are_found_by_their_names(tmp_path: Path) -> None:
+    root = labelled(tmp_path / "a", [box("cat", 0)], imagePath="C:\\photos\\a.png")
+    (tmp_path / "pictures").mkdir()
+    (root / "a.png").rename(tmp_path / "pictures" / "a.png")
+    assert told(load_dataset("folder", "train", root, images=tmp_path / "pictures")) == {"a:0": (("cat",), 16)}
+
+
 def test_an_embedded_picture_stands_in_for_a_missing_file_and_is_converted(tmp_path: Path) -> None:
     shown = np.zeros((10, 20, 3), np.uint8)
     shown[:4, :4] = 200
@@ -133,7 +140,7 @@ BAD = [
     ([shape("a", (0, 0), (1, 1), kind="mask", mask="AAAA")], {}, None),
     ([shape("a", (0, 0), (0, 0), (0, 0))], {}, None),
     ([box("a", 0)], {"imagePath": "../../secret.png"}, "has picture '../../secret.png', which leaves the data set"),
-    ([box("a", 0)], {"imagePath": "/etc/passwd"}, "which leaves the data set"),
+    ([box("a", 0)], {"imagePath": "/etc/passwd"}, "which leaves the data set.*correct it, or give images=, the folder"),
     ([box("a", 0)], {"imagePath": "A.png"}, "no file A.png in .*, but a.png, and upper and lower case differ"),
     ([box("a", 0)], {"imageHeight": 10**6, "imageWidth": 10**6}, "is out of bounds"),
     ([box("a", 0)], {"imagePath": "gone.png", "imageData": "AAA"}, None),

@@ -182,9 +182,10 @@ def _picture(
         else:
             folder, name = root, inside(stated, file.parent.relative_to(root).as_posix(), str(file))
         embedded = embedded and bool(look(folder, name))
-    except DataError:
+    except DataError as error:
         if not embedded:
-            raise
+            hint = "" if images is not None else ", or give images=, the folder that holds the picture"
+            raise DataError(f"{error}{hint}") from error
     if embedded:
         folder, name = root, stem + (suffix if suffix in PICTURES else ".jpg")
     return Picture(name, folder, name, height, width, upright=True), embedded
