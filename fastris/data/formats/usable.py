@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastris.data.base import MAX_CHARACTERS, DataError, Reference, printable
-from fastris.data.formats import annotation
+from fastris.data.formats import annotation, orientation
 from fastris.data.paths import GONE, IRREGULAR, OUT, Look
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow's other readers are not for untrusted files
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits
-ORIENTATION = 0x0112  # EXIF's tag
-SIDEWAYS = range(5, 9)  # orientations that swap height and width
 MAX_SIDE = 32766  # pixels; OpenCV 4 warps no image with a longer side
 
 MISSING_IMAGE = "missing image"
@@ -279,7 +277,7 @@ class Rule:
         """Height and width from the image's header, checked; the header of each file is read once."""
         if item.pixels is not None or item.path not in self._sizes:
             with self._open(item) as image:
-                size = _upright_size(item, image)
+                size = orientation.size(image, *_labelled(item))
             if item.pixels is None:
                 self._sizes[item.path] = size
         else:
@@ -290,9 +288,9 @@ class Rule:
     def image(self, item: Annotated) -> np.ndarray:
         """The image: (H, W, 3) uint8, RGB; the first frame of an animation, and transparent pixels as opaque ones."""
         with self._open(item) as image:
-            self._check_size(item, *_upright_size(item, image))
+            self._check_size(item, *orientation.size(image, *_labelled(item)))
             try:
-                if _turned(item, image):
+                if orientation.turns(image, *_labelled(item)):
                     from PIL import ImageOps
 
                     image = ImageOps.exif_transpose(image)
@@ -307,7 +305,7 @@ class Rule:
         if item.upright is False:
             return False
         with self._open(item) as image:
-            return _turned(item, image)
+            return orientation.turns(image, *_labelled(item))
 
     def _decode(self, item: Annotated) -> None:
         """Decode the pixels only to find errors: a JPEG in grey at an eighth of its size, which reads every byte."""
@@ -359,30 +357,8 @@ class Rule:
         return image
 
 
-def _orientation(image: Image.Image) -> Any:
-    """EXIF's orientation; 1, which means as stored, where there is none that can be read."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # forged EXIF breaks in many ways
-        return 1
-
-
-def _turned(item: Annotated, image: Image.Image) -> bool:
-    """Whether the opened image is to be turned by its EXIF orientation."""
-    if item.upright is False:
-        return False
-    orientation = _orientation(image)
-    stored, stated = (image.height, image.width), (item.height, item.width)
-    if item.upright:
-        as_stored = orientation in SIDEWAYS and stated == stored and stated != stored[::-1]
-        return orientation in range(2, 9) and not as_stored
-    return orientation in SIDEWAYS and stated != stored and stated == stored[::-1]
-
-
-def _upright_size(item: Annotated, image: Image.Image) -> tuple[int, int]:
-    """Height and width of the opened image, turned if it is to be."""
-    sideways = _turned(item, image) and _orientation(image) in SIDEWAYS
-    return (image.width, image.height) if sideways else (image.height, image.width)
+def _labelled(item: Annotated) -> tuple[bool | None, tuple[int, int]]:
+    return item.upright, (item.height, item.width)
 
 
 def _failures(*steps: Callable[[], Any]) -> list[UnusableReference]:
