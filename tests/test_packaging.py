@@ -79,6 +79,28 @@ def test_installed_command_prints_its_help(fresh_environment):
     assert "demo" in run(fresh_environment / "venv" / "bin" / "fastris", "--help", cwd=fresh_environment)
 
 
+SHIPPED = Path("fastris", "pretrained", "shapes")
+SHIPPED_FILES = {"config.json", "model.safetensors", "README.md"}
+
+
+def test_the_shipped_model_is_package_data_and_small() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fastris"]
+    assert all(any(SHIPPED.joinpath(name).match(f"fastris/{each}") for each in patterns) for name in SHIPPED_FILES)
+    if (ROOT / SHIPPED).exists():
+        files = {path.name: path.stat().st_size for path in (ROOT / SHIPPED).iterdir()}
+        assert files.keys() == SHIPPED_FILES and sum(files.values()) < 6_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / SHIPPED).exists(), reason="the checkout has no shipped model")
+def test_installed_wheel_predicts_without_a_model_of_ones_own(fresh_environment: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (96, 96), "white").save(fresh_environment / "page.png")
+    command = [fresh_environment / "venv" / "bin" / "fastris", "predict", "page.png", "the red circle", "device=cpu"]
+    assert "the red circle" in run(*command, cwd=fresh_environment)
+
+
 HEAVY = "[m for m in ('open_clip', 'triton.language', 'cv2', 'huggingface_hub', 'PIL') if m in sys.modules]"
 
 

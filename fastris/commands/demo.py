@@ -65,6 +65,9 @@ class DemoConfig:
     lr: float = _lesson_option("lr", "highest learning rate")
     seed: int = option(0, "seed of scenes, weights and order")
     threads: int = option(2, "CPU threads", "threads")
+    compact: bool = option(
+        False, "write weights as float16 and, of CLIP's tokens, those of the scenes' words: the model in the package"
+    )
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
@@ -115,9 +118,12 @@ def run(config: DemoConfig) -> int:
 def _learn(config: DemoConfig) -> Learnt:
     import torch
 
+    from fastris.data.scenes.speaker import words_in_use
+    from fastris.data.tokens import token_ids
     from fastris.evaluation.evaluate import evaluate
     from fastris.models.registry import create
     from fastris.training.from_scratch import train
+    from fastris.weights.compact import compact
 
     started = time.monotonic()
     torch.manual_seed(config.seed)
@@ -138,6 +144,8 @@ def _learn(config: DemoConfig) -> Learnt:
             track=_progress(config.progress),
         )
     model.eval()
+    if config.compact:  # what is scored and shown is what is written
+        model = compact(model, token_ids(words_in_use()))
     right, wrong = (
         evaluate(model, data, progress=config.progress, batch_size=16, workers=0)
         for data in (held_out, OtherPhrases(held_out))
@@ -152,10 +160,14 @@ def write_results(config: DemoConfig, learnt: Learnt) -> None:
     from fastris.pictures.gallery import save_gallery
     from fastris.runtime.storage import replacing
     from fastris.weights.card import CARD, write_card
+    from fastris.weights.compact import write_compact
 
     out, held_out, right, wrong = Path(config.out), learnt.held_out, learnt.right, learnt.wrong
     steps, kinds = len(learnt.losses), by_kind(held_out, right)
-    learnt.model.save_pretrained(out / "model")
+    if config.compact:
+        write_compact(learnt.model, out / "model")
+    else:
+        learnt.model.save_pretrained(out / "model")
     write_card(out / "model" / CARD, _card(config, learnt))
     with replacing(out / "metrics.json") as path:
         path.write_text(json.dumps(_metrics(config, learnt, kinds), indent=2) + "\n")
@@ -204,8 +216,23 @@ def _card(config: DemoConfig, learnt: Learnt) -> str:
     data = {"dataset": "synthetic", "train_split": "train", "references": REFERENCES * config.scenes}
     recipe = data | {"manual_seed": config.seed, "batch_size": REFERENCES * config.images, "base_lr": config.lr}
     scores, found, step = learnt.right.scores, versions(), len(learnt.losses)
-    return training_card(
+    card = training_card(
         learnt.model.config, recipe, epoch=None, step=step, scores=scores, device="CPU", versions=found
+    )
+    return f"{card.rstrip()}\n\n{_made_by(config, learnt)}"
+
+
+def _made_by(config: DemoConfig, learnt: Learnt) -> str:
+    """The card's paragraph on the command that makes the same model, and on what it knows."""
+    names = ("model", "steps", "scenes", "held_out", "images", "lr", "seed", "threads", "compact")
+    options = " ".join(f"{name}={str(getattr(config, name)).lower()}" for name in names)
+    kept = getattr(learnt.model.config, "kept_tokens", ())
+    known = f" Its vocabulary is {len(kept)} of CLIP's tokens: the words of these scenes." if kept else ""
+    other = 100 * learnt.wrong.scores.mIoU
+    return (
+        f"It knows drawn shapes only, no photographs.{known} With the phrase of another object of the "
+        f"scene in place of the right one, its mIoU is {other:.2f} %.\n\n"
+        f"Made by\n\n```\nfastris demo {options}\n```\n"
     )
 
 

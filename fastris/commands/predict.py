@@ -11,6 +11,7 @@ from fastris.inference.masks import check_threshold
 from fastris.inference.phrases import check_phrases
 from fastris.options.declare import REQUIRED, option
 from fastris.runtime.plain import printable
+from fastris.weights.shipped import NAME, shipped_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +30,11 @@ class PredictConfig:
 
     image: str = option(REQUIRED, f"the picture: {', '.join(FORMATS)}", positional=True)
     phrases: tuple[str, ...] = option(REQUIRED, "what to look for; quote each phrase", positional=True)
-    model: str = option(
-        REQUIRED,
-        "model folder (`fastris demo` trains and writes one), CRIS checkpoint (.pth, .safetensors) or Hugging Face id",
+    model: str | None = option(
+        None,
+        "model folder (`fastris demo` trains and writes one), CRIS checkpoint (.pth, .safetensors) or Hugging Face id; "
+        "without it a tiny model that knows drawn shapes only: no weights trained on photographs come with fastris",
+        default_text="shapes",
     )
     out: str = option("predictions", "folder for the pictures and predictions.json")
     threshold: float = option(
@@ -47,6 +50,8 @@ class PredictConfig:
 def run(config: PredictConfig) -> int:
     """Predict, write three pictures per phrase and ``predictions.json`` to ``config.out``, print a table."""
     phrases = check_phrases(config.phrases)
+    if config.model is None:
+        shipped_model()  # before anything slow
     rgb = read_image(config.image)
     # Only now: they bring PyTorch, which takes seconds, and nobody should wait for it to hear of a wrong picture.
     from fastris.inference.segmenter import Segmenter
@@ -59,7 +64,7 @@ def run(config: PredictConfig) -> int:
     records: list[dict[str, Any]] = []
     try:
         for i in range(len(prediction)):
-            records.append(write_phrase(prediction, i, out, image=config.image, model=config.model))
+            records.append(write_phrase(prediction, i, out, image=config.image, model=config.model or NAME))
     finally:  # what is written is noted, should a later phrase find the disk full
         if records:
             write_records(out, known, records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +15,7 @@ from fastris.models.vocabulary import PUBLISHED
 
 START, END, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77
+_SHOWN_WORDS = 12
 
 
 class TokenBatch(NamedTuple):
@@ -40,7 +42,18 @@ def _encode(sentence: str) -> tuple[int, ...]:
     return tuple(_tokenizer().encode(sentence))
 
 
-def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
+def token_ids(words: Sequence[str]) -> set[int]:
+    """The ids of CLIP's vocabulary that these words are made of."""
+    return {token for word in words for token in _encode(word)}
+
+
+@lru_cache(maxsize=8)
+def _kept(vocabulary: str) -> dict[int, int]:
+    """CLIP's id -> the model's, of the ids in ``vocabulary``, which commas separate."""
+    return {int(token): number for number, token in enumerate(vocabulary.split(","))}
+
+
+def tokenize(sentences: str | Sequence[str], word_len: int, vocabulary: str = "") -> TokenBatch:
     """Encode sentences with CLIP's byte-pair vocabulary.
 
     Every row is the start token 49406, the sentence, the end token 49407, then zeros. A sentence that does not fit
@@ -50,13 +63,16 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
     Args:
         sentences: one sentence or N of them.
         word_len: L, the number of tokens per row, 3 to 77; published are 17 (RefCOCO, RefCOCO+) and 22 (RefCOCOg).
+        vocabulary: the ids that the model has embeddings of, in order, with commas between them; all if empty. The
+            rows hold their places in it. A word that is not of them is passed over, and a warning names it.
 
     Returns:
         TokenBatch: tokens (N, L) int64 on the CPU, and the flags of the sentences that were cut.
 
     Raises:
         ValueError: `word_len` is out of range, or a sentence is empty or only white space, longer than 1000
-            characters, spells one of the vocabulary's marks, or holds half of a character; the message quotes it.
+            characters, spells one of the vocabulary's marks, holds half of a character, or has no word that the
+            `vocabulary` has; the message quotes it.
         TypeError: a sentence is not a string.
 
     Source: `tokenize` in the published `utils/dataset.py`, which is CLIP's own with truncation.
@@ -67,12 +83,48 @@ def tokenize(sentences: str | Sequence[str], word_len: int) -> TokenBatch:
         raise ValueError(f"word_len={word_len} must lie in 3..{CONTEXT_LENGTH}: start, one or more words, end")
     tokens = torch.full((len(sentences), word_len), PAD, dtype=torch.int64)
     truncated = []
+    kept = _kept(vocabulary) if vocabulary else {}
+    unknown: dict[str, None] = {}
     for row, sentence in enumerate(sentences):
         words = _checked_words(f"sentences[{row}]", sentence)
+        if kept:
+            words, strange = _known_words(words, kept)
+            if not words:
+                raise ValueError(f"sentences[{row}]={sentence!r} has no word that this model knows; {_knows(kept)}")
+            unknown |= dict.fromkeys(strange)
         ids = [START, *words[: word_len - 2], END]
-        tokens[row, : len(ids)] = torch.tensor(ids)
+        tokens[row, : len(ids)] = torch.tensor([kept[token] for token in ids] if kept else ids)
         truncated.append(len(words) > word_len - 2)
+    if unknown:
+        named = ", ".join(repr(word) for word in unknown)
+        warnings.warn(f"this model does not know {named}, and passes over it; {_knows(kept)}", stacklevel=2)
     return TokenBatch(tokens, truncated)
+
+
+def _known_words(tokens: Sequence[int], kept: dict[int, int]) -> tuple[tuple[int, ...], list[str]]:
+    """The tokens of the words of which all tokens are kept, and the other words."""
+    known: list[int] = []
+    strange: list[str] = []
+    word: list[int] = []
+    for token in tokens:
+        word.append(token)
+        if not _ends_word(token):
+            continue
+        if kept.keys() >= set(word) and PAD not in word:
+            known += word
+        else:
+            strange.append(_tokenizer().decode(word).strip())
+        word = []
+    return tuple(known), strange
+
+
+def _ends_word(token: int) -> bool:
+    return _tokenizer().decoder[token].endswith("</w>")
+
+
+def _knows(kept: dict[int, int]) -> str:
+    whole = sorted(_tokenizer().decode([token]).strip() for token in kept if _ends_word(token))
+    return f"it knows few words: {', '.join(whole[:_SHOWN_WORDS])}{', ...' * (len(whole) > _SHOWN_WORDS)}"
 
 
 def tokenize_wordpiece(

@@ -128,14 +128,23 @@ class Segmenter:
 
     Args:
         model: a :class:`fastris.CRIS`, or a model of another system. It is moved to ``device`` and put in eval mode.
+            Without one, the tiny model that comes with fastris, which knows drawn shapes only, with a warning that
+            says so.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda:1", ...; None leaves the model where it is.
         threshold: the probability, from 0 to 1, above which a pixel belongs to the mask; None for the one that the
             model's system was published with.
     """
 
     def __init__(
-        self, model: ReferringModel, *, device: str | torch.device | None = None, threshold: float | None = None
+        self,
+        model: ReferringModel | None = None,
+        *,
+        device: str | torch.device | None = None,
+        threshold: float | None = None,
     ):
+        if model is None:
+            device = choose_device(str(device or "auto"))
+            model = _shipped()
         if threshold is None:
             threshold = getattr(model.config, "threshold", THRESHOLD)
         check_threshold(threshold)
@@ -144,13 +153,16 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "auto", threshold: float | None = None
+        cls, source: str | Path | None = None, *, device: str | torch.device = "auto", threshold: float | None = None
     ) -> Segmenter:
-        """Load a folder, a checkpoint file or a Hugging Face id, as :func:`fastris.weights.load.load_model` does."""
+        """Load a folder, a checkpoint file or a Hugging Face id, as :func:`fastris.weights.load.load_model` does.
+
+        Without a ``source``, the tiny model that comes with fastris.
+        """
         from fastris.weights.load import load_model
 
         found = choose_device(str(device))  # before the model: it takes long to load
-        return cls(load_model(source), device=found, threshold=threshold)
+        return cls(None if source is None else load_model(source), device=found, threshold=threshold)
 
     def predict(self, image: ImageSource, phrases: str | Sequence[str]) -> Prediction:
         """Find what each phrase names. The image is encoded once for all of them.
@@ -195,3 +207,13 @@ class Segmenter:
         if not logits.isfinite().all():
             raise RuntimeError("the model's output is not finite; its weights are damaged or overflow in this dtype")
         return logits.numpy()
+
+
+def _shipped() -> ReferringModel:
+    """The tiny model that comes with fastris, with a warning that says what it knows."""
+    from fastris.weights.load import load_model
+    from fastris.weights.shipped import NOTICE, shipped_model
+
+    folder = shipped_model()
+    warnings.warn(NOTICE, stacklevel=3)
+    return load_model(folder)

@@ -74,7 +74,6 @@ def test_nothing_found_is_said(folder: str, picture: str, tmp_path: Path, capsys
     [
         ([], "IMAGE is missing"),
         (["PICTURE"], "PHRASES is missing"),
-        (["PICTURE", RED], "model=... is missing (model folder (`fastris demo`"),
         (["PICTURE", " ", "model=FOLDER"], "phrases[0] is ' '"),
         (["none.png", RED, "model=FOLDER"], "image none.png does not exist"),
         (["PICTURE", RED, "model=none.pth"], "none.pth"),

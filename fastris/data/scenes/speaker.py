@@ -10,7 +10,9 @@ import numpy as np
 
 from fastris.data.scenes.scenes import (
     CLOSEST,
+    COLOURS,
     EXTREMES,
+    KINDS,
     REGIONS,
     Description,
     Family,
@@ -55,6 +57,14 @@ RELATIONS = {
     "below": ("{} below the {}", "{} under the {}", "{} lower than the {}"),
     "closest to": ("{} closest to the {}", "{} nearest to the {}", "{} next to the {}"),
 }
+
+
+def words_in_use() -> list[str]:
+    """All words that a phrase about a scene can have, sorted."""
+    nouns = [noun for kind in KINDS for noun in NOUNS[kind]]
+    ways = [way.replace("{}", "") for table in (PLACES, RELATIONS) for ways in table.values() for way in ways]
+    adjectives = [word for words in ADJECTIVES.values() for word in words]
+    return sorted(set(" ".join(["the in", *COLOURS, *ANY_SHAPE, *nouns, *adjectives, *ways]).split()))
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:

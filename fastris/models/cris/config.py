@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastris.models.config import ModelConfig, warn_of_unknown
+from fastris.models.cris.kept_tokens import check_kept_tokens
+from fastris.models.inputs import CLIP_INPUTS, Inputs
 from fastris.models.limits import SIZES, check_fields, check_parameters, whole_numbers
 from fastris.options.values import shown
 
@@ -84,6 +86,7 @@ _TRAINING: dict[str, Any] = {**_GROUNDING, "alignment_loss": 0.0}
 ALIGNMENT_MODULE = ("off", "trunk")
 """Where MagNet's alignment module is; see :mod:`fastris.models.cris.cam`."""
 _SWITCHES: dict[str, Any] = {"vlba": "off", "centre_layers": 0, "alignment_module": "off", **_TRAINING}
+_OPTIONAL: dict[str, Any] = {**_SWITCHES, "kept_tokens": ()}
 
 
 @dataclass
@@ -145,6 +148,9 @@ class CRISConfig(ModelConfig):
     of its loss, 0 leaves it out: ``mask_grounding`` with ``mask_rate``, the probability with which a word is hidden,
     ``predictor_layers``, and ``whole_words``, whether the pieces of a word are hidden together (where the vocabulary is
     CLIP's own, which says where words end); and ``alignment_loss``. They are off in files for others.
+
+    ``kept_tokens`` are the ids of CLIP's tokens that the model has embeddings of, where it has not all of them
+    (:mod:`fastris.models.cris.kept_tokens`).
     """
 
     system: ClassVar[str] = "cris"
@@ -194,6 +200,7 @@ class CRISConfig(ModelConfig):
     predictor_layers: int = 4
     whole_words: bool = True
     alignment_loss: float = 0.0
+    kept_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, Mapping):
@@ -203,6 +210,7 @@ class CRISConfig(ModelConfig):
         self.fpn_in = whole_numbers("fpn_in", self.fpn_in, 3, 32 * _MAX_WIDTH)
         self.fpn_out = whole_numbers("fpn_out", self.fpn_out, 3, _MAX_WIDTH)
         check_fields(self, {**self.limits, **SIZES})
+        self.kept_tokens = check_kept_tokens(self.kept_tokens, self.clip.vocab_size)
         self._validate()
         self._validate_switches()
         self._validate_training_switches()
@@ -264,6 +272,12 @@ class CRISConfig(ModelConfig):
                 f"clip.transformer_width ({self.clip.transformer_width}) must be divisible by {HEADS}, the heads of "
                 "Mask Grounding's predictor; change it, or give mask_grounding=0"
             )
+
+    @property
+    def inputs(self) -> Inputs:  # type: ignore[override]  # a class attribute elsewhere; here kept_tokens decide
+        """CLIP's, with the tokens that the model knows."""
+        kept = ",".join(map(str, self.kept_tokens))
+        return dataclasses.replace(CLIP_INPUTS, tokenizer=f"clip:{kept}") if kept else CLIP_INPUTS
 
     @property
     def vlba_widths(self) -> tuple[int, ...]:
@@ -347,7 +361,7 @@ class CRISConfig(ModelConfig):
         if "clip" not in flat and flat.get("clip_pretrain"):
             flat["clip"] = dataclasses.asdict(CLIPConfig.preset(_clip_name(str(flat["clip_pretrain"]))))
         flat.pop("clip_pretrain", None)
-        missing = sorted(names - set(flat) - {"input_size", "intermediate"} - _SWITCHES.keys())
+        missing = sorted(names - set(flat) - {"input_size", "intermediate"} - _OPTIONAL.keys())
         if missing:
             hint = " (or clip_pretrain, e.g. pretrain/RN50.pt)" if "clip" in missing else ""
             raise ValueError(f"{source} lacks the model keys {', '.join(missing)}{hint}")
@@ -360,7 +374,7 @@ class CRISConfig(ModelConfig):
         Nor has it a switch that is off: a plain CRIS's files are what they were before there were any.
         """
         found = dataclasses.asdict(self)
-        return {name: value for name, value in found.items() if name not in _SWITCHES or value != _SWITCHES[name]}
+        return {name: value for name, value in found.items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
 
     def for_others(self) -> CRISConfig:
         """The same model without what only training uses."""
