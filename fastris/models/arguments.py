@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from fastris.dispatch import requested_impl
 
 def check_is_tensor(name: str, value: Any) -> None:
     """Raise TypeError, naming the argument, unless ``value`` is a tensor."""
+    if isinstance(value, (str, Path)) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
+        what = "token ids, not text" if name == "word" else "a tensor of pixels, not a file's name"
+        raise TypeError(
+            f"{name} must be {what}; fastris.Segmenter(model).predict(image, 'the cat on the left') takes pictures and "
+            "phrases"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
 

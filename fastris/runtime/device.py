@@ -78,7 +78,7 @@ def choose_workers(workers: int | None) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: PyTorch's ("cuda:1", "cpu"), or "auto" for the first CUDA device, else the CPU.
+    """The device of a name: PyTorch's ("cuda:1", "cpu", "mps"), or "auto" for the first CUDA device, else the CPU.
 
     In a run of several processes, "auto" and "cuda" stand for the GPU with the process's local rank.
 
@@ -94,6 +94,8 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"device={name}: PyTorch sees {found} CUDA device(s) here; use device=auto or device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={name}: PyTorch finds no Apple GPU here; use device=auto or device=cpu")
     if device.type == "cuda" and distributed.world_size() > 1:
         return _own_gpu(device)
     return device

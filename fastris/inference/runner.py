@@ -1,0 +1,102 @@
+"""Run a model on one picture and its phrases: as it is, compiled, or as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PHRASES_AT_ONCE = 32
+"""Phrases in one batch, for a model that encodes the picture once."""
+
+IMAGES_AT_ONCE = 8
+"""Phrases in one batch, for a model that encodes the picture again for every phrase."""
+
+_WARM_UPS = 2  # calls before a capture: they choose kernels and allocate what is kept
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The PyTorch dtype of a name. Raises ValueError, listing them, for another."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    return found
+
+
+class Runner:
+    """Computes the logits (N, h, w) float32 of one square (3, S, S) and tokens (N, L), on the model's device.
+
+    Args:
+        model: in eval mode, on its device.
+        compile: compile both halves with torch.compile at the first call, which takes minutes.
+        cuda_graph: capture the work for 1, 2, 4, ... phrases at the first call with so many, and replay it. The weights
+            must then stay where they are; changes of their values are seen.
+
+    Raises ValueError for both together, or for ``cuda_graph`` on anything but a CUDA device.
+    """
+
+    def __init__(self, model: Any, compile: bool = False, cuda_graph: bool = False):
+        device = next(model.parameters()).device
+        if compile and cuda_graph:
+            raise ValueError("compile and cuda_graph cannot both be on; leave one out")
+        if cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a CUDA device, and the model is on {device}; leave it out")
+        self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
+        self._encode: Callable[..., Any] = torch.compile(model.encode_image) if compile else model.encode_image
+        self._segment: Callable[..., Any] = torch.compile(model.segment) if compile else model.segment
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
+
+    @torch.inference_mode()
+    def __call__(self, square: Tensor, tokens: Tensor) -> Tensor:
+        self.model.eval()
+        parameter = next(self.model.parameters())
+        images, tokens = square[None].to(parameter), tokens.to(parameter.device)
+        at_once = PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
+        if self.cuda_graph:
+            return torch.cat([self._replayed(images, chunk) for chunk in tokens.split(at_once)])
+        features = self._encode(images)
+        return torch.cat([self._scored(features, chunk) for chunk in tokens.split(at_once)])
+
+    def _scored(self, features: Any, tokens: Tensor) -> Tensor:
+        index = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        return self._segment(features, tokens, index)[:, 0].float().cpu()
+
+    def _replayed(self, images: Tensor, tokens: Tensor) -> Tensor:
+        rows = 1 << (len(tokens) - 1).bit_length()
+        padded = torch.cat([tokens, tokens[:1].expand(rows - len(tokens), -1)])
+        key = (*images.shape, *padded.shape)
+        if key not in self._graphs:
+            self._graphs[key] = _Captured(self.model, images, padded)
+        return self._graphs[key](images, padded)[: len(tokens), 0].float().cpu()
+
+
+class _Captured:
+    """The model's work on inputs of these shapes, as a CUDA graph with tensors of its own."""
+
+    def __init__(self, model: Any, images: Tensor, tokens: Tensor):
+        from fastris.runtime.graph_timing import captured
+
+        self.images, self.tokens = images.clone(), tokens.clone()
+        self.logits: Any = None
+        index = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+
+        def work() -> None:
+            self.logits = model.segment(model.encode_image(self.images), self.tokens, index)
+
+        with torch.cuda.device(images.device):
+            for _ in range(_WARM_UPS):
+                work()
+            torch.cuda.synchronize()
+            self.graph = captured(work)
+        self.device = images.device
+
+    def __call__(self, images: Tensor, tokens: Tensor) -> Tensor:
+        with torch.cuda.device(self.device):
+            self.images.copy_(images)
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+        return self.logits
