@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -86,28 +87,37 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def _from_file(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def read_encoded(content: bytes, name: str) -> np.ndarray:
+    """:func:`read_image` for the bytes of a file; ``name`` is for messages."""
+    return _from_opened(io.BytesIO(content), f"image {name}", len(content))
 
+
+def _from_file(path: Path) -> np.ndarray:
     name = f"image {path}"
     check_file(name, path, "give the path of a picture")
+    return _from_opened(path, name, path.stat().st_size)
+
+
+def _from_opened(file: Path | io.BytesIO, name: str, size: int) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome, bombs are not
-            image = _open(path)
+            image = _open(file)
     except UnidentifiedImageError:
-        why = f"is in none of the formats {', '.join(FORMATS)}" if path.stat().st_size else "is an empty file"
+        why = f"is in none of the formats {', '.join(FORMATS)}" if size else "is an empty file"
         raise ValueError(f"{name} {why}; save the picture as PNG or JPEG") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise ValueError(f"{name} has more than {limit} million pixels; shrink or crop it first") from None
     with image:
         if getattr(image, "is_animated", False) and image.format != "MPO":  # phones hide a second view in MPO
-            warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=3)
+            warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=4)
         return _decode(image, name)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | io.BytesIO) -> Image.Image:
     """Open a picture in one of :data:`FORMATS` without decoding it; Pillow loads its rarer formats only when needed."""
     from PIL import Image, UnidentifiedImageError
 
@@ -208,7 +218,7 @@ def _white(image: Image.Image) -> float:
         return _MAX_8_BIT
     if high <= _MAX_12_BIT:
         warnings.warn(
-            f"the brightest of the 16-bit picture's values is {high} of {_MAX_16_BIT}: stretch it", stacklevel=6
+            f"the brightest of the 16-bit picture's values is {high} of {_MAX_16_BIT}: stretch it", stacklevel=7
         )
     return _MAX_16_BIT
 

@@ -150,7 +150,7 @@ class _Reader:
                 assignments.append((self._name(key), value))
             elif token.lower().endswith((".yaml", ".yml")):
                 files.append(token)
-            elif self.positional and not token.startswith("-"):
+            elif self.positional and (token == "-" or not token.startswith("-")):
                 positional.append(token)
             else:
                 raise ValueError(self._unexpected(token))

@@ -39,9 +39,12 @@ def _escaped(character: str) -> str:
     return character
 
 
-def json_text(value: Any) -> str:
-    """``value`` as indented JSON that can be encoded as UTF-8: lone surrogates become JSON escapes."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """``value`` as JSON that can be encoded as UTF-8: lone surrogates become JSON escapes.
+
+    ``indent``: spaces a level; None for all on one line.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

@@ -46,7 +46,7 @@ def test_the_command_writes_mask_probability_overlay_and_a_table(
     assert records[0]["share"] == pytest.approx(expected.mask.mean())
     assert records[0]["score"] == pytest.approx(expected.score, abs=1e-5)
     assert Image.open(out / records[0]["overlay"]).width >= 320
-    assert len(list(out.iterdir())) == 7
+    assert len(list(out.iterdir())) == 8
 
 
 def test_a_second_run_keeps_the_first_ones_entries(
@@ -121,7 +121,7 @@ def test_full_disk_leaves_all_pictures_of_a_phrase_or_none(
     assert (code, printed, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("fastris predict: could not write ") and "No space left on device" in errors
     first = [f"photo_1_the-red-circle_{kind}.png" for kind in ("mask", "overlay", "probability")]
-    assert sorted(path.name for path in out.iterdir()) == [*first, "predictions.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*first, "predictions.json", "predictions.jsonl"]
     assert [record["phrase"] for record in json.loads((out / "predictions.json").read_text())] == [RED]
 
 
