@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fastris.pictures.fonts import fitted
 from fastris.pictures.overlay import LONGEST_CAPTION
 from fastris.runtime.plain import printable
 from fastris.runtime.storage import replacing
@@ -81,10 +82,10 @@ def _write_column_names(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
 def _write_caption(draw: ImageDraw.ImageDraw, row: GalleryRow, left: int, top: int, width: int) -> None:
     score = f"IoU {100 * row.iou:.0f} %"
     room = width - draw.textlength(score, _font(17)) - 16
-    phrase = printable(row.phrase)[:LONGEST_CAPTION]
-    while draw.textlength(phrase, _font(17)) > room:
+    font, phrase = fitted(printable(row.phrase)[:LONGEST_CAPTION], 17)
+    while draw.textlength(phrase, font) > room:
         phrase = phrase[:-2].rstrip() + "\u2026"
-    draw.text((left, top), phrase, INK, _font(17))
+    draw.text((left, top), phrase, INK, font)
     draw.text(
         (left + width - draw.textlength(score, _font(17)), top), score, AGREE if row.iou > 0.5 else EXTRA, _font(17)
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastris.pictures.fonts import fitted
 from fastris.runtime.plain import printable
 
 if TYPE_CHECKING:
@@ -72,16 +74,17 @@ def view(rgb: np.ndarray, found: Sequence[tuple[int, str, np.ndarray]], alpha: f
 
 def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Image:
     """The picture above one line per (number, phrase), each with its colour; long phrases are wrapped."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     height, width = rgb.shape[:2]
     page_width = max(width, SMALLEST_VIEW)
     text_size = max(14, page_width // 36)
-    font = ImageFont.load_default(size=text_size)
+    shown = [" ".join(printable(phrase).split())[:LONGEST_CAPTION] for _, phrase in phrases]
+    font, text = fitted("\n".join(shown), text_size)
     margin, line_height = text_size // 2, round(1.4 * text_size)
     rows = [
         (number if first else None, line)
-        for number, phrase in phrases
+        for (number, _), phrase in zip(phrases, text.split("\n"), strict=True)
         for first, line in _wrapped(phrase, font, page_width - line_height - 2 * margin)
     ]
     page = Image.new("RGB", (page_width, height + 2 * margin + len(rows) * line_height), "white")
@@ -98,12 +101,21 @@ def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Im
 def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[tuple[bool, str]]:
     """Wrap ``text`` into lines of at most ``width`` pixels: (is it the first line, line), at most ``most`` of them."""
     lines = [""]
-    for word in printable(" ".join(text.split()))[:LONGEST_CAPTION].split():
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
+        while len(lines) <= most and (fits := _fitting(lines[-1], font, width)) < len(lines[-1]):
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]  # some scripts have no spaces
     if len(lines) > most:
         lines = [*lines[: most - 1], lines[most - 1] + " ..."]
     return [(row == 0, line) for row, line in enumerate(lines)]
+
+
+def _fitting(text: str, font: Any, width: int) -> int:
+    """How many characters of a text, at least one, have room in ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return len(text)
+    return max(1, bisect.bisect_right(range(1, len(text)), width, key=lambda count: font.getlength(text[:count])))
