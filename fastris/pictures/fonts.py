@@ -1,7 +1,7 @@
 """A font that has a text's characters, in any script, or a text that the font at hand can show.
 
-Pillow's own font has ASCII alone. For other texts the system's fonts are searched for one that has all of their
-characters; where there is none, those that are missing are written as their codes, such as ``\\u7ea2``, with a warning.
+Pillow's own font has ASCII alone. For other texts the system's fonts are searched for the one that lacks the fewest of
+their characters; those that it lacks are written as their codes, such as ``\\u7ea2``, with a warning.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MOST = 400
 _SUFFIXES = (".ttf", ".otf", ".ttc")
 _FIRST = ("notosanscjk", "notosans", "dejavusans", "unicode", "wqy", "pingfang", "hiragino", "msyh", "yugoth", "malgun")
 """Beginnings of names, in lower case and without spaces, of fonts that have many scripts."""
+_STYLES = ("bold", "italic", "oblique", "black", "light", "thin", "medium", "mono", "condensed", "serif")
 _SHOWS_NONE = ("lastresort", "adobeblank")
 """Beginnings of names of fonts that have a sign for every character, but not the character's own."""
 _NOTHING = "\uffff"  # which is no character, so that a font shows what it shows for one that it lacks
@@ -40,23 +41,23 @@ def folders() -> list[Path]:
 
 
 def fitted(text: str, size: int) -> tuple[Any, str]:
-    """A font of ``size`` pixels, and ``text``, of which characters that no font of the system has are codes."""
+    """A font of ``size`` pixels, and ``text``, of which characters that it lacks are codes."""
     from PIL import ImageFont
 
-    plain = ImageFont.load_default(size)
-    missing = missing_in(plain, text)
+    font: Any = ImageFont.load_default(size)
+    missing = missing_in(font, text)
+    if missing and (path := _best_font(frozenset(text), len(missing))):
+        font = ImageFont.truetype(path, size)
+        missing = missing_in(font, text)
     if not missing:
-        return plain, text
-    path = _font_with(frozenset(text))
-    if path:
-        return ImageFont.truetype(path, size), text
+        return font, text
     named = "".join(sorted(missing))[:20]
     warnings.warn(
-        f"no font of this system has {named!r}, so captions show codes of these characters; install one such as "
-        "Noto Sans CJK",
+        f"no font of this system has all of a phrase: {named!r} is missing, so captions show codes of these "
+        "characters; install one such as Noto Sans CJK",
         stacklevel=3,
     )
-    return plain, "".join(_code(each) if each in missing else each for each in text)
+    return font, "".join(_code(each) if each in missing else each for each in text)
 
 
 def missing_in(font: Any, text: str) -> set[str]:
@@ -79,28 +80,31 @@ def _code(character: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _font_with(characters: frozenset[str]) -> str:
-    """The path of a font with all of these characters; empty where there is none."""
+def _best_font(characters: frozenset[str], most: int) -> str:
+    """The path of the font that lacks the fewest of these characters; empty where none lacks fewer than ``most``."""
     from PIL import ImageFont
 
-    text = "".join(characters)
+    text, best = "".join(characters), ""
     for path in _files()[:MOST]:
         try:
-            font = ImageFont.truetype(path, 20)
+            missing = len(missing_in(ImageFont.truetype(path, 20), text))
         except (OSError, ValueError):
             continue
-        if not missing_in(font, text):
-            return path
-    return ""
+        if missing < most:
+            best, most = path, missing
+        if not missing:
+            break
+    return best
 
 
 @lru_cache(maxsize=1)
 def _files() -> list[str]:
     """The paths of the system's fonts, those with many scripts first, in a fixed order."""
 
-    def rank(path: str) -> tuple[int, str]:
+    def rank(path: str) -> tuple[int, bool, int, str]:
         name = _bare(path)
-        return next((place for place, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST)), path
+        place = next((place for place, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST))
+        return place, any(style in name for style in _STYLES), len(name), path
 
     return sorted((path for path in _walk() if not _bare(path).startswith(_SHOWS_NONE)), key=rank)
 

@@ -79,18 +79,16 @@ def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Im
     height, width = rgb.shape[:2]
     page_width = max(width, SMALLEST_VIEW)
     text_size = max(14, page_width // 36)
-    shown = [" ".join(printable(phrase).split())[:LONGEST_CAPTION] for _, phrase in phrases]
-    font, text = fitted("\n".join(shown), text_size)
     margin, line_height = text_size // 2, round(1.4 * text_size)
-    rows = [
-        (number if first else None, line)
-        for (number, _), phrase in zip(phrases, text.split("\n"), strict=True)
-        for first, line in _wrapped(phrase, font, page_width - line_height - 2 * margin)
-    ]
+    rows: list[tuple[int | None, str, Any]] = []
+    for number, phrase in phrases:
+        font, text = fitted(printable(" ".join(phrase.split()))[:LONGEST_CAPTION], text_size)
+        lines = _wrapped(text, font, page_width - line_height - 2 * margin)
+        rows += [(number if first else None, line, font) for first, line in lines]
     page = Image.new("RGB", (page_width, height + 2 * margin + len(rows) * line_height), "white")
     page.paste(Image.fromarray(rgb), ((page_width - width) // 2, 0))
     draw = ImageDraw.Draw(page)
-    for row, (number, line) in enumerate(rows):
+    for row, (number, line, font) in enumerate(rows):
         top = height + margin + row * line_height
         if number is not None:
             draw.rectangle((margin, top + 2, margin + text_size, top + 2 + text_size), fill=colour_of(number))
