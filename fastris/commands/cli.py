@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "train": Command("fastris.commands.train", "TrainConfig", "train CRIS, by default with the published recipe"),
     "eval": Command("fastris.commands.eval", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
-    "predict": Command("fastris.commands.predict", "PredictConfig", "find what phrases name in a picture of yours"),
+    "predict": Command("fastris.commands.predict", "PredictConfig", "find what phrases name in pictures of yours"),
     "data": Command(
         "fastris.commands.data", "DataConfig", "look at, check or convert a data set: inspect, check, convert"
     ),

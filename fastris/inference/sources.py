@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -48,20 +49,25 @@ class Question(NamedTuple):
 
 
 def split_pictures(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The pictures at the beginning of the phrases, as a shell makes them of ``*.jpg``, and the phrases.
+    """The pictures, folders and lists at the beginning of the phrases, and the phrases.
 
-    Warns of a phrase that is the name of a file.
+    They are there where a shell makes several arguments of ``*.jpg`` or ``*/``. Warns of a phrase that is the name of a
+    file or folder, too.
     """
-    pictures: list[str] = []
-    for argument in arguments:
-        if not (os.path.isfile(argument) and _is_picture(argument)):
-            break
-        pictures.append(argument)
+    pictures = list(takewhile(_is_source, arguments))
     phrases = tuple(arguments[len(pictures) :])
     for phrase in phrases:
-        if isinstance(phrase, str) and os.path.isfile(phrase):
-            warnings.warn(f"phrase {phrase!r} is also the name of a file; pictures come before phrases", stacklevel=3)
+        if isinstance(phrase, str) and os.path.exists(phrase):
+            kind = "folder" if os.path.isdir(phrase) else "file"
+            warnings.warn(f"phrase {phrase!r} is also the name of a {kind}; pictures come before phrases", stacklevel=3)
     return pictures, phrases
+
+
+def _is_source(argument: str) -> bool:
+    """Whether an argument can hardly be a phrase: a picture or list that exists, a folder that is written as one."""
+    if os.path.isfile(argument):
+        return _is_picture(argument) or argument.lower().endswith(LISTS)
+    return os.sep in argument and os.path.isdir(argument)
 
 
 def questions(images: Iterable[str], phrases: Sequence[str], urls: bool = False) -> list[Question]:

@@ -88,10 +88,10 @@ def add_caption(rgb: np.ndarray, phrases: Sequence[tuple[int, str]]) -> Image.Im
     page = Image.new("RGB", (page_width, height + 2 * margin + len(rows) * line_height), "white")
     page.paste(Image.fromarray(rgb), ((page_width - width) // 2, 0))
     draw = ImageDraw.Draw(page)
-    for row, (number, line, font) in enumerate(rows):
+    for row, (marked, line, font) in enumerate(rows):
         top = height + margin + row * line_height
-        if number is not None:
-            draw.rectangle((margin, top + 2, margin + text_size, top + 2 + text_size), fill=colour_of(number))
+        if marked is not None:
+            draw.rectangle((margin, top + 2, margin + text_size, top + 2 + text_size), fill=colour_of(marked))
         draw.text((margin + line_height, top), line, fill="black", font=font)
     return page
 

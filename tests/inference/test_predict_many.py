@@ -22,7 +22,7 @@ from test_segmenter import BLUE, RED, photo
 
 from fastris.inference import fetch
 from fastris.inference.segmenter import Segmenter
-from fastris.inference.sources import questions
+from fastris.inference.sources import questions, split_pictures
 from fastris.inference.write import _file_name
 
 Capture = pytest.CaptureFixture[str]
@@ -142,6 +142,9 @@ def test_pictures_behind_the_first_are_pictures_and_a_phrase_that_is_a_file_is_t
     (tmp_path / "red").write_text("a file")
     monkeypatch.chdir(tmp_path)
     arguments = ["photos/a.png", "photos/b.png", RED, "red", f"model={folder}", "out=o"]
+    (tmp_path / "circles").mkdir()
+    with pytest.warns(UserWarning, match="phrase 'circles' is also the name of a folder"):
+        assert split_pictures(["photos/deep/", "circles", "photos/a.png"])[0] == ["photos/deep/"]
     code, printed, errors = run([*arguments, "format=boxes", "device=cpu"], capsys)
     assert code == 0 and "2 pictures, 4 phrases" in printed
     assert errors.count("\n") == 1 and "is also the name of a file; pictures come before phrases" in errors
