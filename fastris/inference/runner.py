@@ -91,7 +91,11 @@ class _Captured:
             for _ in range(_WARM_UPS):
                 work()
             torch.cuda.synchronize()
-            self.graph = captured(work)
+            try:
+                self.graph = captured(work)
+            except RuntimeError as error:
+                why = " ".join(str(error).split())[:200]
+                raise RuntimeError(f"cuda_graph: this model cannot be captured ({why}); leave it out") from error
         self.device = images.device
 
     def __call__(self, images: Tensor, tokens: Tensor) -> Tensor:
