@@ -66,7 +66,7 @@ class DemoConfig:
     seed: int = option(0, "seed of scenes, weights and order")
     threads: int = option(2, "CPU threads", "threads")
     compact: bool = option(
-        False, "write weights as float16 and, of CLIP's tokens, those of the scenes' words: the model in the package"
+        False, "write matrices as float16 and, of CLIP's tokens, those of the scenes' words: the model in the package"
     )
     progress: bool = option(True, "show a progress bar")
 

@@ -67,6 +67,10 @@ def test_the_demos_compact_folder_loads_as_float32_and_scores_what_its_card_says
     assert files.keys() == {"config.json", "model.safetensors", "README.md"} and sum(files.values()) < 6_000_000
     model = CRIS.from_pretrained(demo / "model")
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert all(torch.equal(matrix, matrix.half().float()) for matrix in matrices)
+    norms = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
+    assert not all(torch.equal(norm, norm.half().float()) for norm in norms)
     card = (demo / "model" / "README.md").read_text()
     assert "fastris demo model=tiny steps=3 scenes=4" in card and "compact=true" in card and "drawn shapes only" in card
     held_out = SyntheticExpressions("val", scenes=2, size=96)
