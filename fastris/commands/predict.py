@@ -152,14 +152,15 @@ class _Run:
     def answer_all(self, asked: Sequence[Question]) -> None:
         """Predict many pictures, printing a line a phrase; a picture that gives an error is told and passed over."""
         started, phrases = time.perf_counter(), 0
-        with _progress(len(asked), self.config.progress) as advance:
+        with _progress(len(asked), self.config.progress) as advance, _warnings_once():
             for question in asked:
                 try:
                     prediction = self.segmenter.predict_checked(question.read(), question.phrases)
                 except (ValueError, OSError) as error:
                     self.failed += 1
-                    self._note({"image": question.image, "error": str(error)})
-                    warnings.warn(str(error), stacklevel=2)
+                    told = str(error) if question.image in str(error) else f"{question.image}: {error}"
+                    self._note({"image": question.image, "error": told})
+                    warnings.warn(told, stacklevel=2)
                 else:
                     lines = self.write(question, prediction)
                     phrases += len(lines)
@@ -211,6 +212,22 @@ def _print_table(records: list[dict[str, Any]], lines: list[dict[str, Any]], rgb
             )
         elif not line["found"]:
             print(f"nothing found for '{phrase}': only {line['area']} pixels, its presence is {line['presence']:.2f}")
+
+
+@contextmanager
+def _warnings_once() -> Iterator[None]:
+    """Show a warning that comes with every picture, such as that of a word that the model does not know, once."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_new(message: Any, *rest: Any, **named: Any) -> None:
+            if str(message) not in told:
+                told.add(str(message))
+                show(message, *rest, **named)
+
+        warnings.showwarning = show_new
+        yield
 
 
 @contextmanager

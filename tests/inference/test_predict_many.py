@@ -52,23 +52,25 @@ def test_a_folder_gives_files_of_their_own_to_each_picture_and_says_how_fast(
 ) -> None:
     out = tmp_path / "out"
     (photos / "broken.jpg").write_bytes(b"no jpeg")
-    code, printed, errors = run([str(photos), RED, f"model={folder}", f"out={out}", "device=cpu"], capsys)
+    long = "the red circle " * 8
+    code, printed, errors = run([str(photos), long, f"model={folder}", f"out={out}", "device=cpu"], capsys)
     assert code == 2 and "3 pictures, 3 phrases in " in printed and "pictures/s, written to" in printed
     told = errors.splitlines()
-    assert "1 files are no pictures by their names" in told[0] and "broken.jpg is in none of the formats" in told[1]
-    assert told[2].startswith("fastris predict: 1 of 4 pictures gave an error") and len(told) == 3
+    assert "1 files are no pictures by their names" in told[0] and "was cut" in told[1]  # once for all pictures
+    assert "broken.jpg is in none of the formats" in told[2]
+    assert told[3].startswith("fastris predict: 1 of 4 pictures gave an error") and len(told) == 4
     settings, lines = lines_of(out)
     assert settings["model"] == folder and settings["format"] == "png" and settings["threshold"] == 0.35
     assert [Path(line["image"]).name for line in lines] == ["a.jpg", "a.png", "b.png", "broken.jpg"]
     assert "error" in lines[3]
     masks = [line["mask"] for line in lines[:3]]
     assert len(set(masks)) == 3 and masks[1].startswith("a-2_1_the-red-circle")
-    expected = Segmenter.from_pretrained(folder, device="cpu")(photo(), RED)
+    expected = Segmenter.from_pretrained(folder, device="cpu")(photo(), long)
     np.testing.assert_array_equal(np.asarray(Image.open(out / masks[2])), expected.masks[0] * 255)
     assert lines[2]["box"] == list(expected[0].box) and lines[2]["area"] == expected[0].area
     assert lines[2]["found"] == expected.found[0]
     assert lines[2]["presence"] == pytest.approx(expected.presence[0], abs=1e-4)
-    assert [record["phrase"] for record in json.loads((out / "predictions.json").read_text())] == [RED] * 3
+    assert [record["phrase"] for record in json.loads((out / "predictions.json").read_text())] == [long] * 3
 
 
 def test_patterns_several_files_and_lists_name_the_same_pictures(
