@@ -95,8 +95,10 @@ def check_index(index: Tensor | None, images: int, expressions: int) -> None:
         raise ValueError(
             f"index must be int64 of shape ({expressions},), got {index.dtype} of shape {tuple(index.shape)}"
         )
-    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < images:
-        raise ValueError(f"index must name images 0 to {images - 1}, got {int(index.min())} to {int(index.max())}")
+    if index.device.type == "cpu" and len(index) and _has_values(index):
+        low, high = int(index.min()), int(index.max())
+        if not 0 <= low <= high < images:
+            raise ValueError(f"index must name images 0 to {images - 1}, got {low} to {high}")
 
 
 def without_shared_padding(tokens: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ def test_compiled_halves_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(segmenter(photo(), [RED]).logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_several_phrases_about_one_picture_compile_into_one_graph(model: fastris.CRIS) -> None:
+    tokens, index = torch.tensor([[49406, 518, 49407, 0]] * 3), torch.zeros(3, dtype=torch.int64)
+    with torch.inference_mode():
+        features = model.eval().encode_image(torch.zeros(1, 3, 96, 96))
+        segment = torch.compile(model.segment, fullgraph=True, backend="eager")
+        torch.testing.assert_close(segment(features, tokens, index), model.segment(features, tokens, index))
+
+
 def test_options_that_do_not_fit_are_one_line() -> None:
     with pytest.raises(ValueError, match="cuda_graph needs a CUDA device, and the model is on cpu; leave it out"):
         Segmenter(Corner(), cuda_graph=True)
