@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastris.commands.fitting import cut_batch, misfit, used_references
 from fastris.commands.train_options import TrainConfig, model_keys
 from fastris.data import ReferringDataset, load_split
 from fastris.data.samples import EpochSampler, digest
@@ -56,6 +57,7 @@ def assemble(
     precision = precision or choose_precision(options)
     with distributed.together():
         train_set = load_split(options, options.train_split) if train_set is None else train_set
+        options, notices = cut_batch(options, train_set)
         validation = make_validation(options, val_set) if options.evaluate else None
     saved = None if checkpoint is None else distributed.from_main(lambda: SavedState.read(checkpoint))
     with distributed.together():
@@ -75,6 +77,7 @@ def assemble(
         stop_signal(),
         is_new=saved is None,
         ignored=tuple(passed_over(options)),
+        notices=notices,
     )
 
 
@@ -162,7 +165,10 @@ def build_model(options: TrainConfig, with_weights: bool = True) -> ReferringMod
     for name, source in given.items():
         load_encoder(model, source, name)
     if options.weight:
-        load_weights(model, options.weight)
+        try:
+            load_weights(model, options.weight)
+        except ValueError as error:
+            raise misfit(options, model.config) or error from None
     elif not given.keys() >= model.starts.keys() and (advice := model.config.without_weights()):
         warnings.warn(advice, stacklevel=2)
     return model
@@ -180,7 +186,7 @@ def model_config(options: TrainConfig) -> ModelConfig:
     if options.model or not has_keys:
         base = registry.preset(options.model or "cris_r50").to_dict()
     else:
-        base = {"clip_pretrain": options.clip_pretrain}
+        base = {"clip_pretrain": options.clip_pretrain} if options.clip_pretrain else {}
         source += ", which names no preset (model=cris_r50),"
     return registry.read_config(base | options.extra | own, source)
 
@@ -214,11 +220,6 @@ def make_batches(options: TrainConfig, train_set: ReferringDataset, model: Model
         parts=options.accumulate,
     )
     return Batches(samples, sampler, choose_workers(options.workers))
-
-
-def used_references(options: TrainConfig, train_set: ReferringDataset) -> int:
-    """Number of references, from the first on, that the run trains on."""
-    return min(len(train_set), options.limit_train or len(train_set))
 
 
 def make_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,7 +41,9 @@ class TrainConfig(DataOptions):
     """
 
     model: str = option(
-        "", f"a preset: {', '.join(registry.presets())}; empty: the model keys of a YAML file, else cris_r50"
+        "",
+        f"a preset: {', '.join(registry.presets())}; or trained weights to start from, as weight; empty: the model "
+        "that weight holds, else the model keys of a YAML file, else cris_r50",
     )
     clip_pretrain: str | None = option(None, "CLIP weights to start from: path of RN50.pt, or open_clip's RN50:openai")
     swin_pretrain: str | None = option(
@@ -49,7 +52,11 @@ class TrainConfig(DataOptions):
     bert_pretrain: str | None = option(
         None, "BERT's weights to start from: path or Hugging Face id, such as google-bert/bert-base-uncased"
     )
-    weight: str | None = option(None, "the system's weights to start from (path, folder or Hugging Face id)")
+    weight: str | None = option(
+        None,
+        "trained weights to start from (checkpoint, folder or Hugging Face id), and with them architecture, words and "
+        "input size",
+    )
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
     val_rule: str = recipe_option("val_rule", "prediction and scoring rule of validation: " + ", ".join(RULES))
@@ -134,6 +141,7 @@ class TrainConfig(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
+        self._follow_weights()
         self._follow_system()
         self._follow_gpu()
         find_rule(self.val_rule)
@@ -163,6 +171,43 @@ class TrainConfig(DataOptions):
                 f"published_first_epoch_quirk needs lr_multi above 0 and schedule=steps, got lr_multi={self.lr_multi} "
                 f"and schedule={self.schedule}"
             )
+
+    def _follow_weights(self) -> None:
+        """Fill in the model keys of the weights that the run starts from, unless the options describe a model.
+
+        So the saved options have them, and a run that goes on needs the weights' file no more.
+        """
+        if self.model and self.model not in registry.presets():
+            from fastris.weights.architecture import names_weights
+
+            if not names_weights(self.model):
+                registry.system_of_preset(self.model)  # raises, and lists the presets
+            if self.weight:
+                raise ValueError(
+                    f"model={self.model} and weight={self.weight} both name weights; give those to start from alone"
+                )
+            self.model, self.weight = "", self.model
+        if self.weight and not self.model and not self._describes_model():
+            from fastris.weights.architecture import architecture_of
+
+            if (held := architecture_of(self.weight)) is not None:
+                keys = held.to_dict() | self.extra
+                for name in ("input_size", "word_len"):  # options of their own
+                    value = keys.pop(name)
+                    setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+                self.extra = keys
+
+    def _describes_model(self) -> bool:
+        """Whether the model keys given are a whole model's, as those of a published YAML file are."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sizes = {name: getattr(self, name) for name in ("input_size", "word_len") if getattr(self, name)}
+                clip = {"clip_pretrain": self.clip_pretrain} if self.clip_pretrain else {}
+                registry.read_config(clip | self.extra | sizes)
+            return bool(self.extra)
+        except ValueError:
+            return False
 
     def _follow_system(self) -> None:
         """Fill in what the user left to the system's own recipe, so that the saved options say what was done."""
@@ -198,6 +243,11 @@ class TrainConfig(DataOptions):
     def micro_batch(self) -> int:
         """References in one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulate
+
+    @property
+    def smallest_batch(self) -> int:
+        """References in the smallest batch that the system trains on."""
+        return self._system().smallest_batch
 
     @property
     def folder(self) -> Path:

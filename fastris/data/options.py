@@ -21,7 +21,7 @@ class DataOptions:
             calls this one's.
     """
 
-    dataset: str = option("refcoco", "data set: " + ", ".join(DATASETS))
+    dataset: str = option("", "data set: " + ", ".join(DATASETS), default_text="what data_root holds, else refcoco")
     data_root: str | None = option(None, "folder of the data set's files, or hf://OWNER/NAME; synthetic needs none")
     images: str | None = option(None, "folder of the data set's images, where they are not under data_root")
     format: str | None = option(None, "of its files, where data_root holds several: " + ", ".join(FORMATS))
@@ -33,6 +33,8 @@ class DataOptions:
     on_error: Literal["raise", "skip"] = option("raise", "what to do about references that are unusable")
 
     def __post_init__(self) -> None:
+        if not self.dataset:
+            self.dataset = _held_in(self.data_root, self.format) if self.data_root else "refcoco"
         check_name(self.dataset)
         _reader_options(self)
 
@@ -41,6 +43,24 @@ def load_split(options: DataOptions, split: str) -> ReferringDataset:
     """Open one split of the data that a command's options select; see :func:`load_dataset`."""
     given = _reader_options(options)
     return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **given)
+
+
+def _held_in(root: str, format: str | None) -> str:
+    """The one data set that a folder holds; refcoco where it is among several, and where nothing is found.
+
+    Raises:
+        DataError: several, none of them refcoco.
+    """
+    from fastris.data.formats.table import discover
+
+    try:
+        found = discover(root)
+    except DataError:  # opening the data tells it better
+        return "refcoco"
+    names = list(dict.fromkeys(entry.name for entry in found if format in (None, "auto", entry.format)))
+    if len(names) == 1 or "refcoco" in names or not names:
+        return "refcoco" if "refcoco" in names or not names else names[0]
+    raise DataError(f"data_root={root!r} holds {', '.join(names)}; choose one with dataset=")
 
 
 def as_arguments(options: DataOptions) -> str:

@@ -66,6 +66,8 @@ def train(parts: Parts) -> TrainResult:
     plan, run, batches, position, scores = parts.plan, parts.run, parts.batches, parts.run.position, None
     with parts.stop as stop, open_log(parts.log, run) as log, told_where_it_stands(run):
         introduce(run, batches.samples, batches.sampler, plan.batch_size, parts.ignored, log)
+        for notice in parts.notices:
+            log.note(notice)
         agree_on_kernels(run.precision.device, _dtypes_of(parts))
         if parts.is_new:
             _save(run, log)

@@ -66,6 +66,7 @@ class Parts:
         memory: what the error says that tells of a batch that does not fit.
         stop: asks the loop to stop after a step; see :func:`.notices.stop_signal`.
         ignored: keys of an options file that mean nothing here, to be told.
+        notices: what was made to fit the data, to be told.
     """
 
     plan: Plan
@@ -77,3 +78,4 @@ class Parts:
     stop: StopSignal
     is_new: bool = True
     ignored: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()

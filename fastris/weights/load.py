@@ -13,11 +13,14 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from fastris.models import registry
 from fastris.models.base import ReferringModel
 from fastris.models.config import ModelConfig
 from fastris.models.pretrained import (
     ACCEPTED,
+    CONFIG,
     FILE_SUFFIXES,
+    SAFETENSORS,
     Weights,
     build,
     carried_config,
@@ -144,14 +147,27 @@ def read_weights(source: Source) -> Weights:
         return _from_checkpoint(source, "the given state dict")
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
-        return read_folder(path)
+        own = _weights_of_run(path)
+        return read_folder(path) if own is None else _read_file(own)
     if path.is_file():
         return _read_file(path)
     if ":" in name and "/" not in name:
         return _read_file(_download_open_clip(name), source=name)
     if _HUB_ID.fullmatch(name) and path.suffix not in FILE_SUFFIXES:
         return read_folder(download_hub(name), source=name)
+    if name in registry.presets():
+        raise FileNotFoundError(
+            f"{name} is a preset, which has no trained weights; train it (fastris train model={name}), or give weights "
+            f"instead: {ACCEPTED}"
+        )
     raise FileNotFoundError(f"there is no file or folder {name}; accepted are {ACCEPTED}")
+
+
+def _weights_of_run(folder: Path) -> Path | None:
+    """The weights of a training run in its folder, the best rather than the last; None for another folder."""
+    if (folder / SAFETENSORS).exists() or (folder / CONFIG).exists():
+        return None
+    return next((folder / name for name in ("best.pth", "last.pth") if (folder / name).is_file()), None)
 
 
 def _read_file(path: Path, source: str = "") -> Weights:

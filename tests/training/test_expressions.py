@@ -19,7 +19,7 @@ from fastris.commands.train import train
 from fastris.data.samples import TrainSamples, worker_init
 from fastris.data.tokens import tokenize
 from fastris.training import loop as training
-from fastris.training.expressions import ImageSamples, references_of
+from fastris.training.expressions import ImageSamples, references_of, training_samples
 
 L = 12
 
@@ -144,7 +144,7 @@ def test_batches_that_do_not_fit_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="equal parts of 2 or more references of 3 references for each image"):
         train_config(tmp_path, batch_size=4, expressions_per_image=3)
     with pytest.raises(ValueError, match="needs 5 images, but the training references are of 4; give at most batch_"):
-        run_with(tmp_path, batch_size=10, expressions_per_image=2)
+        training_samples(train_set(), model_config(), 0, several=2, batch_size=10, references=None)
 
 
 def test_parts_of_a_batch_hold_whole_images(tmp_path) -> None:

@@ -55,9 +55,9 @@ def test_written_options_describe_the_same_run(uninterrupted):
     assert configured_model(config) == model_config()
 
 
-def test_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="batch_size=13 is larger than the 12 training references"):
-        run_to_the_end(tmp_path / "run", batch_size=13)
+def test_data_too_small_for_any_batch_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=13 is larger than the 1 training references"):
+        run_to_the_end(tmp_path / "run", batch_size=13, limit_train=1)
     assert not (tmp_path / "run").exists()
 
 
