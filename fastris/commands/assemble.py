@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from fastris.commands.fitting import cut_batch, misfit, used_references
 from fastris.commands.train_options import TrainConfig, model_keys
@@ -24,13 +23,16 @@ from fastris.runtime import distributed
 from fastris.runtime.device import Precision, choose_device, choose_workers, layout_for
 from fastris.runtime.float16_sums import allow_fp16_accumulation, fp16_accumulation_obstacle
 from fastris.runtime.randomness import seed_everything
+from fastris.training.averaging import AveragedWeights
 from fastris.training.checkpoints import SavedState
 from fastris.training.expressions import training_samples
+from fastris.training.freezing import freeze
 from fastris.training.gpu_settings import MemoryUse
 from fastris.training.log import LogSettings
 from fastris.training.memory import set_recompute
 from fastris.training.notices import stop_signal
-from fastris.training.optim import build_optimizer, build_poly_scheduler, build_scheduler
+from fastris.training.optim import CosineSchedule, build_optimizer, build_poly_scheduler, build_scheduler
+from fastris.training.optim import Schedule as LRSchedule
 from fastris.training.parts import Batches, Parts, Plan
 from fastris.training.run import Run
 from fastris.training.validation import Validation
@@ -110,6 +112,7 @@ def make_plan(options: TrainConfig) -> Plan:
         max_norm=options.max_norm,
         max_skipped=options.max_skipped,
         max_steps=options.max_steps,
+        patience=options.patience,
         save_every_steps=options.save_every_steps,
     )
 
@@ -141,6 +144,7 @@ def place_model(options: TrainConfig, device: torch.device, with_weights: bool) 
     model = build_model(options, with_weights=with_weights)
     model.to(device).to(memory_format=layout_for(device))
     set_recompute(model, options.recompute)
+    freeze(model, options.frozen)
     if options.instance_contrast and not model.contrasts_instances:
         raise ValueError(
             f"instance_contrast={options.instance_contrast} would do nothing: {model.config.title} has no loss that "
@@ -237,7 +241,9 @@ def make_run(
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(options, optimizer, steps_per_epoch),
-        rates_by_step=options.schedule == "poly",
+        rates_by_step=options.schedule != "steps",
+        average=AveragedWeights(model, options.ema) if options.ema else None,
+        frozen=options.frozen,
         scaler=precision.scaler(),
         precision=precision,
         layout=layout_for(precision.device),
@@ -247,16 +253,19 @@ def make_run(
 
 def make_optimizer(options: TrainConfig, model: ReferringModel, device: torch.device) -> Optimizer:
     """Over the model's parameter groups: `head` at `base_lr`, all others at `base_lr * lr_multi`."""
-    groups = model.parameter_groups()
+    groups = {name: [each for each in group if each.requires_grad] for name, group in model.parameter_groups().items()}
     rates = {name: options.base_lr if is_head(name) else options.base_lr * options.lr_multi for name in groups}
     fused = bool(options.fused) and device.type == "cuda"
     return build_optimizer(groups, rates, options.weight_decay, fused=fused, optimizer=options.optimizer)
 
 
-def make_scheduler(options: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
+def make_scheduler(options: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRSchedule:
     """The learning rates of a run: by epochs, or by the steps of all its epochs, whether or not max_steps ends it."""
     if options.schedule == "poly":
         return build_poly_scheduler(optimizer, options.epochs * steps_per_epoch)
+    if options.schedule == "cosine":
+        steps = options.epochs * steps_per_epoch
+        return CosineSchedule(optimizer, steps, round(options.warmup * steps))
     quirk = 1 / options.lr_multi if options.published_first_epoch_quirk else 1.0
     first_epoch = {str(group["name"]): quirk for group in optimizer.param_groups if not is_head(group["name"])}
     return build_scheduler(optimizer, options.milestones, options.lr_decay, first_epoch=first_epoch)
@@ -284,6 +293,7 @@ def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[
         resolved["optimizer"] = options.optimizer
     if options.schedule != "steps":  # whose rates depend on the number of steps, and so on that of epochs
         resolved |= {"schedule": options.schedule, "epochs": options.epochs}
+    resolved |= {name: value for name in ("warmup", "freeze", "ema") if (value := getattr(options, name))}
     if options.instance_contrast:
         resolved["instance_contrast"] = options.instance_contrast
     if options.expressions_per_image > 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastris.commands.presets import DEFAULTS, PRESETS
 from fastris.data.options import DataOptions
 from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models import registry
@@ -25,6 +26,24 @@ def recipe_option(name: str, help: str, unit: str = "") -> Any:
     recipes = {(config := registry.config_class(system)).title: config.recipe for system in registry.SYSTEMS}
     published = ", ".join(f"{title} {getattr(recipe, name)}" for title, recipe in recipes.items())
     return option(None, f"{help}; {published}", unit, default_text="the system's")
+
+
+def preset_option(name: str, help: str, unit: str = "") -> Any:
+    """An option that a preset may give, and whose own default is in :data:`fastris.commands.presets.DEFAULTS`."""
+    values = ", ".join(f"{preset} {given[name]}" for preset, given in PRESETS.items() if name in given)
+    default = DEFAULTS[name]
+    text = str(default).lower() if isinstance(default, bool) else str(default) or "none"
+    return option(None, f"{help}; {values}" if values else help, unit, default_text=text)
+
+
+def stages_of_systems() -> dict[str, tuple[str, ...]]:
+    """What `freeze` accepts, by the system's title; systems with the same stages share an entry."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for system in registry.SYSTEMS:
+        config = registry.config_class(system)
+        if config.stages:
+            found.setdefault(tuple(config.stages), []).append(config.title)
+    return {" and ".join(titles): stages for stages, titles in found.items()}
 
 
 def model_keys() -> Iterable[str]:
@@ -56,6 +75,10 @@ class TrainConfig(DataOptions):
         None,
         "trained weights to start from (checkpoint, folder or Hugging Face id), and with them architecture, words and "
         "input size",
+    )
+    preset: str = option(
+        "",
+        f"settings in place of the system's recipe: {', '.join(PRESETS)}, for your own pictures; options given win",
     )
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
@@ -93,7 +116,12 @@ class TrainConfig(DataOptions):
     base_lr: float = recipe_option("base_lr", "learning rate of all but CRIS's CLIP encoders")
     lr_multi: float = recipe_option("lr_multi", "factor on base_lr for CRIS's CLIP encoders; no other system has any")
     schedule: Schedule = recipe_option(
-        "schedule", "of the learning rate: steps, at milestones; or poly, (1 - step / all steps of all epochs)^0.9"
+        "schedule",
+        "of the learning rate: steps, at milestones; poly, (1 - step / all steps of all epochs)^0.9; or cosine, half a "
+        "cosine over all steps, after warmup",
+    )
+    warmup: float = preset_option(
+        "warmup", "share of all steps in which the learning rate rises from 0, with schedule=cosine"
     )
     milestones: tuple[int, ...] = option((35,), "finished epochs after which the learning rate drops", "epochs")
     lr_decay: float = option(0.1, "factor on the learning rate at each milestone")
@@ -103,7 +131,18 @@ class TrainConfig(DataOptions):
         "weight of a contrast between sentences and the mean pixels of objects and backgrounds in the loss; 0.1 is a "
         "good start, 0 leaves it out as published",
     )
-    max_norm: float = option(0.0, "gradients are clipped to this norm; 0: no clipping")
+    freeze: str = preset_option(
+        "freeze",
+        "stages that are not trained: their names with commas, or how many of them from the first on; "
+        + "; ".join(f"{title}: {', '.join(stages)}" for title, stages in stages_of_systems().items()),
+    )
+    ema: float = preset_option(
+        "ema", "decay of a moving average of the weights, which is then validated and kept as the best; 0: none"
+    )
+    patience: int = preset_option(
+        "patience", "after so many without a better score the run ends; 0: it never does", "validations"
+    )
+    max_norm: float = preset_option("max_norm", "gradients are clipped to this norm; 0: no clipping")
     max_skipped: int = option(
         10,
         "batches in a row whose loss or gradient is not finite, after which the run ends; each is left out",
@@ -142,12 +181,14 @@ class TrainConfig(DataOptions):
         super().__post_init__()
         self.output_folder, self.milestones = Path(self.output_folder), tuple(self.milestones)
         self._follow_weights()
+        self._follow_preset()
         self._follow_system()
         self._follow_gpu()
+        self._check_finetuning()
         find_rule(self.val_rule)
         at_least = {"epochs": 1, "accumulate": 1, "expressions_per_image": 1, "batch_size_val": 1, "workers": 0,
                     "workers_val": 0, "max_norm": 0, "limit_train": 0, "max_steps": 0, "save_every_steps": 0,
-                    "print_freq": 0, "pictures": 0, "max_skipped": 1, "base_lr": 0, "lr_multi": 0,
+                    "print_freq": 0, "pictures": 0, "patience": 0, "max_skipped": 1, "base_lr": 0, "lr_multi": 0,
                     "weight_decay": 0, "instance_contrast": 0}  # fmt: skip
         for name, smallest in at_least.items():
             if not (getattr(self, name) or 0) >= smallest:
@@ -208,6 +249,53 @@ class TrainConfig(DataOptions):
             return bool(self.extra)
         except ValueError:
             return False
+
+    def _follow_preset(self) -> None:
+        """Fill in what the user left to the preset, then what that leaves: the saved options say what was done."""
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is unknown; choose from {', '.join(PRESETS)}, or leave it out")
+        chosen = dict(PRESETS.get(self.preset, {}))
+        if self.schedule not in (None, "cosine"):  # what only goes with what the user has changed
+            chosen.pop("warmup", None)
+        if not self.evaluate:
+            chosen.pop("patience", None)
+        for given in (chosen, DEFAULTS):
+            for name, value in given.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+
+    def _check_finetuning(self) -> None:
+        stages = self._system().stages
+        self.freeze = ",".join(self._stages(stages))
+        if not 0 <= self.warmup < 1 or (self.warmup and self.schedule != "cosine"):
+            raise ValueError(
+                f"warmup={self.warmup} must be a share of the steps, 0 or more and below 1, with schedule=cosine "
+                f"(schedule={self.schedule})"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be a decay below 1, such as 0.999, or 0 for no average")
+        if self.patience and not self.evaluate:
+            raise ValueError(f"patience={self.patience} needs validations; leave it out, or give evaluate=true")
+
+    def _stages(self, stages: Mapping[str, Any]) -> list[str]:
+        """The names of the stages that `freeze` means, in order."""
+        found: set[str] = set()
+        for word in (part.strip() for part in self.freeze.split(",")):
+            if word.isdecimal() and int(word) <= len(stages):
+                found |= set(list(stages)[: int(word)])
+            elif word in stages:
+                found.add(word)
+            elif word.lower() not in ("", "none"):
+                raise ValueError(
+                    f"freeze={self.freeze}: {word} is no stage of {self._system().title}, which has "
+                    f"{', '.join(stages) or 'none'}; give some of these names, or how many of them from the first on"
+                )
+        return [name for name in stages if name in found]
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the stages that are not trained."""
+        return tuple(self.freeze.split(",")) if self.freeze else ()
 
     def _follow_system(self) -> None:
         """Fill in what the user left to the system's own recipe, so that the saved options say what was done."""

@@ -43,6 +43,8 @@ class ModelConfig:
         added_parts: parts that a switch adds. Weights may lack one as a whole: it then keeps its initial values.
         training_parts: parts that only training uses. Files for others lack them, and a model without them passes over
             them in weights that have them.
+        stages: what training may freeze, in order from the pixels on and the text encoder last: name -> the beginnings
+            of its state-dict names.
         not_in_shapes: fields that cannot be derived from the weights' shapes.
         published_yaml: an example of a published YAML file, for messages.
         published_besides: keys of the published YAML files that do not shape the model: training, data and machines.
@@ -60,6 +62,7 @@ class ModelConfig:
     parts: ClassVar[tuple[str, ...]] = ()
     added_parts: ClassVar[tuple[str, ...]] = ()
     training_parts: ClassVar[tuple[str, ...]] = ()
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     not_in_shapes: ClassVar[tuple[str, ...]] = ()
     published_yaml: ClassVar[str] = ""
     published_besides: ClassVar[frozenset[str]] = frozenset()

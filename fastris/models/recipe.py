@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Optimizer = Literal["adam", "adamw"]
-Schedule = Literal["steps", "poly"]
+Schedule = Literal["steps", "poly", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Recipe:
         optimizer: ``adam``, or ``adamw``, whose weight decay is apart from the gradient.
         base_lr: learning rate of the group "head". lr_multi: factor on it for all other groups.
         schedule: ``steps``, the rate drops at some epochs; or ``poly``, after each step it is
-            base_lr * (1 - step / all steps)^0.9.
+            base_lr * (1 - step / all steps)^0.9; or ``cosine``, half a cosine over all steps, after a warm-up.
         val_rule: the rule of its published numbers, a name in :data:`fastris.evaluation.rules.RULES`.
         val_sentences: whose sentences its best weights are chosen by: the ``first`` of each object, or ``all``.
     """

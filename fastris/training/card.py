@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fastris.training.run import Run
 
 _HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_lr", "lr_multi", "milestones",
-                    "lr_decay", "weight_decay", "max_norm", "amp", "input_size", "word_len", "dropout")  # fmt: skip
+                    "lr_decay", "weight_decay", "max_norm", "warmup",
+                    "freeze", "ema", "amp", "input_size", "word_len", "dropout")  # fmt: skip
 
 
 def training_card(

@@ -73,6 +73,9 @@ def train(parts: Parts) -> TrainResult:
             _save(run, log)
         try:
             while position.epoch < plan.epochs and not plan.out_of_steps(position.step):
+                if plan.out_of_patience(position.stale):
+                    log.note(f"ends early: the last {position.stale} validations were no better (patience)")
+                    break
                 finished = train_epoch(parts, log, stop)
                 _save(run, log)
                 stop.requested = any(distributed.gather(stop.requested))
@@ -106,7 +109,7 @@ def train_epoch(parts: Parts, log: RunLog, stop: StopSignal) -> bool:
     samples.set_epoch(position.epoch)
     sampler.set_epoch(position.epoch, position.batch)
     log.start_epoch(position.epoch + 1, epochs, sampler.batches_per_epoch, position.batch)
-    run.model.train()
+    run.train()
     with distributed.together():
         feed = Feed(samples, sampler, parts.batches.workers, run.precision.device)
     end_if_unreadable(run, feed.failure, lambda: _save(run, log))
@@ -137,6 +140,7 @@ def _train_on(feed: Feed, parts: Parts, log: RunLog, stop: StopSignal) -> None:
         cut, stopping, unreadable = result.sums
         if result.applied:
             position.advance(result.loss, result.iou, int(cut))
+            run.follow()
             log.step(_record(plan.batch_size, run, result, started))
             run.finish_batch()
             if plan.saves_after(position.step):
@@ -262,6 +266,7 @@ def _save(run: Run, log: RunLog) -> None:
 def _keep_if_best(run: Run, scores: Scores, log: RunLog) -> None:
     position = run.position
     log.validation(position.step, position.epoch + 1, scores)
+    position.stale = 0 if scores.best_by > position.best_iou else position.stale + 1
     if scores.best_by >= position.best_iou:
         position.best_iou = scores.best_by
         run.save_best(scores.as_dict(), card_of(run, scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -74,3 +75,49 @@ def build_scheduler(
 def build_poly_scheduler(optimizer: Optimizer, steps: int, power: float = 0.9) -> LambdaLR:
     """Learning rates per step: times (1 - step / `steps`)^`power`, and 0 from `steps` on. Call `step()` after each."""
     return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** power)
+
+
+class Schedule(Protocol):
+    """What a run asks of its schedule: PyTorch's schedulers have it."""
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class CosineSchedule:
+    """timm's cosine schedule with a warm-up from 0, by steps, with the interface of PyTorch's schedulers.
+
+    Step n of `steps`, from 1, has the rate n / `warmup` of the highest until `warmup`, and then that of half a cosine,
+    which would reach 0 one step after the last.
+
+    Raises:
+        RuntimeError: timm is not installed.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, warmup: int):
+        try:
+            from timm.scheduler import CosineLRScheduler
+        except ImportError:
+            raise RuntimeError(
+                "schedule=cosine needs timm, which is not installed; run pip install timm, or give schedule=poly"
+            ) from None
+        self._rates: Any = CosineLRScheduler(optimizer, t_initial=steps + 1, warmup_t=warmup, t_in_epochs=False)
+        self._done = 0
+        self._rates.step_update(1)
+
+    def step(self) -> None:
+        """On to the rates of the next step."""
+        self._done += 1
+        self._rates.step_update(self._done + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps are done; all else follows from the options."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._done = int(state_dict["done"])
+        self._rates.step_update(self._done + 1)

@@ -26,6 +26,7 @@ class Plan:
         accumulate: parts that each process's share of a batch is split into.
         max_norm: gradients are clipped to this norm; 0 for no clipping.
         max_skipped: batches in a row that may be left out, because they are not finite, before the run ends.
+        patience: validations without a better score after which the run ends; 0 for no such end.
         save_every_steps: steps between writings of `last.pth` within an epoch; 0 for none.
     """
 
@@ -35,11 +36,16 @@ class Plan:
     max_norm: float = 0.0
     max_skipped: int = 10
     max_steps: int = 0
+    patience: int = 0
     save_every_steps: int = 0
 
     def out_of_steps(self, step: int) -> bool:
         """Whether no step is left after `step` of them."""
         return bool(self.max_steps) and step >= self.max_steps
+
+    def out_of_patience(self, stale: int) -> bool:
+        """Whether the last `stale` validations are as many as the run bears without a better score."""
+        return bool(self.patience) and stale >= self.patience
 
     def saves_after(self, step: int) -> bool:
         """Whether `last.pth` is written after this step, in the middle of an epoch."""

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from fastris.data.samples import digest
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision
 from fastris.runtime.randomness import restore_rng, rng_state, seed_everything
+from fastris.training.averaging import AveragedWeights
 from fastris.training.checkpoints import BEST, LAST, PREVIOUS, SavedState, check_same_recipe
+from fastris.training.freezing import set_training
+from fastris.training.optim import Schedule
 
 if TYPE_CHECKING:
     from fastris.models.base import ReferringModel
@@ -57,7 +59,7 @@ class Position:
     Attributes:
         epoch: epochs finished; batch: batches of the next one that are finished.
         step: optimizer steps so far, over all epochs.
-        best_iou: best validation mIoU so far, a fraction of 1.
+        best_iou: best validation mIoU so far, a fraction of 1; stale: validations since it was found.
         loss_sum, iou_sum: sums over the finished batches of the epoch; truncated: expressions cut in them.
         skipped: batches among them that were left out because their loss or gradient was not finite.
         skipped_in_a_row: how many of the latest batches were, across epochs.
@@ -67,6 +69,7 @@ class Position:
     batch: int = 0
     step: int = 0
     best_iou: float = 0.0
+    stale: int = 0
     loss_sum: float = 0.0
     iou_sum: float = 0.0
     truncated: int = 0
@@ -113,6 +116,8 @@ class Run:
         statistics: a copy of the model's buffers, for steps that are taken back.
         layout: of images and weights in memory.
         recipe: the settings that a resumed run must share, or it would be another run (:func:`check_same_recipe`).
+        average: of the weights, which is then validated and kept as the best; None: the weights themselves are.
+        frozen: the stages that are not trained; see :func:`.freezing.freeze`.
         rates_by_step: whether the learning rates change after every step, or else after every epoch.
         saved_step: the step that `last.pth` in `folder` is from.
         last_is_good: whether that file may become `previous.pth`; not if it was found damaged.
@@ -121,12 +126,14 @@ class Run:
     folder: Path
     model: ReferringModel
     optimizer: Optimizer
-    scheduler: LRScheduler
+    scheduler: Schedule
     scaler: torch.amp.GradScaler
     precision: Precision
     layout: torch.memory_format
     recipe: dict[str, Any]
     rates_by_step: bool = False
+    average: AveragedWeights | None = None
+    frozen: tuple[str, ...] = ()
     position: Position = field(default_factory=Position)
     saved_step: int = 0
     last_is_good: bool = True
@@ -140,6 +147,15 @@ class Run:
     def last(self) -> Path:
         """Where `last.pth` is."""
         return self.folder / LAST
+
+    @property
+    def shown(self) -> ReferringModel:
+        """The model that is validated, drawn and kept as the best: the averaged one where there is an average."""
+        return self.model if self.average is None else self.average.model
+
+    def train(self) -> None:
+        """Put the model into training mode, as far as it is trained."""
+        set_training(self.model, self.frozen)
 
     def replicate(self) -> None:
         """Make steps train on all processes' batches together, from the main process's weights."""
@@ -156,6 +172,11 @@ class Run:
     def learning_rates(self) -> dict[str, float]:
         """Learning rate by parameter group."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def follow(self) -> None:
+        """Let the average follow a step that was just made."""
+        if self.average is not None:
+            self.average.update(self.model, self.position.step)
 
     def finish_batch(self) -> None:
         """On to the learning rates of the next batch, whether or not this one made a step."""
@@ -207,6 +228,8 @@ class Run:
         }
         if metrics := self.model.metrics_state():
             state["metrics"] = metrics
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         save_atomic(state, self.folder / LAST, keep=self.folder / PREVIOUS if self.last_is_good else None)
         self.last_is_good = True
 
@@ -231,7 +254,7 @@ class Run:
         content = {**asdict(self.position), "config": config, "scores": dict(scores), "card": card}
         with distributed.together():
             if distributed.is_main():
-                save_atomic(content | {"state_dict": self.model.state_for_others()}, self.folder / BEST)
+                save_atomic(content | {"state_dict": self.shown.state_for_others()}, self.folder / BEST)
                 if card:
                     write_card(self.folder / CARD, card)
 
@@ -249,6 +272,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         if "metrics" in state:
             self.model.restore_metrics(state["metrics"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.position = Position(**{name: state.get(name, start) for name, start in asdict(Position()).items()})
         self.saved_step = self.position.step
         self.last_is_good = not saved.note

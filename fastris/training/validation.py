@@ -41,7 +41,7 @@ class Validation:
 def validate(run: Run, validation: Validation) -> Scores:
     """Score the run's model as it is, and draw some predictions into the run's folder; the same in all processes."""
     result = evaluate(
-        run.model,
+        run.shown,
         validation.dataset,
         sentences=validation.sentences,
         rule=validation.rule,

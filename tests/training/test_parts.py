@@ -35,6 +35,7 @@ def test_training_imports_neither_commands_nor_options(file: Path) -> None:
 
 def test_every_option_reaches_its_part(tmp_path: Path) -> None:
     changes = {"epochs": 7, "batch_size": 4, "accumulate": 2, "max_norm": 0.5, "max_skipped": 3, "max_steps": 9,
+               "patience": 4,
                "save_every_steps": 11, "val_rule": "gres", "val_sentences": "all", "pictures": 5, "batch_size_val": 6,
                "workers_val": 2, "workers": 1, "print_freq": 13, "progress": False, "wandb": "mine",
                "recompute": "none", "weight_decay": 0.25}  # fmt: skip

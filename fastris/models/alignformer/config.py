@@ -59,6 +59,11 @@ class AlignFormerConfig(SwinBertConfig):
     published: ClassVar[str] = "arXiv 2301.06429, in the code released as LGFormer"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = ALIGNFORMER_PRESETS
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "backbone", "classifier")
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "stem": ("backbone.patch_embed",),
+        **{f"layer{number + 1}": (f"backbone.layers.{number}", f"backbone.norm{number}") for number in range(4)},
+        "text": ("text_encoder",),
+    }
     not_in_shapes: ClassVar[tuple[str, ...]] = ("vocabulary", "drop_path", "input_size", "behaviour")
     limits: ClassVar[Mapping[str, int]] = {
         "embed_dim": 4096,

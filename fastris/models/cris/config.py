@@ -160,6 +160,14 @@ class CRISConfig(ModelConfig):
     parts: ClassVar[tuple[str, ...]] = ("backbone", "neck", "decoder", "proj")
     added_parts: ClassVar[tuple[str, ...]] = ("vlba", "centre", "cam", "grounding", "cal")
     training_parts: ClassVar[tuple[str, ...]] = ("grounding", "cal")
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "stem": tuple(f"backbone.visual.{kind}{number}" for number in (1, 2, 3) for kind in ("conv", "bn")),
+        **{f"layer{number}": (f"backbone.visual.layer{number}",) for number in (1, 2, 3, 4)},
+        "text": tuple(
+            f"backbone.{name}"
+            for name in ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+        ),
+    }
     not_in_shapes: ClassVar[tuple[str, ...]] = ("num_head", "word_len", "input_size", "dropout")
     published_yaml: ClassVar[str] = "config/refcoco/cris_r50.yaml"
     # fmt: off

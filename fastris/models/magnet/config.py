@@ -87,6 +87,11 @@ class MagNetConfig(SwinBertConfig):
     parts: ClassVar[tuple[str, ...]] = ("image_model", "language_model", "classifier", "lang_proj")
     added_parts: ClassVar[tuple[str, ...]] = ("grounding",)
     training_parts: ClassVar[tuple[str, ...]] = ("grounding", "cal")
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "stem": ("image_model.patch_embed",),
+        **{f"layer{number + 1}": (f"image_model.layers.{number}", f"image_model.norm{number}") for number in range(4)},
+        "text": ("language_model.embeddings", "language_model.encoder"),
+    }
     not_in_shapes: ClassVar[tuple[str, ...]] = (
         "vocabulary",
         "word_len",
