@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from model_helpers import small_fields
+from PIL import Image
 
 from fastris.commands.assemble import assemble
 from fastris.commands.train import TrainConfig
@@ -105,3 +107,19 @@ def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         timing = ("time", "images_per_s", "memory_mib")
         return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+
+
+def drawn_folder(folder: Path, pictures: int, split: str = "train") -> Path:
+    """A folder of pictures as people have them: `SPLIT.jsonl`, images/ and masks/, three objects a picture."""
+    data = SyntheticExpressions("train", scenes=pictures, size=64)
+    lines = []
+    for index in range(len(data)):
+        reference = data.reference(index)
+        names = {"image": f"{reference.image_id}.png", "mask": f"{index}.png"}
+        arrays = {"image": data.image(index), "mask": data.mask(index).astype(np.uint8) * 255}
+        for kind, name in names.items():
+            (folder / f"{kind}s").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(arrays[kind]).save(folder / f"{kind}s" / name)
+        lines.append(json.dumps(names | {"sentences": reference.sentences}))
+    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fastris.commands.fitting import cut_batch, misfit, used_references
+from fastris.commands.fitting import cut_batch, misfit, open_data, used_references
 from fastris.commands.train_options import TrainConfig, model_keys
-from fastris.data import ReferringDataset, load_split
+from fastris.data import ReferringDataset
+from fastris.data.held_out import Part, record_of
 from fastris.data.samples import EpochSampler, digest
 from fastris.models import registry
 from fastris.models.base import ReferringModel, is_head
@@ -58,9 +59,9 @@ def assemble(
     """
     precision = precision or choose_precision(options)
     with distributed.together():
-        train_set = load_split(options, options.train_split) if train_set is None else train_set
+        train_set, val_set = open_data(options, train_set, val_set)
         options, notices = cut_batch(options, train_set)
-        validation = make_validation(options, val_set) if options.evaluate else None
+        validation = None if val_set is None else make_validation(options, val_set)
     saved = None if checkpoint is None else distributed.from_main(lambda: SavedState.read(checkpoint))
     with distributed.together():
         model = make_model(options, precision.device, with_weights=saved is None and distributed.is_main())
@@ -74,7 +75,7 @@ def assemble(
         run,
         batches,
         validation,
-        log_settings(options),
+        log_settings(options, val_set),
         memory_use(options),
         stop_signal(),
         is_new=saved is None,
@@ -117,10 +118,10 @@ def make_plan(options: TrainConfig) -> Plan:
     )
 
 
-def make_validation(options: TrainConfig, val_set: ReferringDataset | None) -> Validation:
-    """How the run is validated: on `val_set`, or on the split that the options name."""
+def make_validation(options: TrainConfig, val_set: ReferringDataset) -> Validation:
+    """How the run is validated on `val_set`."""
     return Validation(
-        load_split(options, options.val_split) if val_set is None else val_set,
+        val_set,
         rule=options.val_rule,
         sentences=options.val_sentences,
         pictures=options.pictures,
@@ -305,9 +306,16 @@ def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[
     return {**{name: getattr(options, name) for name in names}, **flat, **resolved}
 
 
-def log_settings(options: TrainConfig) -> LogSettings:
+def log_settings(options: TrainConfig, val_set: ReferringDataset | None) -> LogSettings:
     """What is logged, and where to."""
-    return LogSettings(options_text(options), options.print_freq, options.tensorboard, options.wandb, options.progress)
+    return LogSettings(
+        options_text(options),
+        options.print_freq,
+        options.tensorboard,
+        options.wandb,
+        options.progress,
+        held_out=record_of(val_set) if isinstance(val_set, Part) else "",
+    )
 
 
 def options_text(options: TrainConfig) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastris.data.options import DataOptions, load_split
+from fastris.data.base import DataError, ReferringDataset
+from fastris.data.options import DataOptions, has_split, load_split
 from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.options.declare import REQUIRED, option
 from fastris.options.shared import Amp
@@ -27,8 +28,8 @@ class EvalConfig(DataOptions):
       gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
     """
 
-    model: str = option(REQUIRED, "checkpoint (.pth), folder or .safetensors file, or Hugging Face id of the model")
-    split: str = option("val", "split of the data set, such as val, testA, testB, test")
+    model: str = option(REQUIRED, "folder of a model or a run, checkpoint (.pth, .safetensors), or Hugging Face id")
+    split: str = option("val", "split of the data set: val, testA, ...; held_out: what training held out")
     sentences: Sentences = option("all", "sentences of each object that are scored")
     rule: str | None = option(None, "prediction and scoring rule: " + ", ".join(RULES), default_text="the system's")
     out: Path | None = option(
@@ -51,6 +52,22 @@ class EvalConfig(DataOptions):
         check_at_least(1, batch_size=self.batch_size, images_per_batch=self.images_per_batch)
 
 
+def _open(config: EvalConfig) -> ReferringDataset:
+    """The split that is scored; `held_out` is what the run of the model's weights has held out of its training."""
+    from fastris.data.held_out import HELD_OUT, RECORD, find_record, held_out_again, split_of
+
+    if config.split != HELD_OUT:
+        return load_split(config, config.split)
+    if (record := find_record(config.model)) is not None:
+        return held_out_again(load_split(config, split_of(record)), record)
+    if has_split(config, config.split):
+        return load_split(config, config.split)
+    raise DataError(
+        f"split={HELD_OUT}: beside model={config.model} lies no {RECORD}, which a training run with split=0.2 writes; "
+        "give the folder of such a run, or a split of the data"
+    )
+
+
 def run(config: EvalConfig) -> None:
     """`fastris eval`: score a model on a data set, print the scores, and write them with every sample's numbers.
 
@@ -64,7 +81,7 @@ def run(config: EvalConfig) -> None:
 
     device = choose_device(config.device)
     with joined(device, timeout=10):
-        dataset = load_split(config, config.split)
+        dataset = _open(config)
         result = evaluate(
             for_inference(load_model(config.model)),
             dataset,

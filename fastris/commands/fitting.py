@@ -5,10 +5,36 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastris.commands.train_options import TrainConfig
-from fastris.data.base import ReferringDataset
+from fastris.data.base import DataError, ReferringDataset
+from fastris.data.formats.extras import MissingLibrary
+from fastris.data.held_out import hold_out
+from fastris.data.options import has_split, load_split
 from fastris.models.config import ModelConfig
 from fastris.runtime import distributed
 from fastris.weights.architecture import architecture_of, differences
+
+
+def open_data(
+    options: TrainConfig, train_set: ReferringDataset | None, val_set: ReferringDataset | None
+) -> tuple[ReferringDataset, ReferringDataset | None]:
+    """What the run trains and validates on: the data sets given, those of the options, or a share held out.
+
+    Raises:
+        DataError: there is no such data.
+    """
+    train_set = load_split(options, options.train_split) if train_set is None else train_set
+    if not options.evaluate or val_set is not None:
+        return train_set, val_set if options.evaluate else None
+    try:
+        if not options.split or has_split(options, options.val_split):
+            return train_set, load_split(options, options.val_split)
+    except MissingLibrary:
+        raise
+    except DataError as error:
+        if options.split or options.data_root is None or has_split(options, options.val_split):
+            raise
+        raise DataError(f"{error}; to validate on a fifth of the training images instead give split=0.2") from error
+    return hold_out(train_set, options.split)
 
 
 def used_references(options: TrainConfig, train_set: ReferringDataset) -> int:

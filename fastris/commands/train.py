@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastris.commands.train_options import TrainConfig
-from fastris.data.options import as_arguments
+from fastris.data.options import selection
 from fastris.evaluation.rules import find_rule
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def _done(options: TrainConfig, result: TrainResult) -> str:
     has_best = (folder / BEST).exists()
     name = find_rule(options.val_rule).best_by
     weights = folder / (BEST if has_best else LAST)
-    data = as_arguments(options)
     model = shlex.quote(str(weights))
     score = f", best validation {name} {100 * result.best_iou:.2f} %" if has_best else ", not validated"
     return (
@@ -86,6 +86,29 @@ def _done(options: TrainConfig, result: TrainResult) -> str:
         f"  last state    {folder / LAST}\n"
         f"  every step    {folder / LOG}\n"
         f"  options       {folder / OPTIONS}\n"
-        f"evaluate:  fastris eval model={model} {data} split={options.val_split}\n"
+        f"evaluate:  {eval_command(options, weights)}\n"
         f'predict:   fastris predict IMAGE "the phrase" model={model}'
+    )
+
+
+def eval_command(options: TrainConfig, weights: Path) -> str:
+    """The command that scores weights on what the run was validated on, and as it was: the score is the same."""
+    from fastris.data.held_out import HELD_OUT, find_record
+
+    held_out = find_record(str(weights)) is not None
+    given = {
+        "model": weights,
+        **selection(options),
+        "split": HELD_OUT if held_out else options.val_split,
+        "sentences": options.val_sentences,
+        "rule": options.val_rule,
+        "on_error": options.on_error,
+    }
+    usual = {"sentences": "all", "rule": options.recipe.val_rule, "on_error": "raise"}
+    told = {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
+    return " ".join(
+        [
+            "fastris eval",
+            *(f"{name}={shlex.quote('true' if value is True else str(value))}" for name, value in told.items()),
+        ]
     )

@@ -14,7 +14,7 @@ from fastris.data.options import DataOptions
 from fastris.evaluation.rules import RULES, Sentences, find_rule
 from fastris.models import registry
 from fastris.models.config import ModelConfig
-from fastris.models.recipe import Optimizer, Schedule
+from fastris.models.recipe import Optimizer, Recipe, Schedule
 from fastris.options.declare import extra_option, option
 from fastris.options.shared import Amp
 from fastris.runtime.processes import world_size
@@ -82,6 +82,11 @@ class TrainConfig(DataOptions):
     )
     train_split: str = option("train", "split to train on")
     val_split: str = option("val", "split to validate on")
+    split: float = preset_option(
+        "split",
+        "share of the training images, with all about them, that is held out and validated on where the data has no "
+        "val_split; fastris eval knows it as split=held_out",
+    )
     val_rule: str = recipe_option("val_rule", "prediction and scoring rule of validation: " + ", ".join(RULES))
     val_sentences: Sentences = recipe_option("val_sentences", "sentences of each object that validation scores")
     input_size: int | None = option(None, "side of the square that a model sees; none: the model's", "pixels")
@@ -272,6 +277,8 @@ class TrainConfig(DataOptions):
                 f"warmup={self.warmup} must be a share of the steps, 0 or more and below 1, with schedule=cosine "
                 f"(schedule={self.schedule})"
             )
+        if not 0 <= self.split < 1:
+            raise ValueError(f"split={self.split} must be a share of the images below 1, such as 0.2, or 0 for none")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be a decay below 1, such as 0.999, or 0 for no average")
         if self.patience and not self.evaluate:
@@ -331,6 +338,11 @@ class TrainConfig(DataOptions):
     def micro_batch(self) -> int:
         """References in one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulate
+
+    @property
+    def recipe(self) -> Recipe:
+        """The system's own recipe, whatever this run's."""
+        return self._system().recipe
 
     @property
     def smallest_batch(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fastris.data.base import DataError, ReferringDataset
@@ -45,6 +45,21 @@ def load_split(options: DataOptions, split: str) -> ReferringDataset:
     return load_dataset(options.dataset, split, options.data_root, on_error=options.on_error, **given)
 
 
+def has_split(options: DataOptions, split: str) -> bool:
+    """Whether the data has a split of that name; True where only opening it can tell, or says what is wrong."""
+    from fastris.data.formats.annotated import SPLIT_ALIASES
+    from fastris.data.formats.table import FORMATS, choose_format
+
+    if options.dataset == "synthetic" or options.data_root is None:
+        return True
+    root = Path(options.data_root).expanduser()
+    format = choose_format(options.dataset, root, options.format or "auto")
+    if format is None:
+        return True
+    images = None if options.images is None else Path(options.images)
+    return SPLIT_ALIASES.get(split, split) in FORMATS[format].load().splits(options.dataset, root, images)
+
+
 def _held_in(root: str, format: str | None) -> str:
     """The one data set that a folder holds; refcoco where it is among several, and where nothing is found.
 
@@ -63,11 +78,10 @@ def _held_in(root: str, format: str | None) -> str:
     raise DataError(f"data_root={root!r} holds {', '.join(names)}; choose one with dataset=")
 
 
-def as_arguments(options: DataOptions) -> str:
-    """The options that select the data, without a split, as they are typed after another command."""
+def selection(options: DataOptions) -> dict[str, Any]:
+    """The options that select the data, without a split, as far as they are given."""
     root = {"data_root": options.data_root} if options.data_root else {}
-    given = {"dataset": options.dataset, **root, **_reader_options(options)}
-    return " ".join(f"{name}={shlex.quote('true' if value is True else value)}" for name, value in given.items())
+    return {"dataset": options.dataset, **root, **_reader_options(options)}
 
 
 def _reader_options(options: DataOptions) -> dict[str, Any]:

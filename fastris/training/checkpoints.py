@@ -100,10 +100,11 @@ def own_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
+    from fastris.data.held_out import RECORD
     from fastris.runtime.storage import remove_leftovers
     from fastris.weights.card import CARD
 
-    for name in (LAST, PREVIOUS, BEST, LOG, "val.csv", OPTIONS, CARD):
+    for name in (LAST, PREVIOUS, BEST, LOG, "val.csv", OPTIONS, CARD, RECORD):
         remove_leftovers(folder / name)
 
 
@@ -168,9 +169,14 @@ def _has_rows(log: Path) -> bool:
 
 def save_options(text: str, folder: Path) -> None:
     """Write a command's options, as YAML, to `config.yaml`: `fastris train .../config.yaml --resume` repeats them."""
+    save_text(text, folder / OPTIONS)
+
+
+def save_text(text: str, file: Path) -> None:
+    """Write a text in one step."""
     from fastris.weights.load import replacing
 
-    with replacing(folder / OPTIONS) as path:
+    with replacing(file) as path:
         path.write_text(text, encoding="utf-8")
 
 

@@ -147,6 +147,7 @@ class LogSettings:
     Attributes:
         options: text of `config.yaml`, from which the command can be repeated; empty for no such file.
         print_freq, tensorboard, wandb, progress: see :class:`RunLog`.
+        held_out: text of `held_out.json`, which says what is validated on; empty for no such file.
     """
 
     options: str = ""
@@ -154,6 +155,7 @@ class LogSettings:
     tensorboard: bool = False
     wandb: str | None = None
     progress: bool = True
+    held_out: str = ""
 
 
 class SilentLog:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import cast
 
 from fastris.data import DataError
+from fastris.data.held_out import RECORD, Part
 from fastris.data.samples import EpochSampler, TrainSamples
 from fastris.runtime import distributed
 from fastris.runtime.interrupt import StopSignal
-from fastris.training.checkpoints import resume_command, save_options
+from fastris.training.checkpoints import resume_command, save_options, save_text
 from fastris.training.feed import DeadWorker, Unreadable, dead_worker
 from fastris.training.log import LogSettings, RunLog, SilentLog
 from fastris.training.run import Run
@@ -42,6 +43,8 @@ def open_log(settings: LogSettings, run: Run) -> Iterator[RunLog]:
             )
             if settings.options:
                 save_options(settings.options, run.folder)
+            if settings.held_out:
+                save_text(settings.held_out, run.folder / RECORD)
     with log:
         yield log
 
@@ -58,6 +61,9 @@ def introduce(
     log.note(f"{weights:.1f} M parameters on {where}, amp {run.precision.name}; run in {run.folder}")
     count = f"{run.recipe['references']} references of {data.name} {data.split}"
     log.note(f"{count}, {sampler.batches_per_epoch} batches of {batch_size} an epoch")
+    if isinstance(data, Part):
+        held = len(data.whole) - len(data)
+        log.note(f"{held} references of other images are held out for validation; {run.folder / RECORD} says which")
     for problem, refs in data.skipped.items():
         log.note(f"{len(refs)} references left out: {problem}")
     if ignored:
