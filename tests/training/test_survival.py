@@ -157,7 +157,7 @@ def test_folder_that_cannot_be_written_to_is_an_error_before_any_work(tmp_path, 
     def refuse(**options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(assemble, "load_split", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(fitting, "load_split", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match=r"output_folder: nothing can be written into .* \(Read-only file system\)"):
         train(train_config(tmp_path / "new" / "run"))
