@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_helpers import parts_of, rows, train_config, train_set
 
-from fastris.commands import assemble, cli
+from fastris.commands import cli, fitting
 from fastris.commands.train import train
 from fastris.data import DataError
 from fastris.data.samples import EpochSampler, TrainSamples
