@@ -209,6 +209,7 @@ def make_batches(options: TrainConfig, train_set: ReferringDataset, model: Model
         several=options.expressions_per_image,
         batch_size=options.batch_size,
         references=options.limit_train or None,
+        augment=options.augment,
     )
     count = used_references(options, train_set)
     if count < options.batch_size:
@@ -294,7 +295,7 @@ def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[
         resolved["optimizer"] = options.optimizer
     if options.schedule != "steps":  # whose rates depend on the number of steps, and so on that of epochs
         resolved |= {"schedule": options.schedule, "epochs": options.epochs}
-    resolved |= {name: value for name in ("warmup", "freeze", "ema") if (value := getattr(options, name))}
+    resolved |= {name: value for name in ("warmup", "freeze", "ema", "augment") if (value := getattr(options, name))}
     if options.instance_contrast:
         resolved["instance_contrast"] = options.instance_contrast
     if options.expressions_per_image > 1:

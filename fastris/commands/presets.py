@@ -19,9 +19,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "ema": 0.999,
         "patience": 15,
         "split": 0.2,
+        "augment": True,
     },
 }
 """By name: options that it gives where the user gives none."""
 
-DEFAULTS: Mapping[str, Any] = {"warmup": 0.0, "max_norm": 0.0, "freeze": "", "ema": 0.0, "patience": 0, "split": 0.0}
+DEFAULTS: Mapping[str, Any] = {
+    "warmup": 0.0,
+    "max_norm": 0.0,
+    "freeze": "",
+    "ema": 0.0,
+    "patience": 0,
+    "split": 0.0,
+    "augment": False,
+}
 """What those options are that no system's recipe has, where neither the user nor a preset gives them."""

@@ -102,6 +102,11 @@ class TrainConfig(DataOptions):
         "is one pass over the images",
         "references",
     )
+    augment: bool = preset_option(
+        "augment",
+        "mirror half of the pictures, with left and right swapped in the phrase, where that is clear, and vary "
+        "colours, where the phrase names none; for English phrases",
+    )
     gpu: str | None = option(
         None,
         f"settings for a card of that memory ({', '.join(GPU_SETTINGS)}): accumulate, recompute and fused, where those "

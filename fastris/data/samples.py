@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fastris.data.augment import augment
 from fastris.data.base import ReferringDataset
 from fastris.data.letterbox import to_square
+from fastris.data.mirror import mirrored
 from fastris.data.tokens import TokenBatch, find_tokenizer
 from fastris.models.inputs import CLIP_INPUTS, Inputs
+
+_VARY = 2  # sets what varies an item apart from all else that is drawn for it
 
 
 def worker_init(worker_id: int) -> None:
@@ -61,6 +66,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
         word_len: L, tokens per sentence.
         seed: of the choice of sentences.
         inputs: how the model wants pixels normalised and sentences tokenised.
+        augment: vary pictures and sentences, see :func:`fastris.data.augment.augment`.
     """
 
     def __init__(
@@ -70,8 +76,10 @@ class TrainSamples(Dataset[dict[str, Any]]):
         word_len: int = 17,
         seed: int = 0,
         inputs: Inputs = CLIP_INPUTS,
+        augment: bool = False,
     ):
         self.dataset = dataset
+        self.augment = augment
         self.inputs = inputs
         self.input_size = input_size
         self.word_len = word_len
@@ -82,6 +90,21 @@ class TrainSamples(Dataset[dict[str, Any]]):
     def tokenize(self, sentences: str | Sequence[str]) -> TokenBatch:
         """Token ids (N, L) of sentences, and which of them were cut."""
         return find_tokenizer(self.inputs.tokenizer)(sentences, self.word_len)
+
+    def sentences(self, index: int) -> tuple[str, ...]:
+        """All that :meth:`tokenize` may be given for reference `index`: its sentences, and as they are mirrored."""
+        found = self.dataset.reference(index).sentences
+        others = [other for sentence in found if (other := mirrored(sentence)) is not None] if self.augment else []
+        return tuple(dict.fromkeys([*found, *others]))
+
+    def vary(
+        self, position: int, image: np.ndarray, masks: list[np.ndarray], sentences: list[str]
+    ) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+        """An item as it is in this epoch: varied if the samples are, by (seed, epoch, position) alone."""
+        if not self.augment:
+            return image, masks, sentences
+        rng = np.random.default_rng(digest(self.seed, int(self._epoch), position, _VARY))
+        return augment(image, masks, sentences, rng)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of this epoch; call it before the loader's iterator is made."""
@@ -111,12 +134,14 @@ class TrainSamples(Dataset[dict[str, Any]]):
         reference = self.dataset.reference(index)
         sentences = reference.sentences
         sentence = sentences[digest(self.seed, int(self._epoch), index) % len(sentences)]
-        image = self.dataset.image(index)
+        image, (mask,), (sentence,) = self.vary(
+            index, self.dataset.image(index), [self.dataset.mask(index)], [sentence]
+        )
         warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
         return {
             "image": warp.warp_image(image, self.inputs),
             "tokens": self.tokenize(sentence).tokens[0],
-            "mask": warp.warp_mask(self.dataset.mask(index)),
+            "mask": warp.warp_mask(mask),
             "index": index,
             "image_id": number_of(reference.image_id),
         }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_lr", "lr_multi", "milestones",
                     "lr_decay", "weight_decay", "max_norm", "warmup",
-                    "freeze", "ema", "amp", "input_size", "word_len", "dropout")  # fmt: skip
+                    "freeze", "ema", "augment", "amp", "input_size", "word_len", "dropout")  # fmt: skip
 
 
 def training_card(

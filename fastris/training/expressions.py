@@ -37,7 +37,7 @@ class ImageSamples(TrainSamples):
     again, so that every image weighs the same.
 
     Args:
-        dataset, input_size, word_len, seed, inputs: as for :class:`TrainSamples`.
+        dataset, input_size, word_len, seed, inputs, augment: as for :class:`TrainSamples`.
         expressions: K.
         references: only the first so many of the data set; None for all.
 
@@ -52,11 +52,12 @@ class ImageSamples(TrainSamples):
         word_len: int = 17,
         seed: int = 0,
         inputs: Inputs = CLIP_INPUTS,
+        augment: bool = False,
         *,
         expressions: int,
         references: int | None = None,
     ):
-        super().__init__(dataset, input_size, word_len, seed, inputs)
+        super().__init__(dataset, input_size, word_len, seed, inputs, augment)
         if expressions < 1:
             raise ValueError(f"expressions={expressions} must be at least 1")
         self.expressions = expressions
@@ -74,12 +75,18 @@ class ImageSamples(TrainSamples):
         And `image_id`, as :class:`TrainSamples` has it.
         """
         chosen = self.choose(position)
-        image = self.dataset.image(chosen[0][0])
+        objects = list({index for index, _ in chosen})
+        image, found, sentences = self.vary(
+            position,
+            self.dataset.image(chosen[0][0]),
+            [self.dataset.mask(index) for index in objects],
+            [sentence for _, sentence in chosen],
+        )
         warp = to_square(image.shape[0], image.shape[1], self.input_size, self.inputs)
-        masks = {index: warp.warp_mask(self.dataset.mask(index)) for index in {index for index, _ in chosen}}
+        masks = {index: warp.warp_mask(mask) for index, mask in zip(objects, found, strict=True)}
         return {
             "image": warp.warp_image(image, self.inputs),
-            "tokens": self.tokenize([sentence for _, sentence in chosen]).tokens,
+            "tokens": self.tokenize(sentences).tokens,
             "mask": torch.stack([masks[index] for index, _ in chosen]),
             "index": torch.tensor([index for index, _ in chosen]),
             "image_id": torch.tensor(number_of(self.dataset.reference(chosen[0][0]).image_id)),
@@ -97,17 +104,25 @@ class ImageSamples(TrainSamples):
 
 
 def training_samples(
-    dataset: ReferringDataset, model: ModelConfig, seed: int, *, several: int, batch_size: int, references: int | None
+    dataset: ReferringDataset,
+    model: ModelConfig,
+    seed: int,
+    *,
+    several: int,
+    batch_size: int,
+    references: int | None,
+    augment: bool = False,
 ) -> TrainSamples:
     """The items of a training run: references with one sentence each, or images with `several` expressions.
 
     Args:
         batch_size: expressions in a batch. references: only the first so many of the data set; None for all.
+        augment: vary pictures and sentences.
 
     Raises:
         ValueError: fewer images than a batch holds.
     """
-    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model))
+    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model), augment)
     if several == 1:
         return TrainSamples(*common)
     samples = ImageSamples(*common, expressions=several, references=references)

@@ -134,7 +134,7 @@ def count_cut(samples: TrainSamples, batch: dict[str, Tensor]) -> int:
     cut = 0
     for index, row in zip(batch["index"].flatten().tolist(), batch["tokens"].flatten(0, -2), strict=True):
         if row[-1] != PAD:
-            rows, truncated = samples.tokenize(samples.dataset.reference(index).sentences)
+            rows, truncated = samples.tokenize(samples.sentences(index))
             cut += any(flag and torch.equal(row, other) for other, flag in zip(rows, truncated, strict=True))
     return cut
 
