@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from fastris.commands.guesses import EVAL_GUESSES
 from fastris.data.base import DataError, ReferringDataset
 from fastris.data.options import DataOptions, has_split, load_split
 from fastris.evaluation.rules import RULES, Sentences, find_rule
@@ -27,6 +30,8 @@ class EvalConfig(DataOptions):
       magnet    the same, with aligned corners; magnet448 at 448 x 448
       gres      as lavt, with gIoU, cIoU, N-acc and T-acc: a mask below 50 pixels says that there is no target
     """
+
+    guesses: ClassVar[Mapping[str, str]] = EVAL_GUESSES
 
     model: str = option(REQUIRED, "folder of a model or a run, checkpoint (.pth, .safetensors), or Hugging Face id")
     split: str = option("val", "split of the data set: val, testA, ...; held_out: what training held out")

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fastris.commands.guesses import TRAIN_GUESSES, run_to_go_on_with
 from fastris.commands.presets import DEFAULTS, PRESETS
 from fastris.data.options import DataOptions
 from fastris.evaluation.rules import RULES, Sentences, find_rule
@@ -58,6 +59,9 @@ class TrainConfig(DataOptions):
 
     The model's keys may be given too, over those of its preset: model=cris_r50 dropout=0.2
     """
+
+    guesses: ClassVar[Mapping[str, str]] = TRAIN_GUESSES
+    expand = staticmethod(run_to_go_on_with)
 
     model: str = option(
         "",
@@ -178,7 +182,9 @@ class TrainConfig(DataOptions):
 
     output_folder: Path = option(Path("runs/train"), "folder of the run")
     exp_name: str = option("", "subfolder of output_folder for this run")
-    resume: bool | str | None = option(False, "go on with the run in the folder; auto: if there is one; or a path")
+    resume: bool | str | None = option(
+        False, "go on with the run in the folder; auto: if there is one; or with that of a path, which alone is enough"
+    )
     save_every_steps: int = option(500, "between writings of last.pth; 0: at the ends of epochs only", "steps")
     print_freq: int = option(100, "between lines on the console; 0: none", "steps")
     progress: bool = option(True, "show a progress bar on a terminal")

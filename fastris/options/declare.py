@@ -76,10 +76,13 @@ def load_options(cls: type[T], args: Iterable[str], allow_extra: bool = False) -
     option, so "a sign that says 1+1=2" is a phrase; but a key that is nearly an option's name is an error. Everything
     after ``--`` is positional.
 
+    A class may have ``guesses``, option by the name that others give it, for the hint after an unknown one; and
+    ``expand(args)``, which returns the arguments to read instead.
+
     Raises ``ValueError`` (unknown option, wrong value, malformed YAML) or ``OSError`` (a file that cannot be read).
     """
     reader = _Reader(cls, allow_extra)
-    files, assignments, positional = reader.split(list(args))
+    files, assignments, positional = reader.split(list(getattr(cls, "expand", list)(list(args))))
     for file in files:
         for key, value in read_options(file, reader.fields).items():
             reader.assign(key, value, file=file)
@@ -243,7 +246,11 @@ class _Reader:
         return token in TRUE | FALSE or (accepts(kind, str) and not is_other)
 
     def _close(self, key: str) -> list[str]:
-        return difflib.get_close_matches(key.lstrip("-").replace("-", "_"), list(self.fields), n=3, cutoff=0.7)
+        name = key.lstrip("-").replace("-", "_")
+        known = getattr(self.cls, "guesses", {}).get(name.lower())
+        if known is not None:
+            return [known]
+        return difflib.get_close_matches(name, list(self.fields), n=3, cutoff=0.7)
 
     def _unknown(self, key: str) -> str:
         close = self._close(key)

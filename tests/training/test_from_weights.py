@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from training_helpers import model_config, train_config, train_set
 from fastris import CRIS
 from fastris.commands.assemble import assemble, options_text
 from fastris.commands.assemble import model_config as configured
+from fastris.commands.eval import EvalConfig
 from fastris.commands.train import TrainConfig, train
 from fastris.data.base import DataError
 from fastris.data.options import DataOptions
@@ -118,3 +120,33 @@ def test_data_set_is_the_one_that_data_root_holds(tmp_path: Path) -> None:
     (tmp_path / "grefcoco" / "instances.json").write_text("{}")
     with pytest.raises(DataError, match="holds grefcoco, folder; choose one with dataset="):
         DataOptions(data_root=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, EvalConfig])
+def test_guesses_lead_to_options_and_hide_none(kind: type) -> None:
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert set(kind.guesses.values()) <= names and not set(kind.guesses) & names
+    keys = set(registry.model_keys()) if kind is TrainConfig else set()
+    assert not set(kind.guesses) & keys
+
+
+@pytest.mark.parametrize(
+    ("guess", "meant"), [("lr=1", "base_lr"), ("--learning-rate=1", "base_lr"), ("Optim=x", "opt")]
+)
+def test_wrong_guess_is_answered_by_the_option(guess: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown option .*; did you mean {meant}"):
+        load_options(TrainConfig, [guess])
+
+
+def test_resume_of_a_folder_alone_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(train_config(tmp_path / "runs" / "first", exp_name="x", evaluate=False, max_steps=3), train_set())
+    folder = (tmp_path / "runs" / "first" / "x").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    found = load_options(TrainConfig, ["--resume", "moved", "max_steps=5"])
+    assert (found.folder, found.resume, found.max_steps, found.model) == (Path("moved"), True, 5, "")
+    assert train(found, train_set()).step == 5 and {path.name for path in tmp_path.iterdir()} == {"moved", "runs"}
+    checkpoint = load_options(TrainConfig, ["resume=moved/previous.pth"])
+    assert (checkpoint.folder, checkpoint.resume, checkpoint.batch_size) == (Path("moved"), "moved/previous.pth", 3)
+    for alone in (["--resume", "moved", "output_folder=new"], ["--resume", "gone"], ["--resume"]):
+        assert load_options(TrainConfig, alone).batch_size == 64
+    assert folder.is_dir()
