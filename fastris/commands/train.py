@@ -73,6 +73,7 @@ def _stopped(result: TrainResult) -> str:
 def _done(options: TrainConfig, result: TrainResult) -> str:
     """Of a run that has ended: its best score, its files, and the commands that use its weights."""
     from fastris.training.checkpoints import BEST, LAST, LOG, OPTIONS
+    from fastris.training.curves import CURVES
 
     folder = result.folder
     has_best = (folder / BEST).exists()
@@ -85,9 +86,11 @@ def _done(options: TrainConfig, result: TrainResult) -> str:
         f"  {'best' if has_best else 'last'} weights  {weights}\n"
         f"  last state    {folder / LAST}\n"
         f"  every step    {folder / LOG}\n"
+        f"  curves        {folder / CURVES}\n"
         f"  options       {folder / OPTIONS}\n"
         f"evaluate:  {eval_command(options, weights)}\n"
-        f'predict:   fastris predict IMAGE "the phrase" model={model}'
+        f'predict:   fastris predict IMAGE "the phrase" model={model}\n'
+        f"in Python: fastris.Segmenter.from_pretrained({str(weights)!r})"
     )
 
 

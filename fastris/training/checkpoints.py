@@ -104,7 +104,7 @@ def _clear(folder: Path) -> None:
     from fastris.runtime.storage import remove_leftovers
     from fastris.weights.card import CARD
 
-    for name in (LAST, PREVIOUS, BEST, LOG, "val.csv", OPTIONS, CARD, RECORD):
+    for name in (LAST, PREVIOUS, BEST, LOG, "val.csv", OPTIONS, CARD, RECORD, "curves.html"):
         remove_leftovers(folder / name)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from fastris.evaluation.metrics import GENERALISED, PRECISION_LEVELS, Scores
 from fastris.runtime.plain import printable
+from fastris.training.curves import draw_curves
 from fastris.training.trackers import open_trackers, picture_path
 
 
@@ -175,7 +176,8 @@ class RunLog:
     """All of a run's logs behind one object; a context manager.
 
     Args:
-        folder: gets `log.csv` (a row per step), `val.csv` (a row per validation), and `tensorboard/` if asked for.
+        folder: gets `log.csv` (a row per step), `val.csv` (a row per validation), `curves.html`, which draws both, and
+            `tensorboard/` if asked for.
         last_step: the step from which the run goes on, 0 for a new one; later rows of `log.csv` are dropped.
         last_validation: the same for `val.csv`; `last_step` where None.
         print_freq: steps between lines on the console.
@@ -217,7 +219,7 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.end_epoch()
+        self._end_bar()
         self.steps.close()
         self.validations.close()
         if self._writer is not None:
@@ -242,7 +244,11 @@ class RunLog:
         self._bar.start()
 
     def end_epoch(self) -> None:
-        """Take the bar away."""
+        """Take the bar away, and draw the curves so far."""
+        self._end_bar()
+        draw_curves(self._folder)
+
+    def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -270,6 +276,7 @@ class RunLog:
         row = {name: values.get(name) for name in VAL_COLUMNS if name != "time"}
         self.validations.write({name: "-" if value is None else value for name, value in row.items()})
         self.note(f"epoch {epoch}  validation: {scores}")
+        draw_curves(self._folder)
         if self._writer is not None:
             for name in ("mIoU", "oIoU", "Pr@50", "Pr@70", "Pr@90", *GENERALISED):
                 if values.get(name) is not None:

@@ -73,5 +73,11 @@ def test_loop_trains_on_parts_made_by_hand_without_any_options(tmp_path: Path) -
     plan = Plan(epochs=2, batch_size=3, max_steps=2)
     result = loop.train(Parts(plan, run, batches, None, LogSettings(), MemoryUse(3), stop_signal()))
     assert (result.epoch, result.step, result.scores, result.interrupted) == (0, 2, None, False)
-    assert {path.name for path in result.folder.iterdir()} == {"last.pth", "previous.pth", "log.csv", "val.csv"}
+    assert {path.name for path in result.folder.iterdir()} == {
+        "last.pth",
+        "previous.pth",
+        "log.csv",
+        "val.csv",
+        "curves.html",
+    }
     assert torch.isfinite(model.proj.txt.weight).all() and not torch.equal(model.proj.txt.weight, before)
