@@ -35,7 +35,7 @@ def draw_curves(folder: Path) -> Path | None:
         facts += f"{last['dataset']} {last['split']}, {last['expressions']} expressions"
     table = [[row[name] if name in ("epoch", "step") else _percent(row[name]) for name in SHOWN] for row in validations]
     with replacing(folder / CURVES) as path:
-        path.write_text(page(str(folder), facts, charts, SHOWN, table[::-1][:200]), encoding="utf-8")
+        path.write_text(page(folder.resolve().name, facts, charts, SHOWN, table[::-1][:200]), encoding="utf-8")
     return folder / CURVES
 
 

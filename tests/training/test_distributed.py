@@ -213,7 +213,7 @@ def test_two_processes_that_are_interrupted_in_an_epoch_go_on_exactly(tmp_path):
     run_processes(run, 2, tmp_path / "parts", {"epochs": 2, "workers": 1, "resume": "auto"})
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {
-        *("config.yaml", "last.pth", "log.csv", "previous.pth", "val.csv")
+        *("config.yaml", "curves.html", "last.pth", "log.csv", "previous.pth", "val.csv")
     }
 
 
