@@ -8,7 +8,7 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # From trained weights, on tens to some thousands of pictures of one's own.
     "finetune": {
-        "epochs": 60,
+        "epochs": 30,
         "batch_size": 8,
         "optimizer": "adamw",
         "weight_decay": 0.01,
@@ -17,7 +17,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_norm": 1.0,
         "freeze": "2",
         "ema": 0.999,
-        "patience": 15,
+        "patience": 10,
         "split": 0.2,
         "augment": True,
     },
