@@ -17,7 +17,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_norm": 1.0,
         "freeze": "2",
         "ema": 0.999,
-        "patience": 10,
+        "patience": 15,
         "split": 0.2,
         "augment": True,
     },
