@@ -108,10 +108,6 @@ def eval_command(options: TrainConfig, weights: Path) -> str:
         "on_error": options.on_error,
     }
     usual = {"sentences": "all", "rule": options.recipe.val_rule, "on_error": "raise"}
-    told = {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
-    return " ".join(
-        [
-            "fastris eval",
-            *(f"{name}={shlex.quote('true' if value is True else str(value))}" for name, value in told.items()),
-        ]
-    )
+    told = {name: "true" if value is True else str(value) for name, value in given.items() if value is not None}
+    wanted = [f"{name}={shlex.quote(value)}" for name, value in told.items() if value != usual.get(name)]
+    return " ".join(["fastris eval", *wanted])

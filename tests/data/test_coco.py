@@ -17,7 +17,7 @@ from fastris.commands.eval import EvalConfig
 from fastris.data import DataError, load_dataset, load_split
 from fastris.data.formats.pictures import SHARED, SHARED_IN_PART
 from fastris.data.formats.table import discover
-from fastris.data.options import as_arguments
+from fastris.data.options import selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
@@ -87,7 +87,8 @@ def test_what_is_left_out_is_said_by_every_command(tmp_path: Path, capsys: pytes
     assert told(load_dataset("folder", "train", tmp_path / "out"))["2+3"] == (("cat",), 8)
     options = EvalConfig(model="x", dataset="folder", data_root=str(tmp_path), several="merge", format="coco")
     assert len(load_split(options, "train")) == 4
-    assert as_arguments(options) == f"dataset=folder data_root={tmp_path} format=coco several=merge"
+    given = {"dataset": "folder", "data_root": str(tmp_path), "format": "coco", "several": "merge"}
+    assert selection(options) == given
 
 
 def test_several_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
