@@ -145,6 +145,10 @@ def _convolution_backward(upstream, x, weight, _b, _s, _p, _d, transposed, _o, _
     return conv_flop_count(x, weight, upstream, transposed) * (bool(wanted[0]) + bool(wanted[1]))
 
 
+def _linear(x, weight, *_, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _in_place_addmm(total, left, right, **_) -> int:
     return 2 * left[0] * left[1] * right[1]
 
@@ -157,9 +161,11 @@ FORMULAS = {
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten.addmm_: _in_place_addmm,
     torch.ops.aten.baddbmm_: _in_place_baddbmm,
+    **({torch.ops.mkldnn._linear_pointwise: _linear} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}),
 }
 """Where PyTorch's own counter is wrong: it counts the weight's gradient of a grouped convolution as many times too high
-as there are groups (each of the two gradients costs what the forward pass does), and passes over products in place."""
+as there are groups (each of the two gradients costs what the forward pass does), and passes over products in place and
+by oneDNN."""
 
 
 def count_bytes(case: Case, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris.nn.lean_linear import normed_linear
+from fastris.nn.lean_linear import Linear, normed_linear
 from fastris.nn.separate_attention import xavier
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 
@@ -23,10 +23,10 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.sampling_offsets = Linear(width, heads * levels * points * 2)
+        self.attention_weights = Linear(width, heads * levels * points)
+        self.value_proj = Linear(width, width)
+        self.output_proj = Linear(width, width)
         xavier(self)
         self.reset()
 
@@ -64,8 +64,8 @@ class DeformableLayer(nn.Module):
         super().__init__()
         self.self_attn = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
+        self.linear1 = Linear(width, hidden)
+        self.linear2 = Linear(hidden, width)
         self.norm2 = nn.LayerNorm(width)
         xavier(self.linear1)
         xavier(self.linear2)

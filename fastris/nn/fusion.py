@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris.nn.lean_linear import gelu_linear
+from fastris.nn.lean_linear import Linear, gelu_linear, linear
 from fastris.ops.bidirectional_attention import bidirectional_attention
 from fastris.reference import BidirectionalAttentionWeights
 
@@ -72,7 +72,7 @@ class Gate(nn.Sequential):
     """``x + tanh(G2 f(G1 r)) r``: how much of a residual r goes on, at each place and channel; f is ReLU or another."""
 
     def __init__(self, width: int, starts_closed: bool, activation: type[nn.Module] = nn.ReLU):
-        first, second = (nn.Linear(width, width, bias=False) for _ in range(2))
+        first, second = (Linear(width, width, bias=False) for _ in range(2))
         super().__init__(first, activation(), second, nn.Tanh())
         nn.init.trunc_normal_(first.weight, std=0.02)
         if starts_closed:  # with both matrices zero it could never learn
@@ -116,4 +116,4 @@ def _mixed(layers: nn.Sequential, x: Tensor) -> Tensor:
 def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution on the last axis: (..., C) -> (..., C')."""
     assert isinstance(conv, nn.Conv1d)
-    return F.linear(x, conv.weight[..., 0], conv.bias)
+    return linear(x, conv.weight[..., 0], conv.bias)

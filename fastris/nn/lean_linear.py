@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastris.dispatch import requested_impl
 from fastris.ops.checks import compute_dtype
+from fastris.runtime import cpu_products
 
 
 def runs_as_published() -> bool:
@@ -34,6 +35,26 @@ def normed_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Ten
     weight, bias = _cast(x, linear.weight, linear.bias)
     with torch.autocast(x.device.type, enabled=False):
         return _NormedLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(x)`` for ``x`` (..., D), by the products of :mod:`fastris.runtime.cpu_products` where those are others.
+
+    It can be differentiated once there.
+    """
+    if runs_as_published() or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    weight, bias = _cast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(x.to(weight.dtype), weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that runs :func:`linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) to (..., D')."""
+        return linear(input, self.weight, self.bias)
 
 
 def gelu_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +81,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return normed, F.linear(normed.to(weight.dtype), weight, bias)
+        return normed, cpu_products.linear(normed.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -88,11 +109,24 @@ class _NormedLinear(torch.autograd.Function):
         return None if d_x is None else d_x.to(x.dtype), d_norm_weight, d_norm_bias, None, d_weight, d_bias
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return cpu_products.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _linear_backward(upstream, x, weight, ctx.needs_input_grad)
+
+
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return F.linear(F.gelu(hidden).to(weight.dtype), weight, bias)
+        return cpu_products.linear(F.gelu(hidden).to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -116,7 +150,7 @@ def _linear_backward(
     rows = upstream.flatten(0, -2)
     d_x = d_weight = d_bias = None
     if needs[0]:
-        d_x = (rows @ weight).to(x.dtype).view(x.shape)
+        d_x = cpu_products.product(rows, weight).to(x.dtype).view(x.shape)
         if also is not None:
             d_x = d_x.add_(also)
     if needs[1]:

@@ -37,7 +37,7 @@ from fastris.dispatch import requested_impl, use_impl
 
 RECOMPUTE_SETTINGS = ("none", "pointwise", "stages")
 
-_KEPT = ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "avg_pool2d")
+_KEPT = ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise", "matmul", "avg_pool2d")
 _PRODUCTS = {f"{name}.default" for name in _KEPT}
 _ATTENTION = "_scaled_dot_product"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastris.nn.lean_linear import normed_linear
+from fastris.nn.lean_linear import Linear, normed_linear
 from fastris.reference import SeparateAttentionWeights
 
 
@@ -46,7 +46,7 @@ class CrossAttentionLayer(nn.Module):
         super().__init__()
         self.cross_attn = SeparateAttention(width, key_width)
         none = nn.Identity()  # a dropout of 0 in the released code, hence the numbers 0 and 3
-        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), none, nn.Linear(hidden, width))
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), none, Linear(hidden, width))
         self.norm_ca = nn.LayerNorm(width)
         self.norm_ffn = nn.LayerNorm(width)
         xavier(self)

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from fastris.nn.lean_linear import gelu_linear, normed_linear, runs_as_published
+from fastris.nn.lean_linear import gelu_linear, linear, normed_linear, runs_as_published
 from fastris.nn.window_attention import window_attention
 
 PATCH = 4
@@ -60,7 +60,8 @@ class SwinBlock(SwinTransformerBlock):
         table = attn.relative_position_bias_table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         fill, index = attn.qkv.bias.to(qkv.dtype), attn.relative_position_index
-        return attn.proj(window_attention(qkv, fill, table, index, attn.num_heads, self.shift_size[0]))
+        read = window_attention(qkv, fill, table, index, attn.num_heads, self.shift_size[0])
+        return linear(read, attn.proj.weight, attn.proj.bias)
 
     def _attn(self, x: Tensor) -> Tensor:
         """Attention in windows of a normed map (B, H, W, C), as published."""
