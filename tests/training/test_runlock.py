@@ -102,7 +102,7 @@ def test_runs_one_after_the_other_in_one_process_and_after_an_error_have_the_fol
 
 def test_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="batch_size"):
-        run(tmp_path / "a" / "b", batch_size=400)
+        run(tmp_path / "a" / "b", batch_size=400, limit_train=1)
     assert not (tmp_path / "a").exists()
 
 
