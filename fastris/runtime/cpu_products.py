@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 SMALLEST = 2**24
 """Multiplications below which the choice of the library costs what it saves."""
@@ -54,13 +55,14 @@ def _onednn_wins() -> bool:
     """Whether products would go to MKL on a processor that is not Intel's, and oneDNN's are to be had, and right."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()) or _intel():
         return False
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 5, 7), (3, 7)))
-    try:
-        found = _onednn(x, weight, weight[:, 0])
-    except (AttributeError, RuntimeError):  # it is what torch.compile emits, and no public name
-        return False
-    return torch.allclose(found, F.linear(x, weight, weight[:, 0]), rtol=1e-5, atol=1e-5)
+    with _disable_current_modes():  # real numbers, also where shapes alone are being computed
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 5, 7), (3, 7)))
+        try:
+            found = _onednn(x, weight, weight[:, 0])
+        except (AttributeError, RuntimeError):  # it is what torch.compile emits, and no public name
+            return False
+        return torch.allclose(found, F.linear(x, weight, weight[:, 0]), rtol=1e-5, atol=1e-5)
 
 
 def _intel() -> bool:
