@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import rich.console  # noqa: F401  which draws from Python's generator the first time, and no test is to begin with that
 from training_helpers import train_config, train_set, val_set
 
 from fastris.commands.train import train
