@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from types import ModuleType
+
+MAIN_TELLS_WITHIN = 20.0  # seconds: what the processes of one command may be apart before they have met
 
 
 class StoppedElsewhere(RuntimeError):
@@ -58,7 +61,9 @@ def restarted() -> bool:
 def report(command: str, text: str, error: BaseException) -> None:
     """Print why a command failed, once for all processes, and record it for `torchrun`'s own report.
 
-    Before the process group exists, only the main process prints: a wrong option fails in every process alike.
+    Before the process group exists the main process prints: a wrong option fails in every process alike. The others
+    wait for it, because `torchrun` ends all processes as soon as one has failed, also one that has not printed yet.
+    One that is still there after `MAIN_TELLS_WITHIN` seconds has a reason of its own, and prints it.
     """
     if isinstance(error, StoppedElsewhere):
         return
@@ -67,9 +72,10 @@ def report(command: str, text: str, error: BaseException) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-    if is_main() or has_group():
-        who = f" (process {rank()} of {world_size()})" if not is_main() else ""
-        print(f"fastris {command}{who}: {text}", file=sys.stderr, flush=True)
+    if not is_main() and not has_group():
+        time.sleep(MAIN_TELLS_WITHIN)
+    who = f" (process {rank()} of {world_size()})" if not is_main() else ""
+    print(f"fastris {command}{who}: {text}", file=sys.stderr, flush=True)
 
 
 def _started_by_launcher() -> bool:
