@@ -119,13 +119,14 @@ def _prepare_cris(model: Any) -> None:
 
 def _prepare_alignformer(model: Any) -> None:
     """Start values for training without Swin's and BERT's weights: every pixel is unlikely, and nearly alike."""
+    _without_dropout(model)
     last = model.classifier.dynamic_conv_gen_head[-1]
     with torch.no_grad():
         last.weight.mul_(0.3)
         last.bias[-1] = -2.5
 
 
-def _prepare_magnet(model: Any) -> None:
+def _without_dropout(model: Any) -> None:
     """Nothing is dropped out, as in the tiny CRIS: BERT's dropout is for much longer trainings."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -178,6 +179,6 @@ class Start(NamedTuple):
 STARTS = {
     "cris": Start(_prepare_cris, _targets_of_cris),
     "alignformer": Start(_prepare_alignformer),
-    "magnet": Start(_prepare_magnet),
+    "magnet": Start(_without_dropout),
 }
 """By system; one that is not listed begins as it was made, with masks at the image's size."""
