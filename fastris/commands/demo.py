@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,17 +33,21 @@ FAMILIES = ("attribute", "place", "relation")
 
 
 class Lesson(NamedTuple):
-    """How a preset learns in minutes: training steps, scenes in a step, highest learning rate."""
+    """How a preset learns in minutes: training steps, scenes in a step, highest learning rate.
+
+    ``losses`` are the weights of the system's further losses, fields of its configuration, as its paper has them.
+    """
 
     steps: int
     images: int
     lr: float
+    losses: Mapping[str, float] = {}
 
 
 LESSONS = {
     "tiny": Lesson(900, 16, 1e-3),
     "alignformer_tiny": Lesson(3000, 8, 1e-3),
-    "magnet_tiny": Lesson(2000, 8, 1e-3),
+    "magnet_tiny": Lesson(2000, 8, 1e-3, {"mask_grounding": 1.0, "alignment_loss": 0.5}),
 }
 """By preset: those that a laptop's CPU can train."""
 
@@ -73,9 +78,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.model not in LESSONS:
             raise ValueError(f"model={self.model!r} is none that learns in minutes; choose from {', '.join(LESSONS)}")
-        for name, value in LESSONS[self.model]._asdict().items():
+        for name in ("steps", "images", "lr"):
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, getattr(LESSONS[self.model], name))
         if self.steps < 1 or self.images < 2 or self.scenes < self.images or self.held_out < 1:
             raise ValueError("steps and held_out must be at least 1, images at least 2, scenes at least images")
         if not 1 <= self.threads <= 1024:
@@ -86,12 +91,17 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What the demo shows: the trained model, and what it scored on ``held_out`` by ``right`` and ``wrong`` phrases."""
+    """What the demo shows: the trained model, and what it scored on ``held_out`` by ``right`` and ``wrong`` phrases.
+
+    ``hidden_words`` is what a model with Mask Grounding guesses of them; see
+    :func:`fastris.training.from_scratch.guess_hidden_words`.
+    """
 
     model: ReferringModel
     held_out: SyntheticExpressions
     right: EvalResult
     wrong: EvalResult
+    hidden_words: dict[str, float]
     losses: list[float]
     seconds: float
 
@@ -121,13 +131,13 @@ def _learn(config: DemoConfig) -> Learnt:
     from fastris.data.scenes.speaker import words_in_use
     from fastris.data.tokens import token_ids
     from fastris.evaluation.evaluate import evaluate
-    from fastris.models.registry import create
-    from fastris.training.from_scratch import train
+    from fastris.models.registry import create, preset
+    from fastris.training.from_scratch import guess_hidden_words, train
     from fastris.weights.compact import compact
 
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    model = create(config.model)
+    model = create(preset(config.model).to_dict() | dict(LESSONS[config.model].losses))
     size = model.config.input_size
     scenes = min(config.scenes, config.steps * config.images)
     train_set = SyntheticExpressions("train", seed=config.seed, scenes=scenes, size=size)
@@ -143,6 +153,7 @@ def _learn(config: DemoConfig) -> Learnt:
             stop=stop,
             track=_progress(config.progress),
         )
+    hidden_words = guess_hidden_words(model, held_out, config.images, config.seed)
     model.eval()
     if config.compact:  # what is scored and shown is what is written
         model = compact(model, token_ids(words_in_use()))
@@ -150,7 +161,7 @@ def _learn(config: DemoConfig) -> Learnt:
         evaluate(model, data, progress=config.progress, batch_size=16, workers=0)
         for data in (held_out, OtherPhrases(held_out))
     )
-    return Learnt(model, held_out, right, wrong, losses, time.monotonic() - started)
+    return Learnt(model, held_out, right, wrong, hidden_words, losses, time.monotonic() - started)
 
 
 def write_results(config: DemoConfig, learnt: Learnt) -> None:
@@ -185,6 +196,9 @@ def write_results(config: DemoConfig, learnt: Learnt) -> None:
     print(f"the right phrase:          {right.scores}")
     print(f"another object's phrase:   {wrong.scores}")
     print("mIoU by kind of phrase:    " + "  ".join(f"{kind} {100 * iou:.1f} %" for kind, iou in kinds.items()))
+    if learnt.hidden_words:
+        guessed, share = (100 * learnt.hidden_words[name] for name in ("masked_accuracy", "most_frequent_share"))
+        print(f"hidden words guessed:      {guessed:.1f} %; the most frequent word is {share:.1f} % of them")
     print(f"{steps} steps in {learnt.seconds:.0f} s altogether")
     print(f"  pictures  {gallery}\n  metrics   {out / 'metrics.json'}\n  model     {out / 'model'}")
     print(f'try:  fastris predict {examples[0]} "{phrase}" model={out / "model"}')
@@ -199,6 +213,7 @@ def _metrics(config: DemoConfig, learnt: Learnt, kinds: dict[str, float]) -> dic
         "right_phrase": learnt.right.scores.as_dict(),
         "other_objects_phrase": learnt.wrong.scores.as_dict(),
         "right_phrase_by_kind": kinds,
+        **({"hidden_words": learnt.hidden_words} if learnt.hidden_words else {}),
         "model": config.model,
         "steps": len(losses),
         "last_loss": losses[-1] if losses else None,

@@ -89,7 +89,8 @@ def train(
     losses: list[float] = []
     for _ in track(range(steps), "learning", losses):
         chosen = torch.from_numpy(rng.choice(len(scenes.images), images, replace=False))
-        pixels, tokens, masks, index = _batch(scenes, chosen, rng, model.config)
+        sentence = torch.from_numpy(rng.integers(0, scenes.tokens.shape[2], (images, REFERENCES)))
+        pixels, tokens, masks, index = _batch(scenes, chosen, sentence, model.config)
         masks = start.masks(masks, model.config.input_size)
         loss, _ = model.loss(model.encode_image(pixels), tokens, masks, index)
         optimizer.zero_grad(set_to_none=True)
@@ -101,6 +102,36 @@ def train(
         if stop.requested:
             break
     return losses
+
+
+@torch.no_grad()
+def guess_hidden_words(
+    model: ReferringModel, dataset: SyntheticExpressions, images: int, seed: int
+) -> dict[str, float]:
+    """What Mask Grounding's predictor guesses of words that are hidden in each of ``dataset``'s phrases once.
+
+    Args:
+        images: scenes in a batch. seed: of the words that are hidden.
+
+    Returns:
+        The model's training metrics over the data set, such as ``masked_accuracy`` (a fraction of the hidden words) and
+        ``most_frequent_share`` (the largest share of one word among all that were hidden since the training began);
+        empty for a model without a predictor.
+    """
+    if not model.metric_names:
+        return {}
+    model.take_metrics()  # what the training's last steps left
+    training, scenes = model.training, Scenes.draw(dataset, model.config, _untracked)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.train()
+        for sentence in range(scenes.tokens.shape[2]):
+            for chosen in torch.arange(len(scenes.images)).split(images):
+                number = torch.full((len(chosen), REFERENCES), sentence)
+                pixels, tokens, masks, index = _batch(scenes, chosen, number, model.config)
+                model.loss(model.encode_image(pixels), tokens, masks, index)
+        model.train(training)
+    return model.take_metrics()
 
 
 def _prepare_cris(model: Any) -> None:
@@ -139,11 +170,13 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batch(
-    scenes: Scenes, chosen: Tensor, rng: np.random.Generator, config: ModelConfig
+    scenes: Scenes, chosen: Tensor, sentence: Tensor, config: ModelConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, one sentence about each of their objects, full-size masks, and each sentence's image."""
-    count = scenes.tokens.shape[2]
-    sentence = torch.from_numpy(rng.integers(0, count, (len(chosen), REFERENCES)))
+    """Images, one sentence about each of their objects, full-size masks, and each sentence's image.
+
+    Args:
+        chosen: numbers (N,) of the scenes. sentence: (N, 3), which of its sentences is said about each object.
+    """
     tokens = scenes.tokens[chosen[:, None], torch.arange(REFERENCES), sentence].flatten(0, 1)
     tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]
     height, width = scenes.images.shape[1:3]

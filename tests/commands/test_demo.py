@@ -52,6 +52,9 @@ def test_any_preset_that_learns_in_minutes_has_a_demo_in_its_own_rule(tmp_path, 
     assert segmenter.threshold == 0.5
     assert segmenter.predict(tmp_path / "scene_0.png", "the red circle").masks.shape == (1, 64, 64)
     assert (tmp_path / "gallery.png").is_file()
+    words = metrics.get("hidden_words", {})
+    assert ("masked_accuracy" in words) == (system == "magnet")  # its demo trains the paper's further losses
+    assert all(0 <= words[name] <= 1 for name in words if name != "grounding_loss" and name != "alignment_loss")
 
 
 def test_demo_repeats_itself_under_a_seed(demo, tmp_path):
