@@ -197,9 +197,10 @@ def test_medians_ratios_and_verdicts():
     assert results.verdict(results.Spread(0.5, 0.5, 0.5), 0.5, at_most=True) == "yes"
 
 
-def every_case(slow: tuple[str, ...]) -> list[Any]:
-    """All cases, those that take seconds even on a small copy marked as slow."""
-    return [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in slow else ()) for case in CASES]
+def every_case(slow: tuple[str, ...], long: tuple[str, ...] = ()) -> list[Any]:
+    """All cases, those that take seconds even on a small copy marked as slow, or as variations of such a one."""
+    marks = dict.fromkeys(slow, (pytest.mark.slow,)) | dict.fromkeys(long, (pytest.mark.slow, pytest.mark.long))
+    return [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in CASES]
 
 
 @pytest.mark.parametrize("case", every_case(slow=("magnet_step",)))

@@ -78,13 +78,8 @@ def test_unknown_setting_lists_the_valid_ones_and_copies_keep_theirs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "stages",
-        *(pytest.param(each, marks=pytest.mark.long) for each in recompute.RECOMPUTE_SETTINGS if each != "stages"),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("setting", recompute.RECOMPUTE_SETTINGS)
 def test_compiled_equals_eager(setting):
     images, tokens, masks = batch(SIZE)
 

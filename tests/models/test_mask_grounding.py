@@ -337,6 +337,7 @@ def test_half_precision_is_near_float32():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_equals_eager():
     model, batch = make_cris(**BOTH, predictor_layers=1).train(), make_batch()
     found = []

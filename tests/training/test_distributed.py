@@ -89,11 +89,11 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_steps": 2},
+        pytest.param({"max_steps": 2}, marks=pytest.mark.long),
         {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
         {"max_steps": 2, "extra": {"vlba": "neck", "centre_layers": 3}},
         pytest.param({"max_steps": 2, "extra": {"vlba": "trunk", "centre_layers": 3}}, marks=pytest.mark.long),
-        {"max_steps": 2, "extra": {"alignment_loss": 0.5}},
+        pytest.param({"max_steps": 2, "extra": {"alignment_loss": 0.5}}, marks=pytest.mark.long),
     ],
     ids=[
         "plain",

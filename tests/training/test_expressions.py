@@ -125,6 +125,7 @@ def run_with(folder, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_run_with_several_expressions_goes_on_exactly(tmp_path) -> None:
     whole = run_with(tmp_path / "whole")
     assert (whole.step, whole.epoch) == (4, 2)  # 4 images, 2 in a batch

@@ -238,6 +238,7 @@ def test_data_set_draws_other_numbers_in_each_epoch_and_for_each_sample(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_checkpoint_whose_generators_are_not_all_on_record_still_resumes(tmp_path, uninterrupted):
     run_to_the_end(tmp_path, max_steps=4)
     state = load_torch(tmp_path / "last.pth")

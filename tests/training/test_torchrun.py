@@ -100,6 +100,7 @@ def test_process_that_is_killed_ends_the_run_with_a_reason_and_auto_goes_on(tmp_
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.long
 def test_signal_to_torchrun_saves_and_the_run_goes_on_exactly(tmp_path, uninterrupted):
     process = start(tmp_path)
     wait_for_step(process, tmp_path, 3)

@@ -93,6 +93,7 @@ def test_killed_run_leaves_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, 
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.long
 def test_closed_terminal_saves_and_the_run_goes_on_exactly(tmp_path, uninterrupted):
     outside, inside = os.openpty()
     program = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({sys.executable!r}, "
@@ -139,6 +140,7 @@ def test_of_two_commands_started_at_once_one_runs_and_one_is_told_in_one_line(tm
     assert not list(folder.glob(".*")) and not (folder / "run.lock").exists()
 
 
+@pytest.mark.long
 def test_run_goes_on_at_once_where_only_the_main_process_was_killed(tmp_path, uninterrupted):
     process = start(*OPTIONS, "workers=2", f"output_folder={tmp_path}")
     wait_for_step(process, tmp_path, 5)
