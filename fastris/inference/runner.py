@@ -55,11 +55,30 @@ class Runner:
         self.model.eval()
         parameter = next(self.model.parameters())
         images, tokens = square[None].to(parameter), tokens.to(parameter.device)
-        at_once = PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
         if self.cuda_graph:
-            return torch.cat([self._replayed(images, chunk) for chunk in tokens.split(at_once)])
-        features = self._encode(images)
-        return torch.cat([self._scored(features, chunk) for chunk in tokens.split(at_once)])
+            return torch.cat([self._replayed(images, chunk) for chunk in tokens.split(self._at_once)])
+        return self.answer(self._encode(images), tokens)
+
+    @torch.inference_mode()
+    def encode(self, square: Tensor) -> Any:
+        """What the model keeps of one square (3, S, S), on its device, for any number of calls of :meth:`answer`.
+
+        Raises ValueError with ``cuda_graph``, whose graphs hold both halves of the work.
+        """
+        if self.cuda_graph:
+            raise ValueError("cuda_graph replays picture and phrases as one, so no picture can be kept; leave it out")
+        self.model.eval()
+        return self._encode(square[None].to(next(self.model.parameters())))
+
+    @torch.inference_mode()
+    def answer(self, features: Any, tokens: Tensor) -> Tensor:
+        """The logits (N, h, w) float32 of tokens (N, L), of what :meth:`encode` returned."""
+        tokens = tokens.to(next(self.model.parameters()).device)
+        return torch.cat([self._scored(features, chunk) for chunk in tokens.split(self._at_once)])
+
+    @property
+    def _at_once(self) -> int:
+        return PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
 
     def _scored(self, features: Any, tokens: Tensor) -> Tensor:
         index = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastris.data.letterbox import to_square
+from fastris.data.letterbox import Letterbox, to_square
 from fastris.data.tokens import find_tokenizer
 from fastris.inference.images import read_image
 from fastris.inference.masks import THRESHOLD, check_threshold
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastris.inference.images import ImageSource
     from fastris.models.base import ReferringModel
 
-__all__ = ["IMAGES_AT_ONCE", "PHRASES_AT_ONCE", "Prediction", "Segment", "Segmenter"]
+__all__ = ["IMAGES_AT_ONCE", "PHRASES_AT_ONCE", "Look", "Prediction", "Segment", "Segmenter"]
 
 
 class Segmenter:
@@ -117,19 +117,71 @@ class Segmenter:
 
         The prediction keeps ``rgb`` itself, not a copy.
         """
+        tokens = self._tokens(checked)
+        warp, square = self._square(rgb)
+        return self._prediction(rgb, checked, self._run(square, tokens), warp)
+
+    def look(self, image: ImageSource) -> Look:
+        """Encode a picture once, for phrases that come later: ``look(phrases)`` is what :meth:`predict` returns.
+
+        Raises ValueError for an unreadable image, and for a segmenter with ``cuda_graph``; TypeError for other types.
+        """
+        return self.look_checked(read_image(image))
+
+    def look_checked(self, rgb: np.ndarray) -> Look:
+        """:meth:`look` for a picture from :func:`read_image`, which the look and its predictions keep."""
+        warp, square = self._square(rgb)
+        return Look(self, rgb, warp, self._run.encode(square))
+
+    def _square(self, rgb: np.ndarray) -> tuple[Letterbox, torch.Tensor]:
+        inputs = inputs_of(self.model.config)
+        height, width = rgb.shape[:2]
+        warp = to_square(height, width, self.model.config.input_size, inputs)
+        return warp, warp.warp_image(rgb, inputs)
+
+    def _tokens(self, checked: tuple[str, ...]) -> torch.Tensor:
         config = self.model.config
-        inputs = inputs_of(config)
-        tokens, truncated = find_tokenizer(inputs.tokenizer)(checked, config.word_len)
+        tokens, truncated = find_tokenizer(inputs_of(config).tokenizer)(checked, config.word_len)
         for phrase, cut in zip(checked, truncated, strict=True):
             if cut:
                 marked = f"{config.word_len} tokens, marks of start and end included"
-                warnings.warn(f"phrase {phrase!r} is too long and was cut: the model reads {marked}", stacklevel=3)
-        height, width = rgb.shape[:2]
-        warp = to_square(height, width, config.input_size, inputs)
-        logits = self._run(warp.warp_image(rgb, inputs), tokens)
+                warnings.warn(f"phrase {phrase!r} is too long and was cut: the model reads {marked}", stacklevel=4)
+        return tokens
+
+    def _prediction(
+        self, rgb: np.ndarray, checked: tuple[str, ...], logits: torch.Tensor, warp: Letterbox
+    ) -> Prediction:
         if not logits.isfinite().all():
             raise RuntimeError("the model's output is not finite; its weights are damaged or overflow in this dtype")
         return Prediction(rgb, checked, logits.numpy(), warp, self.threshold, self.scale)
+
+
+class Look:
+    """A picture that a :class:`Segmenter` has encoded: ``look(phrases)`` answers without encoding it again.
+
+    The answers are those of :meth:`Segmenter.predict`. The encoding stays in the memory of the model's device as long
+    as this object. A model whose ``shares_image`` is False, such as MagNet, reads the picture together with each
+    phrase, so that nothing is saved.
+
+    Attributes:
+        image: the picture (H, W, 3) uint8 RGB, upright.
+        warp: the letterbox between the picture and the model's square.
+    """
+
+    def __init__(self, segmenter: Segmenter, image: np.ndarray, warp: Letterbox, features: Any):
+        self.image, self.warp = image, warp
+        self._segmenter, self._features = segmenter, features
+
+    def __call__(self, phrases: str | Sequence[str]) -> Prediction:
+        """Find what each phrase names. Raises as :meth:`Segmenter.predict` does for phrases."""
+        checked = check_phrases(phrases)
+        tokens = self._segmenter._tokens(checked)
+        logits = self._segmenter._run.answer(self._features, tokens)
+        return self._segmenter._prediction(self.image, checked, logits, self.warp)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Look({width} x {height} pixels, {self._segmenter!r})"
 
 
 def _shipped() -> ReferringModel:

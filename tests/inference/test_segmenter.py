@@ -88,6 +88,32 @@ def test_the_image_is_encoded_once_and_phrases_go_in_chunks() -> None:
     assert len(found) == 70
 
 
+def test_a_look_encodes_the_image_once_for_phrases_that_come_later() -> None:
+    corner = Corner()
+    look = Segmenter(corner).look(photo())
+    found = [look([RED, BLUE]), look(RED)]
+    assert (corner.encoded, corner.chunks) == (1, [2, 1])
+    assert found[0].phrases == (RED, BLUE) and found[0].image is look.image
+    with pytest.raises(ValueError, match="phrases is empty"):
+        look([])
+
+
+def test_a_look_answers_what_predict_answers_bit_for_bit(model: fastris.CRIS) -> None:
+    segmenter = Segmenter(model, threshold=0.4)
+    look, expected = segmenter.look(photo()), segmenter.predict(photo(), [RED, BLUE])
+    found = look([RED, BLUE])
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.masks, expected.masks)
+    assert found.threshold == 0.4 and "40 x 30 pixels" in repr(look)
+
+
+def test_a_look_is_refused_where_graphs_hold_both_halves() -> None:
+    segmenter = Segmenter(Corner())
+    segmenter._run.cuda_graph = True  # as on a GPU
+    with pytest.raises(ValueError, match="cuda_graph replays picture and phrases as one"):
+        segmenter.look(photo())
+
+
 def test_probabilities_follow_the_published_steps(model: fastris.CRIS) -> None:
     """Spelled out here with OpenCV and PyTorch alone: letterbox, sigmoid, bicubic, inverse warp, threshold."""
     rgb, size = photo(33, 50), model.config.input_size
