@@ -35,6 +35,7 @@ COMMANDS = {
     "train": Command("fastris.commands.train", "TrainConfig", "train CRIS, by default with the published recipe"),
     "eval": Command("fastris.commands.eval", "EvalConfig", "mIoU, oIoU and Pr@50-90 of a model on a data set"),
     "predict": Command("fastris.commands.predict", "PredictConfig", "find what phrases name in pictures of yours"),
+    "app": Command("fastris.commands.app", "AppConfig", "a page for the browser: a picture and phrases in, masks out"),
     "data": Command(
         "fastris.commands.data", "DataConfig", "look at, check or convert a data set: inspect, check, convert"
     ),
@@ -50,7 +51,7 @@ COMMANDS = {
     "doctor": Command("fastris.commands.doctor", "DoctorConfig", "versions, devices, and the path each operator takes"),
 }
 
-REPEATING = ("demo", "train", "eval", "predict")
+REPEATING = ("demo", "train", "eval", "predict", "app")
 """Commands that do the same many times, for which freed memory is worth keeping."""
 
 

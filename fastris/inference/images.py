@@ -92,6 +92,15 @@ def read_encoded(content: bytes, name: str) -> np.ndarray:
     return _from_opened(io.BytesIO(content), f"image {name}", len(content))
 
 
+def encoded_size(content: bytes, name: str) -> tuple[int, int]:
+    """Width and height in pixels, as stored, of the picture in these bytes, of which only the beginning is read.
+
+    Raises ValueError as :func:`read_encoded` does where they are no picture.
+    """
+    with _opened(io.BytesIO(content), f"image {name}", len(content)) as image:
+        return image.size
+
+
 def _from_file(path: Path) -> np.ndarray:
     name = f"image {path}"
     check_file(name, path, "give the path of a picture")
@@ -99,22 +108,26 @@ def _from_file(path: Path) -> np.ndarray:
 
 
 def _from_opened(file: Path | io.BytesIO, name: str, size: int) -> np.ndarray:
+    with _opened(file, name, size) as image:
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # phones hide a second view in MPO
+            warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=4)
+        return _decode(image, name)
+
+
+def _opened(file: Path | io.BytesIO, name: str, size: int) -> Image.Image:
+    """The picture in a file of ``size`` bytes, not decoded. Raises ValueError for none, or one of too many pixels."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome, bombs are not
-            image = _open(file)
+            return _open(file)
     except UnidentifiedImageError:
         why = f"is in none of the formats {', '.join(FORMATS)}" if size else "is an empty file"
         raise ValueError(f"{name} {why}; save the picture as PNG or JPEG") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise ValueError(f"{name} has more than {limit} million pixels; shrink or crop it first") from None
-    with image:
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # phones hide a second view in MPO
-            warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=4)
-        return _decode(image, name)
 
 
 def _open(path: Path | io.BytesIO) -> Image.Image:

@@ -191,6 +191,11 @@ MISTAKES = {  # command -> wrong values, each with what the message says
         (["a.png", "red", "model=a", "threshold=2"], "threshold must lie in 0..1 (a probability), got 2"),
         (["a.png", " ", "model=a"], "phrases[0] is ' ', which names nothing"),
     ],
+    "app": [
+        (["port=70000"], "port=70000 must lie in 0..65535"),
+        (["threshold=2"], "threshold must lie in 0..1 (a probability), got 2"),
+        (["upload_mb=0"], "upload_mb=0 must be a finite number above 0"),
+    ],
     "data": [(["lok", "."], "action must be inspect|check|convert, got 'lok'")],
     "train": [
         (["base_lrr=3"], "unknown option base_lrr; did you mean base_lr"),
