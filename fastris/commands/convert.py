@@ -48,7 +48,7 @@ def run_convert(options: ConvertConfig) -> int:
     if options.config:
         config = kind_for(weights, config).config_class.from_yaml(options.config)
     model = load_model(weights, None if config is None else config.for_others())
-    card = weights.card or unknown_card(model.config, options.source)
+    card = weights.card or unknown_card(model.config, weights.source, weights.hub_id)
     write_model(model, target, kind, card)
     print(printable(f"wrote {target} ({kind}): {_in_words(model)}"))
     print(printable(f"model card {write_card(card_path(target, kind), card)}"))

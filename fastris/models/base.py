@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from fastris.models.ancestry import Ancestor, saved_card
 from fastris.models.arguments import check_is_tensor, check_mask
 from fastris.models.config import ModelConfig
-from fastris.models.pretrained import SAFETENSORS, load_pretrained
+from fastris.models.pretrained import CARD, SAFETENSORS, load_pretrained
 from fastris.models.state_dicts import Adopted
 from fastris.reference import resize_target
 from fastris.runtime.safetensors_files import write_safetensors
+from fastris.runtime.storage import replacing
 
 HEAD = "head"
 """The parameter group that trains at the full learning rate; all others train at ``lr_multi`` times that rate."""
@@ -67,7 +69,6 @@ class ReferringModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="fastris",
-    license="mit",
     tags=["referring-image-segmentation"],
     pipeline_tag="image-segmentation",
 ):
@@ -91,6 +92,7 @@ class ReferringModel(
             :func:`fastris.reference.region_contrast`; 0 leaves it out.
         starts: by option of ``fastris train``, the other model whose weights :meth:`adopt` accepts, such as "CLIP's",
             and the prefix of the part that starts from them.
+        ancestry: what its weights were loaded from, for its card.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -98,6 +100,7 @@ class ReferringModel(
     contrasts_instances: ClassVar[bool] = False
     instance_contrast: float = 0.0
     starts: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    ancestry: tuple[Ancestor, ...] = ()
 
     config: Any
 
@@ -260,10 +263,20 @@ class ReferringModel(
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> str | None:
         """As in huggingface_hub, without what only training uses.
 
-        The configuration is written as :meth:`ModelConfig.to_dict` returns it.
+        The configuration is written as :meth:`ModelConfig.to_dict` returns it. A model that was loaded keeps its card,
+        and one that was changed since says so on it; another card that lies in the folder already stays.
         """
         config = config or self.config.for_others().to_dict()
+        if not options.get("model_card_kwargs"):
+            self._write_card(Path(save_directory) / CARD)
         return super().save_pretrained(save_directory, config=config, **options)
+
+    def _write_card(self, path: Path) -> None:
+        text = saved_card(self)
+        own = {each.card for each in self.ancestry}
+        if not path.exists() or (text not in own and path.read_text(encoding="utf-8", errors="replace") in own):
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights; huggingface_hub's ``save_pretrained`` calls this."""

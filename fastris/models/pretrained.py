@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastris.models import registry
+from fastris.models.ancestry import Ancestor, fingerprint, public_name
 from fastris.models.config import ModelConfig
 from fastris.models.state_dicts import (
     Adopted,
@@ -57,12 +58,14 @@ class Weights:
         config: the configuration stored with it, or None.
         source: where it was read from, for messages.
         card: the model card's text, or empty.
+        hub_id: the id on the Hugging Face hub, of weights that are known to be from there; else empty.
     """
 
     tensors: dict[str, Tensor]
     config: ModelConfig | None
     source: str
     card: str = ""
+    hub_id: str = ""
 
     @classmethod
     def checked(cls, state: Mapping[str, Any], config: ModelConfig | None, source: str, card: str = "") -> Weights:
@@ -80,7 +83,9 @@ def load_pretrained(kind: Kind, source: str | Path, config: Any = None, strict: 
     FileNotFoundError where there is no model, ValueError for one of another system, WeightsError for a misfit.
     """
     path = Path(source).expanduser()
-    weights = read_folder(path if path.is_dir() else download_hub(str(source), **download), source=str(source))
+    here = path.is_dir()
+    weights = read_folder(path if here else download_hub(str(source), **download), source=str(source))
+    weights = weights if here else replace(weights, hub_id=str(source))
     config = config or weights.config
     if not hasattr(kind, "config_class"):
         kind = kind_for(weights, config)
@@ -142,9 +147,25 @@ def load_into(model: nn.Module, weights: Weights, strict: bool = True) -> LoadRe
     if strict and not report.fits:
         raise WeightsError(misfit_message(report, kind.encoder_of(taken.state), kind.encoder_of(own)), report)
     copy_fitting(taken.state, own, weights.source)
+    _remember(model, weights, taken.part, report)
     if report.notice:
         warnings.warn(report.notice, stacklevel=3)
     return report
+
+
+def _remember(model: Any, weights: Weights, part: str, report: LoadReport) -> None:
+    """Note in a model of ours where its weights come from."""
+    if not hasattr(model, "ancestry"):
+        return
+    name = public_name(weights.source, weights.hub_id)
+    if part:
+        whose = next((whose for whose, other in type(model).starts.values() if other == part), "another model's")
+        others = tuple(each for each in model.ancestry if each.whose != whose)
+        model.ancestry = (*others, Ancestor(name, weights.hub_id, whose))
+    else:
+        all_of_it = report.fits and not report.missing
+        found = fingerprint(model) if all_of_it else ""
+        model.ancestry = (Ancestor(name, weights.hub_id, card=weights.card, fingerprint=found),)
 
 
 def _starts(kind: Kind) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,12 +60,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     sums = json.dumps(_checksums(whole), separators=(",", ":"))
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # that of any new file here; safetensors makes files of its owner alone
         try:
             save_file(whole, temporary, metadata={"format": "pt", **metadata, CHECKSUMS: sums})
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             reason = os.strerror(int(number[1])) if number else first_line(error)
             raise OSError(int(number[1]) if number else 0, reason) from error
+        if temporary.stat().st_mode != mode:
+            with suppress(OSError):  # a file system whose files have no modes of their own
+                temporary.chmod(stat.S_IMODE(mode))
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from fastris.models import registry
+from fastris.models.ancestry import hub_id_of, published_id
 from fastris.models.base import ReferringModel
 from fastris.models.config import ModelConfig
 from fastris.models.pretrained import (
@@ -150,11 +152,12 @@ def read_weights(source: Source) -> Weights:
         own = _weights_of_run(path)
         return read_folder(path) if own is None else _read_file(own)
     if path.is_file():
-        return _read_file(path)
+        return replace(_read_file(path), hub_id=published_id(path))
     if ":" in name and "/" not in name:
-        return _read_file(_download_open_clip(name), source=name)
+        file, hub_id = _download_open_clip(name)
+        return replace(_read_file(file, source=name), hub_id=hub_id)
     if _HUB_ID.fullmatch(name) and path.suffix not in FILE_SUFFIXES:
-        return read_folder(download_hub(name), source=name)
+        return replace(read_folder(download_hub(name), source=name), hub_id=name)
     if name in registry.presets():
         raise FileNotFoundError(
             f"{name} is a preset, which has no trained weights; train it (fastris train model={name}), or give weights "
@@ -196,8 +199,8 @@ def _from_checkpoint(content: Any, source: str) -> Weights:
     return Weights.checked(state, carried_config(content.get("config"), source), source, card)
 
 
-def _download_open_clip(name_and_tag: str) -> Path:
-    """Download the weights ``name:tag`` with open_clip, or find them in its cache; the file's path."""
+def _download_open_clip(name_and_tag: str) -> tuple[Path, str]:
+    """Download the weights ``name:tag`` with open_clip, or find them in its cache; the file, and its id on the hub."""
     import open_clip
 
     name, _, tag = name_and_tag.partition(":")
@@ -213,7 +216,7 @@ def _download_open_clip(name_and_tag: str) -> Path:
     failures = []
     for from_hub in (False, True):  # OpenAI's own files first: the cache of OpenAI's package has them too
         try:
-            return Path(open_clip.download_pretrained(entry, prefer_hf_hub=from_hub))
+            return Path(open_clip.download_pretrained(entry, prefer_hf_hub=from_hub)), hub_id_of(entry)
         except (OSError, RuntimeError) as error:
             failures.append(first_line(error))
     raise ConnectionError(
