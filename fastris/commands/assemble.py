@@ -246,6 +246,7 @@ def make_run(
         rates_by_step=options.schedule != "steps",
         average=AveragedWeights(model, options.ema) if options.ema else None,
         frozen=options.frozen,
+        data_id=hub_data(options),
         scaler=precision.scaler(),
         precision=precision,
         layout=layout_for(precision.device),
@@ -279,6 +280,12 @@ def describe_data(dataset: ReferringDataset, count: int) -> dict[str, Any]:
     text = repr([(str(r.ref_id), str(r.image_id), r.sentences) for r in sample])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {"dataset": dataset.name, "train_split": dataset.split, "references": count, "text_digest": digest}
+
+
+def hub_data(options: TrainConfig) -> str:
+    """The id of the options' data set on the Hugging Face hub; empty for files of this machine."""
+    root = options.data_root or ""
+    return "/".join(root.removeprefix("hf://").split("@")[0].split("/")[:2]) if root.startswith("hf://") else ""
 
 
 def identity(options: TrainConfig, model: ModelConfig, **resolved: Any) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastris.evaluation.metrics import Scores
 from fastris.evaluation.rules import find_rule
+from fastris.models.ancestry import Ancestor, base_models, datasets
+from fastris.models.card import UNNAMED, section, unique
 from fastris.models.config import ModelConfig
 from fastris.runtime.markdown import markdown_table
 from fastris.weights.card import model_card
@@ -14,9 +17,10 @@ from fastris.weights.card import model_card
 if TYPE_CHECKING:
     from fastris.training.run import Run
 
-_HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "base_lr", "lr_multi", "milestones",
-                    "lr_decay", "weight_decay", "max_norm", "warmup",
-                    "freeze", "ema", "augment", "amp", "input_size", "word_len", "dropout")  # fmt: skip
+_HYPERPARAMETERS = ("batch_size", "accumulate", "expressions_per_image", "optimizer", "base_lr", "lr_multi", "schedule",
+                    "milestones", "lr_decay", "weight_decay", "max_norm", "warmup",
+                    "freeze", "ema", "augment", "instance_contrast", "published_first_epoch_quirk", "amp",
+                    "fp16_accumulation", "input_size", "word_len", "dropout")  # fmt: skip
 
 
 def training_card(
@@ -28,6 +32,9 @@ def training_card(
     scores: Scores | None,
     device: str,
     versions: Mapping[str, str],
+    ancestry: Sequence[Ancestor] | None = None,
+    data_id: str = "",
+    name: str = UNNAMED,
 ) -> str:
     """The card of a model that `fastris train` made.
 
@@ -37,9 +44,16 @@ def training_card(
         epoch, step: how many of them the weights have seen; no epoch where that is no unit of the training.
         scores: of the validation that chose them; None if there was none.
         device: what it was trained on. versions: of the libraries.
+        ancestry: what the training started from; none of it means random weights; None leaves that out.
+        data_id: of the training data on the Hugging Face hub, where it is from there.
+        name: what the card's snippet loads.
     """
     data = f"{recipe['dataset']}, split {recipe['train_split']}, {recipe['references']} references"
+    data += f", from {data_id} on the Hugging Face hub" if data_id else ""
+    ancestry, random = ancestry or (), ancestry is not None and not ancestry
+    started = "random weights" if random else "; ".join(each.in_words for each in ancestry)
     facts = {
+        **({"started from": started} if started else {}),
         "training data": data,
         "validation data": "none" if scores is None else f"{scores.dataset}, split {scores.split}",
         "seed": recipe["manual_seed"],
@@ -51,7 +65,10 @@ def training_card(
     }
     found: dict[str, Any] = {} if scores is None else {"evaluation": _evaluation(scores), "results": _results(scores)}
     body = "## Training\n\n" + markdown_table(("setting", "value"), facts.items())
-    return model_card(config, body, datasets=[recipe["dataset"]], **found)
+    earlier = [text for each in ancestry if not each.whose and (text := section(each.card, "Training"))]
+    body = "\n\n".join([body, *(f"## Earlier training, of what this one started from\n\n{text}" for text in earlier)])
+    seen = unique([data_id or recipe["dataset"], *datasets(ancestry)])
+    return model_card(config, body, datasets=seen, base_models=base_models(ancestry), name=name, **found)
 
 
 def card_of(run: Run, scores: Scores | None) -> str:
@@ -72,7 +89,15 @@ def card_of(run: Run, scores: Scores | None) -> str:
         scores=scores,
         device=name if processes == 1 else f"{processes} x {name}",
         versions=versions(),
+        ancestry=run.model.ancestry,
+        data_id=run.data_id,
+        name=_name_of(run.folder),
     )
+
+
+def _name_of(folder: Path) -> str:
+    """What a run's card calls its folder: as it was given, but nothing that tells where it lies on this machine."""
+    return folder.name if folder.is_absolute() or ".." in folder.parts else folder.as_posix()
 
 
 def _evaluation(scores: Scores) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastris.data.samples import digest
+from fastris.models import ancestry
 from fastris.runtime import distributed
 from fastris.runtime.device import Precision
 from fastris.runtime.randomness import restore_rng, rng_state, seed_everything
@@ -118,6 +119,7 @@ class Run:
         recipe: the settings that a resumed run must share, or it would be another run (:func:`check_same_recipe`).
         average: of the weights, which is then validated and kept as the best; None: the weights themselves are.
         frozen: the stages that are not trained; see :func:`.freezing.freeze`.
+        data_id: of the training data on the Hugging Face hub, for the model card; empty for other data.
         rates_by_step: whether the learning rates change after every step, or else after every epoch.
         saved_step: the step that `last.pth` in `folder` is from.
         last_is_good: whether that file may become `previous.pth`; not if it was found damaged.
@@ -134,6 +136,7 @@ class Run:
     rates_by_step: bool = False
     average: AveragedWeights | None = None
     frozen: tuple[str, ...] = ()
+    data_id: str = ""
     position: Position = field(default_factory=Position)
     saved_step: int = 0
     last_is_good: bool = True
@@ -226,6 +229,8 @@ class Run:
             "recipe": self.recipe,
             "card": card,
         }
+        if self.model.ancestry:
+            state["ancestry"] = ancestry.to_plain(self.model.ancestry)
         if metrics := self.model.metrics_state():
             state["metrics"] = metrics
         if self.average is not None:
@@ -270,6 +275,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        self.model.ancestry = ancestry.from_plain(state.get("ancestry"))
         if "metrics" in state:
             self.model.restore_metrics(state["metrics"])
         if self.average is not None:
