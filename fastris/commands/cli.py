@@ -42,6 +42,7 @@ COMMANDS = {
     "convert": Command(
         "fastris.commands.convert", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"
     ),
+    "push": Command("fastris.commands.push", "PushConfig", "publish a model and its card on the Hugging Face hub"),
     "bench": Command(
         "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"
     ),
@@ -159,5 +160,10 @@ def _message(error: Any) -> str:
 
 def _overview() -> str:
     commands = "\n".join(f"  {name:<9}{command.help}" for name, command in COMMANDS.items())
-    footer = "`fastris COMMAND --help` lists its options; FASTRIS_DEBUG=1 shows where an error comes from."
+    footer = (
+        "No weights trained on photographs are released: without model= a tiny one of drawn shapes answers.\n"
+        "Give CRIS checkpoints trained elsewhere as model=best_model.pth (predict, eval) or weight=... (train);\n"
+        "what a training on RefCOCO takes is in docs/recipe.md.\n\n"
+    )
+    footer += "`fastris COMMAND --help` lists its options; FASTRIS_DEBUG=1 shows where an error comes from."
     return f"fastris {__version__}: a picture and a phrase in, a mask out\n\n{commands}\n\n{footer}"

@@ -52,6 +52,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file, checksums included, without its tensors. Raises ValueError for a damaged file."""
+    from safetensors import safe_open
+
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except OSError:
+        raise
+    except Exception as error:
+        raise damaged(path, "safetensors file", error) from error
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file in one step, with checksums in its metadata. After an OSError the old file is still there."""
     from safetensors import SafetensorError

@@ -143,6 +143,31 @@ def find_checkpoint(folder: Path, resume: bool | str | None, restarted: bool = F
     return path
 
 
+def unfinished(folder: Path) -> str:
+    """What keeps a run's folder from being that of a finished run, in words; empty for a finished one, or for no run.
+
+    Raises:
+        ValueError: its state or its options cannot be read.
+    """
+    import yaml
+
+    from fastris.runtime.storage import damaged
+    from fastris.runtime.torch_files import read_pytorch
+
+    last, options = _newest(folder), folder / OPTIONS
+    if not last.is_file() or not options.is_file():
+        return "has no weights yet" if (folder / LOG).is_file() and not (folder / BEST).is_file() else ""
+    try:
+        wanted, state = yaml.safe_load(options.read_text(encoding="utf-8")), read_pytorch(last, values=False)
+        epoch, step, stale = (int(state[name]) for name in ("epoch", "step", "stale"))
+        epochs, steps, patience = (int(wanted[name] or 0) for name in ("epochs", "max_steps", "patience"))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise damaged(last, "state of a run", error) from error
+    if epoch >= epochs or (steps and step >= steps) or (patience and stale >= patience):
+        return ""
+    return f"has come to epoch {epoch} of {epochs}, step {step}"
+
+
 def _newest(folder: Path) -> Path:
     """The folder's `last.pth`, or its `previous.pth` where there is only that."""
     return folder / (PREVIOUS if (folder / PREVIOUS).exists() and not (folder / LAST).exists() else LAST)

@@ -207,6 +207,18 @@ MISTAKES = {  # command -> wrong values, each with what the message says
         (["gpu=8gb", "batch_size=67"], "batch_size=67 does not split into equal parts of 2 to 16 references"),
         (["numlayers=2"], "unknown option numlayers"),
     ],
+    "push": [
+        (["repo=a/b"], "model=... is missing"),
+        (["model=a"], "repo=... is missing"),
+        (["model=a", "repo=b"], "repo=b must be USER/NAME"),
+        (
+            ["model=a", "repo=a/b", "license=MIT"],
+            "license=MIT is none that the hub knows; did you mean mit? Common ones:",
+        ),
+        (["model=a", "repo=a/b", "licence=other"], "license=other needs license_name=my-licence and license_link=URL"),
+        (["model=a", "repo=a/b", "licence_name=x"], "license=other needs license_name=my-licence and license_link=URL"),
+        (["model=a", "repo=a/b", "license=mit"], "model=a does not exist; give the folder that save_pretrained"),
+    ],
     "convert": [(["a", "b", "to=x"], "to must be auto|pth|safetensors|folder, got 'x'")],
     "bench": [
         (["dtype=int8"], "dtype must be float32|bfloat16|float16, got 'int8'"),
