@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fastris.dropin.find import drop_ins, near_miss, parts_like
-from fastris.dropin.parts import Part
+from fastris.dropin.parts import DropIn, Part
 from fastris.dropin.proof import Proof, Unproved, prove
 from fastris.dropin.sizes import MARK, put_back
 
@@ -98,6 +98,13 @@ def patch(model: nn.Module) -> PatchReport:
     _check_module(model)
     offers = drop_ins()
     report = PatchReport(systems=tuple(offers))
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has: gradients are part of the proof
+        _replace(model, offers, report)
+    return report
+
+
+def _replace(model: nn.Module, offers: dict[str, DropIn], report: PatchReport) -> None:
+    """What :func:`patch` does, noted in ``report``."""
     known: dict[Any, Proof | Unproved] = {}
     ours: list[str] = []
     for path, module in model.named_modules():
@@ -113,7 +120,6 @@ def patch(model: nn.Module) -> PatchReport:
             _try_parts(report, path, module, parts, known, near_miss(module, offers))
         elif (why := near_miss(module, offers)) is not None:
             report.left_alone.append((path, why))
-    return report
 
 
 def _is_ours(module: nn.Module) -> bool:

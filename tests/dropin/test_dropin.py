@@ -98,6 +98,15 @@ def test_every_part_of_a_renamed_model_is_replaced_and_computes_the_same():
     assert_same_step(expected, step(model))
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_patched_where_no_gradients_are_kept(without_gradients):
+    model = Stranger()
+    with without_gradients():
+        report = patch(model)
+    assert len(report.replaced) == 5 and not report.left_alone
+    step(model)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_every_kind_of_head_is_replaced_and_computes_the_same(name):
     head = copy.deepcopy(HEADS[name])
