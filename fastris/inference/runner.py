@@ -32,7 +32,9 @@ class Runner:
 
     Args:
         model: in eval mode, on its device.
-        compile: compile both halves with torch.compile at the first call, which takes minutes.
+        compile: compile both halves with torch.compile at the first call, which takes minutes. A model that encodes
+            the picture again for every phrase is compiled for 1, 2, 4, ... phrases: over a number that is left open
+            its graph takes torch.compile hours.
         cuda_graph: capture the work for 1, 2, 4, ... phrases at the first call with so many, and replay it. The weights
             must then stay where they are; changes of their values are seen.
 
@@ -46,8 +48,10 @@ class Runner:
         if cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph needs a CUDA device, and the model is on {device}; leave it out")
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
-        self._encode: Callable[..., Any] = torch.compile(model.encode_image) if compile else model.encode_image
-        self._segment: Callable[..., Any] = torch.compile(model.segment) if compile else model.segment
+        self._pads = compile and not getattr(model, "shares_image", True)
+        how: dict[str, Any] = {"dynamic": False} if self._pads else {}
+        self._encode: Callable[..., Any] = torch.compile(model.encode_image, **how) if compile else model.encode_image
+        self._segment: Callable[..., Any] = torch.compile(model.segment, **how) if compile else model.segment
         self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     @torch.inference_mode()
@@ -81,16 +85,22 @@ class Runner:
         return PHRASES_AT_ONCE if getattr(self.model, "shares_image", True) else IMAGES_AT_ONCE
 
     def _scored(self, features: Any, tokens: Tensor) -> Tensor:
-        index = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return self._segment(features, tokens, index)[:, 0].float().cpu()
+        padded = _to_power_of_two(tokens) if self._pads else tokens
+        index = torch.zeros(len(padded), dtype=torch.int64, device=tokens.device)
+        return self._segment(features, padded, index)[: len(tokens), 0].float().cpu()
 
     def _replayed(self, images: Tensor, tokens: Tensor) -> Tensor:
-        rows = 1 << (len(tokens) - 1).bit_length()
-        padded = torch.cat([tokens, tokens[:1].expand(rows - len(tokens), -1)])
+        padded = _to_power_of_two(tokens)
         key = (*images.shape, *padded.shape)
         if key not in self._graphs:
             self._graphs[key] = _Captured(self.model, images, padded)
         return self._graphs[key](images, padded)[: len(tokens), 0].float().cpu()
+
+
+def _to_power_of_two(tokens: Tensor) -> Tensor:
+    """Tokens (N, L) and the first row again and again, up to 1, 2, 4, ... rows."""
+    rows = 1 << (len(tokens) - 1).bit_length()
+    return torch.cat([tokens, tokens[:1].expand(rows - len(tokens), -1)])
 
 
 class _Captured:

@@ -39,6 +39,28 @@ def test_compiled_halves_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(segmenter(photo(), [RED]).logits, expected, atol=1e-5)
 
 
+def test_a_picture_anew_for_each_phrase_compiles_for_a_few_numbers_of_phrases(monkeypatch: pytest.MonkeyPatch) -> None:
+    how, counts = [], []
+
+    def recorded(function, **options):
+        how.append(options)
+        return function
+
+    class Anew(Corner):
+        shares_image = False
+
+        def segment(self, features, tokens, index=None):
+            counts.append(len(tokens))
+            return super().segment(features, tokens, index)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    model = Anew()
+    phrases = [f"the {colour} one" for colour in ("red", "blue", "green", "white", "black")]
+    plain, compiled = Segmenter(model)(photo(), phrases).logits, Segmenter(model, compile=True)(photo(), phrases).logits
+    assert counts == [5, 8] and how == [{"dynamic": False}] * 2
+    np.testing.assert_array_equal(plain, compiled)
+
+
 @pytest.mark.slow
 def test_several_phrases_about_one_picture_compile_into_one_graph(model: fastris.CRIS) -> None:
     tokens, index = torch.tensor([[49406, 518, 49407, 0]] * 3), torch.zeros(3, dtype=torch.int64)
