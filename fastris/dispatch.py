@@ -6,7 +6,8 @@ and ``triton`` (that algebra with its heavy steps in fused kernels). The choice 
 ``FASTRIS_IMPL``, and ``auto``. ``auto`` takes ``triton`` where that is faster, as measured on the GPU or else by a
 conservative table (:mod:`fastris.tuned`), and where it was proved to run and to be right on the GPU at hand
 (:mod:`fastris.preflight`: the first use in a process is the proof); it takes ``torch`` elsewhere, and never fails.
-Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``.
+Under ``torch.compile`` with PyTorch before 2.15 ``torch`` stands for ``reference``. Under ``torch.export`` ``auto``
+does: what is exported is made of standard operators, which any program runs, for any number of samples.
 """
 
 from __future__ import annotations
@@ -117,13 +118,17 @@ def _set_blocks(blocks: tuple[_Block, ...]) -> None:
 
 
 def requested_impl(impl: str = "auto") -> str:
-    """The path asked for: ``impl`` if it names one, else the block's, else the process's, else auto."""
+    """The path asked for: ``impl`` if it names one, else the block's, else the process's, else auto.
+
+    While ``torch.export`` traces, that is ``reference`` where nothing else is asked for.
+    """
     if impl != "auto":
         return _check_impl(impl, "impl")
     block = _compiled_block() if torch.compiler.is_dynamo_compiling() else _block_impl.get()
     if block != "auto":
         return block
-    return _check_impl(_process_impl, "the environment variable FASTRIS_IMPL")
+    asked = _check_impl(_process_impl, "the environment variable FASTRIS_IMPL")
+    return "reference" if asked == "auto" and torch.compiler.is_exporting() else asked
 
 
 def _compiled_block() -> str:

@@ -51,7 +51,7 @@ def check_images(images: Tensor, weights: torch.dtype, statistics: str, multiple
         raise ValueError(f"img is {height}x{width} pixels, but {needed}; letterbox it first (fastris.data.letterbox)")
     if not images.is_floating_point():
         raise TypeError(f"img must be floating point and normalised with {statistics} mean and std, got {images.dtype}")
-    if not len(images):
+    if not images.shape[0]:
         raise ValueError(f"img holds no images, got {tuple(images.shape)}; give at least one")
     casts = torch.is_autocast_enabled(images.device.type) and torch.float64 not in (images.dtype, weights)
     if images.dtype != weights and not casts:
@@ -95,7 +95,7 @@ def check_index(index: Tensor | None, images: int, expressions: int) -> None:
         raise ValueError(
             f"index must be int64 of shape ({expressions},), got {index.dtype} of shape {tuple(index.shape)}"
         )
-    if index.device.type == "cpu" and len(index) and _has_values(index):
+    if index.device.type == "cpu" and _has_values(index) and len(index):
         low, high = int(index.min()), int(index.max())
         if not 0 <= low <= high < images:
             raise ValueError(f"index must name images 0 to {images - 1}, got {low} to {high}")

@@ -204,5 +204,5 @@ class CLIPBackbone(nn.Module):
 
     def sentence(self, words: Tensor, text: Tensor) -> Tensor:
         """The ``state`` (B, E) of sentences with the words (B, L, D) and token ids (B, L)."""
-        end = words[torch.arange(len(words), device=words.device), text.argmax(dim=-1)]
+        end = words[torch.arange(words.shape[0], device=words.device), text.argmax(dim=-1)]
         return end @ self.text_projection

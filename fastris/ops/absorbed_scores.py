@@ -87,7 +87,9 @@ class _ThroughCovariance(torch.autograd.Function):
     def forward(ctx, pixels, key, bias, query_weight, sym_value_weight, eps, kernels):
         centred = _centred(pixels)
         covariance = product(centred.mT, centred, pixels.dtype) / pixels.shape[1]
-        mixed = [torch.bmm(each.expand(len(pixels), -1, -1), covariance) for each in (query_weight, sym_value_weight)]
+        mixed = [
+            torch.bmm(each.expand(pixels.shape[0], -1, -1), covariance) for each in (query_weight, sym_value_weight)
+        ]
         scales = [
             ((each * weight).sum(-1).clamp_min_(0) + eps).rsqrt_()[:, None]  # [B, 1, C], [B, 1, T]
             for each, weight in zip(mixed, (query_weight, sym_value_weight), strict=True)

@@ -78,7 +78,7 @@ def bidirectional_attention(
     """
     _check(pixels, words, valid, weights, project_weight)
     dtype = compute_dtype(pixels)
-    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
+    path = resolve(NAME, pixels.device, dtype, impl, pixels.shape[0])
     if path == "reference":
         attended, heard = reference.bidirectional_attention(
             pixels, words, valid, weights, lone_word_is_zero=lone_word_is_zero, eps=eps

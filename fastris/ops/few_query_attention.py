@@ -73,7 +73,7 @@ def few_query_attention(
     dim = query.shape[-1]
     dtype, rows = compute_dtype(query), num_heads * query.shape[1]
     count, channels = pixels.shape[1:]
-    path = resolve("few_query_attention", query.device, dtype, impl, len(query))
+    path = resolve("few_query_attention", query.device, dtype, impl, query.shape[0])
     if path == "reference" or rows >= dim:
         published = reference.few_query_attention
         return published(query, query_positions, pixels, level, positions, weights, num_heads, forbidden)
@@ -171,7 +171,7 @@ def _absorb(query: Tensor, weights: SeparateAttentionWeights, num_heads: int) ->
 
 def _project(pooled: Tensor, weights: SeparateAttentionWeights, num_heads: int) -> Tensor:
     """What each head has read, (B, heads * Q, K), through the value and output projections: (B, Q, D)."""
-    batch, (dim, width) = len(pooled), weights.value_weight.shape
+    batch, (dim, width) = pooled.shape[0], weights.value_weight.shape
     by_head = pooled.unflatten(1, (num_heads, -1)).transpose(0, 1).flatten(1, 2)
     values = torch.bmm(by_head, weights.value_weight.reshape(num_heads, -1, width).mT)  # [heads, B * Q, d]
     values = values.unflatten(1, (batch, pooled.shape[1] // num_heads)).permute(1, 2, 0, 3).flatten(2)

@@ -66,7 +66,7 @@ def multiscale_deformable_attention(
     """
     levels = _check(value, sizes, reference_points, offsets, logits)
     path = resolve(OPERATOR, value.device, value.dtype, impl, value.shape[0])
-    if path == "reference" and len(value):  # grid_sample cannot tell the shape of nothing
+    if path == "reference" and value.shape[0]:  # grid_sample cannot tell the shape of nothing
         return reference.multiscale_deformable_attention(value, levels, reference_points, offsets, logits)
     widened = torch.is_autocast_enabled(value.device.type)
     with torch.autocast(value.device.type, enabled=False):

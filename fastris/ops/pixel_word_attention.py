@@ -64,7 +64,7 @@ def pixel_word_attention(
     """
     _check(pixels, words, valid, weights)
     dtype = compute_dtype(pixels)
-    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
+    path = resolve(NAME, pixels.device, dtype, impl, pixels.shape[0])
     if path == "reference" or pixels.shape[1] < words.shape[1]:
         return reference.pixel_word_attention(pixels, words, valid, weights)
     with torch.autocast(pixels.device.type, enabled=False):

@@ -50,7 +50,8 @@ def attend_and_mix(
     weight (C, C) and bias (C,) are in float32, or float64 for float64 pixels; neither norm has weights of its own.
     With ``kernels`` what has an axis of pixels and one of words is made by Triton kernels.
     """
-    form = _ThroughGram if gram_pays(pixels.shape[0] * pixels.shape[1], pixels.shape[2]) else _ThroughQuery
+    batch = 1 if torch.compiler.is_exporting() else pixels.shape[0]  # exported, it serves batches of any size
+    form = _ThroughGram if gram_pays(batch * pixels.shape[1], pixels.shape[2]) else _ThroughQuery
     return form.apply(pixels, key, score_bias, *answers, *query, *project, *mixed, eps, kernels)
 
 
@@ -208,7 +209,7 @@ def _listen(
 
 def _heard(weights: Tensor, rstd: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The norm of what the pixels read, (B, N, C); the bias is one row more, whose weight is 1."""
-    right = torch.cat([rows, bias.expand(len(rows), 1, -1)], 1)
+    right = torch.cat([rows, bias.expand(rows.shape[0], 1, -1)], 1)
     return product(_with_ones(weights * rstd[:, None]).mT, right, dtype)
 
 

@@ -94,7 +94,8 @@ def text_to_pixel_similarity(
     dtype = compute_dtype(features)
     path = resolve(operator, features.device, dtype, impl, features.shape[0])
     features, norm = normed_first(path, features, kernel, norm, dtype)
-    if path == "reference" and len(features):  # a grouped convolution of zero samples does not exist
+    # A convolution whose groups are the samples does not exist for none, and exported for as many as there were alone.
+    if path == "reference" and features.shape[0] and not torch.compiler.is_exporting():
         return reference_similarity(features, kernel, bias, pointwise_weight, pointwise_bias)
     height, width = features.shape[-2:]
     with torch.autocast(features.device.type, enabled=False):
@@ -268,4 +269,15 @@ def shifted_tap_sum(pixels: Tensor, folded: FoldedKernel, height: int, width: in
     else:
         taps = torch.bmm(weight, pixels)
     taps = taps.to(folded.constants.dtype) + folded.constants[:, :, None]
+    if torch.compiler.is_exporting():
+        return _sum_of_shifted(taps, height, width, folded.size)
     return F.fold(taps, (height, width), folded.size, padding=folded.size // 2)
+
+
+def _sum_of_shifted(taps: Tensor, height: int, width: int, size: int) -> Tensor:
+    """``F.fold`` of taps (B, Q*k*k, H*W) as a sum of slices, which every runtime of exported programs has."""
+    reach = size // 2
+    maps = F.pad(taps.unflatten(2, (height, width)).unflatten(1, (-1, size * size)), (reach,) * 4)
+    corners = [(2 * reach - tap // size, 2 * reach - tap % size) for tap in range(size * size)]
+    shifted = [maps[:, :, tap, top : top + height, left : left + width] for tap, (top, left) in enumerate(corners)]
+    return torch.stack(shifted).sum(0)

@@ -62,8 +62,8 @@ def word_attention(
     """
     _check(query, key, value, weights, num_heads, padding_mask)
     dtype = compute_dtype(query)
-    path = resolve(OPERATOR, query.device, dtype, impl, len(query))
-    if path == "reference" and len(query):  # PyTorch's own refuses an empty batch
+    path = resolve(OPERATOR, query.device, dtype, impl, query.shape[0])
+    if path == "reference" and query.shape[0]:  # PyTorch's own refuses an empty batch
         return reference.separate_attention(query, key, value, weights, num_heads, padding_mask)
     on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     if padding_mask is not None and path == "torch" and on_cpu:

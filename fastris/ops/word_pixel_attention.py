@@ -68,7 +68,7 @@ def word_pixel_attention(
     """
     _check(words, pixels, valid, weights, rule)
     dtype = compute_dtype(pixels)
-    path = resolve(NAME, pixels.device, dtype, impl, len(pixels))
+    path = resolve(NAME, pixels.device, dtype, impl, pixels.shape[0])
     if path == "reference" or rule == "released":
         return reference.word_pixel_attention(words, pixels, valid, weights, rule)
     kernels = path == "triton" and _kernels_take(words.shape[1])

@@ -46,7 +46,7 @@ def few_query_attention(
     """
     values = pixels + level
     keys = values + positions.to(values.dtype)
-    forbidden = forbidden if len(query) else None  # PyTorch takes no mask of nothing
+    forbidden = forbidden if query.shape[0] else None  # PyTorch takes no mask of nothing
     return separate_attention(query + query_positions, keys, values, weights, num_heads, forbidden)
 
 

@@ -119,3 +119,16 @@ def test_triton_in_float64_says_why_not():
     inputs = {name: tensor.double() for name, tensor in POINTWISE.inputs().items()}
     with pytest.raises(RuntimeError, match=r"impl=\"triton\" cannot run.*float64"):
         text_to_pixel_similarity(**inputs, impl="triton")
+
+
+def test_exported_it_takes_batches_of_any_size():
+    class Scores(torch.nn.Module):
+        def forward(self, features, kernel):
+            return text_to_pixel_similarity(features, kernel)
+
+    traced, other = (Case(batch, 2, 4, 6, 5).inputs() for batch in (3, 1))
+    names, batch = ("features", "kernel"), torch.export.Dim("batch")
+    shapes = {name: {0: batch} for name in names}
+    program = torch.export.export(Scores(), tuple(traced[name] for name in names), dynamic_shapes=shapes)
+    given = [other[name] for name in names]
+    torch.testing.assert_close(program.module()(*given), text_to_pixel_similarity(*given))

@@ -192,7 +192,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
     def score(self, features: Pixels, tokens: Tensor, index: Tensor | None = None, all_outputs: bool = True) -> Scored:
         """What all (or only the last) of the embeddings make of the images; arguments as for :meth:`segment`."""
         images = checked_pixels(features).images
-        check_index(index, len(images), len(tokens))
+        check_index(index, images.shape[0], tokens.shape[0])
         tokens = self._fitted(tokens)
         words = self.encode_text(tokens)
         valid = tokens != 0

@@ -240,7 +240,7 @@ class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
         """
         self._check_features(features)
         _check_tokens(tokens, self.config)
-        check_index(index, len(features[0]), len(tokens))
+        check_index(index, features[0].shape[0], tokens.shape[0])
         tokens = without_shared_padding(tokens)
         if hides and not isinstance(features, GroundingFeatures):
             raise TypeError(

@@ -169,7 +169,7 @@ class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
 
     def _matched(self, features: Pixels, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """The image of each expression (E, 3, H, W), and its tokens (E, L) at the length that they are encoded at."""
-        check_index(index, len(checked_pixels(features).images), len(tokens))
+        check_index(index, checked_pixels(features).images.shape[0], tokens.shape[0])
         return features.select(index).images, self._fitted(tokens)
 
     def _encode(self, images: Tensor, tokens: Tensor, last_words: bool = False) -> Encoded:

@@ -76,7 +76,7 @@ class MaskDecoder(nn.Module):
         memory = [each.flatten(2).transpose(1, 2) for each in levels]
         positions = [box_positions(*size, pixels.shape[1], pixels.device) for size in sizes]
         small = _Reduced(pixels, sizes, mask_features)
-        query = self.query_feat.weight.expand(len(pixels), 1, -1)
+        query = self.query_feat.weight.expand(pixels.shape[0], 1, -1)
         queries, kernels = [self.decoder_norm(query)], []
         for number in range(len(self.transformer_ffn_layers)):
             level = number % READ

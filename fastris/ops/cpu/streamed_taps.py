@@ -27,11 +27,11 @@ def streams(pixels: Tensor) -> bool:
     Partial sums are added in the map's own dtype, so it must be float32 or float64. Never under ``torch.compile``.
     """
     return (
-        pixels.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: the size of a batch that is left open must not be asked for
+        and pixels.device.type == "cpu"
         and pixels.dtype in (torch.float32, torch.float64)
         and pixels.stride(2) == 1
         and pixels.numel() * pixels.element_size() >= LEAST_BYTES
-        and not torch.compiler.is_compiling()
     )
 
 
