@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -207,12 +207,13 @@ def _read_module(module: str, arguments: list[str]) -> Callable[[], int]:
 
     instead: dict[str, Any] = {name: lambda *_: 0 for name in _DOES.get(module, ())}
     instead |= {"with_options": options, "with_arguments": lambda command, wanted, fits, work: 0 if fits else 2}
-    with (
-        mock.patch.multiple(found, **{name: each for name, each in instead.items() if hasattr(found, name)}),
-        mock.patch.object(argparse.ArgumentParser, "parse_args", parsed),
-        mock.patch.object(sys, "argv", [module, *arguments]),
-        redirect_stderr(io.StringIO()) as told,
-    ):
+    with ExitStack() as stack:
+        for name, each in instead.items():
+            if hasattr(found, name):
+                stack.enter_context(mock.patch.object(found, name, each))
+        stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parsed))
+        stack.enter_context(mock.patch.object(sys, "argv", [module, *arguments]))
+        told = stack.enter_context(redirect_stderr(io.StringIO()))
         try:
             if not takes and arguments and "parse_args" not in inspect.getsource(found.main):
                 raise ValueError(f"python -m {module} takes no arguments")

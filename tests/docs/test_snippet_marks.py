@@ -41,10 +41,16 @@ WRONG = {
     ),
     "option behind torchrun": (
         READ + fenced("sh", "torchrun --nnodes 2 -m fastris train ... batch_sise=8"),
-        "batch_sise",
+        "unknown option batch_sise",
     ),
-    "option of a benchmark": (READ + fenced("bash", "python -m bench.memory modle=cris_r50"), "modle"),
-    "option of the gate": (READ + fenced("bash", "python -m fastris.kernels.gate --breif"), "--breif"),
+    "option of a benchmark": (
+        READ + fenced("bash", "python -m bench.gpu_hour out=here minuts=9"),
+        "unknown option minuts",
+    ),
+    "option of the gate": (
+        READ + fenced("bash", "python -m fastris.kernels.gate --breif"),
+        "unrecognized arguments: --breif",
+    ),
     "unknown benchmark": (READ + fenced("bash", "python -m bench.memoir"), "no command python -m bench.memoir"),
     "unknown extra": (READ + fenced("bash", "pip install 'fastris[toaster]'"), "no extra 'toaster'"),
     "missing file": (READ + fenced("bash", "python -m pytest tests/gone"), "there is no tests/gone"),
