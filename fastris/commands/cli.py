@@ -42,6 +42,7 @@ COMMANDS = {
     "convert": Command(
         "fastris.commands.convert", "ConvertConfig", "rewrite a checkpoint as another kind", "run_convert"
     ),
+    "export": Command("fastris.commands.export", "ExportConfig", "write a model as ONNX or .pt2 for a product"),
     "push": Command("fastris.commands.push", "PushConfig", "publish a model and its card on the Hugging Face hub"),
     "bench": Command(
         "fastris.bench.command", "BenchConfig", "check and time every operator and the model on this device"

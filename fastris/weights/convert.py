@@ -11,12 +11,29 @@ from fastris.runtime.safetensors_files import write_safetensors
 from fastris.runtime.storage import replacing, save_atomic
 from fastris.weights.card import card_path
 
+_KINDS = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}
+_EXPORTED = {".onnx": "onnx", ".pt2": "torch"}
+
 
 def target_kind(target: Path, to: str = "auto") -> str:
-    """The kind of file to write, ``pth``, ``safetensors`` or ``folder``: ``to``, or for ``auto`` by the suffix."""
+    """The kind of file to write, ``pth``, ``safetensors`` or ``folder``: ``to``, or for ``auto`` by the suffix.
+
+    What follows the last dot of a folder's name may begin with a digit (``model-v1.2``). Raises ValueError for other
+    suffixes, which no kind of file here has, unless there is a folder of that name.
+    """
     if to != "auto":
         return to
-    return {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}.get(target.suffix, "folder")
+    suffix = target.suffix.lower()
+    if suffix in _KINDS:
+        return _KINDS[suffix]
+    if suffix[1:2].isalpha() and not target.is_dir():
+        other = _EXPORTED.get(suffix)
+        does = f"`fastris export format={other}` does" if other else "`fastris export` writes .onnx and .pt2"
+        raise ValueError(
+            f"target {target} ends in {target.suffix}, which convert does not write; {does}; here give a name that "
+            "ends in .safetensors or .pth, or pass to=folder"
+        )
+    return "folder"
 
 
 def written_files(target: Path, kind: str) -> list[Path]:

@@ -219,6 +219,7 @@ MISTAKES = {  # command -> wrong values, each with what the message says
         (["model=a", "repo=a/b", "licence_name=x"], "license=other needs license_name=my-licence and license_link=URL"),
         (["model=a", "repo=a/b", "license=mit"], "model=a does not exist; give the folder that save_pretrained"),
     ],
+    "export": [(["format=tflite"], "format must be onnx|torch, got 'tflite'")],
     "convert": [(["a", "b", "to=x"], "to must be auto|pth|safetensors|folder, got 'x'")],
     "bench": [
         (["dtype=int8"], "dtype must be float32|bfloat16|float16, got 'int8'"),
