@@ -18,17 +18,17 @@ ofl-1.1 ncsa unlicense zlib pddl unknown other
 """
 
 KNOWN = frozenset(_NAMES.split())
-"""The hub's identifiers, of its page "Licenses"."""
+"""The identifiers of the hub's page "Licenses", but for those of single models; `other` serves for these."""
 
 CHOICE = f"{', '.join(COMMON)} (with license_name= and license_link=)"
 
 
 def check_licence(licence: str, name: str = "", link: str = "") -> None:
-    """Raise ValueError for a licence that the hub does not know, or for an ``other`` one without name and link."""
+    """Raise ValueError for a licence that is not :data:`KNOWN`, or for an ``other`` one without name and link."""
     if licence not in KNOWN:
         close = difflib.get_close_matches(licence.lower(), sorted(KNOWN), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"license={licence} is none that the hub knows; {hint}Common ones: {CHOICE}")
+        raise ValueError(f"license={licence} is none of the hub's that fastris knows; {hint}Common ones: {CHOICE}")
     if licence == "other" and not (name and link):
         raise ValueError("license=other needs license_name=my-licence and license_link=URL of its text")
     if licence != "other" and (name or link):

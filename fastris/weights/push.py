@@ -19,6 +19,9 @@ from fastris.weights.licences import check_licence, missing_licence
 from fastris.weights.load import load_model, read_weights
 from fastris.weights.private import check_public
 
+_NO_DATASETS = ("folder", "synthetic")
+"""Names of data that are no data set's on the hub; the card's text keeps them."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -60,6 +63,7 @@ def prepare(source: Path, repo: str, terms: Terms, staging: Path) -> Upload:
     model = load_model(weights)
     card = _card_beside(source) or weights.card or unknown_card(model.config, str(source))
     check_public(CARD, card)
+    notes = lacking(card)
     card = finished_card(card, repo, terms, model.config.system)
     own = source / SAFETENSORS
     write_model(model, staging, "folder", "")
@@ -67,7 +71,7 @@ def prepare(source: Path, repo: str, terms: Terms, staging: Path) -> Upload:
         shutil.copyfile(own, staging / SAFETENSORS)  # as it is, in half precision, too
     (staging / CARD).write_text(card, encoding="utf-8")
     check_public(CONFIG, (staging / CONFIG).read_text(encoding="utf-8"))
-    return Upload(repo, {name: staging / name for name in (CARD, CONFIG, SAFETENSORS)}, card, lacking(card))
+    return Upload(repo, {name: staging / name for name in (CARD, CONFIG, SAFETENSORS)}, card, notes)
 
 
 def finished_card(card: str, repo: str, terms: Terms, system: str) -> str:
@@ -81,7 +85,10 @@ def finished_card(card: str, repo: str, terms: Terms, system: str) -> str:
         card = with_head(card, license=licence, license_name=terms.name or None, license_link=terms.link or None)
     tags = unique([*listed(head, "tags"), "referring-image-segmentation", system])
     usual = {"library_name": "fastris", "pipeline_tag": "image-segmentation"}
-    card = with_head(card, tags=tags, **{name: head.get(name) or value for name, value in usual.items()})
+    data = [name for name in listed(head, "datasets") if name not in _NO_DATASETS]
+    card = with_head(
+        card, tags=tags, datasets=data or None, **{name: head.get(name) or value for name, value in usual.items()}
+    )
     return with_name(card, repo)
 
 
@@ -152,13 +159,14 @@ def _told(repo: str) -> Iterator[None]:
     """Turn the errors of huggingface_hub and of the network into one line each."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    network: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)  # requests' errors, httpx's, by its version
     try:
         yield
     except (PermissionError, FileExistsError):
         raise
     except ValueError as error:  # the hub's own check of the card's metadata has several lines
         raise ValueError(" ".join(str(error).split())) from error
-    except (OSError, *HfHubHTTPError.__bases__) as error:
+    except network as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = " ".join(first_line(error).split())[:200]
         if status == 401:

@@ -213,7 +213,7 @@ MISTAKES = {  # command -> wrong values, each with what the message says
         (["model=a", "repo=b"], "repo=b must be USER/NAME"),
         (
             ["model=a", "repo=a/b", "license=MIT"],
-            "license=MIT is none that the hub knows; did you mean mit? Common ones:",
+            "license=MIT is none of the hub's that fastris knows; did you mean mit?",
         ),
         (["model=a", "repo=a/b", "licence=other"], "license=other needs license_name=my-licence and license_link=URL"),
         (["model=a", "repo=a/b", "licence_name=x"], "license=other needs license_name=my-licence and license_link=URL"),

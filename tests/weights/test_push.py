@@ -90,7 +90,7 @@ def test_run_goes_up_as_weights_configuration_and_a_card_that_names_no_machine(r
     assert all(torch.equal(value, best["state_dict"][name]) for name, value in pushed.state_dict().items())
     head, body = read_head((tmp_path / "README.md").read_text())
     assert head["license"] == "cc-by-nc-4.0" and head["base_model"] == ["somebody/older"]
-    assert head["datasets"] == ["folder", "refcoco"] and head["model-index"][0]["results"]
+    assert head["datasets"] == ["refcoco"] and head["model-index"][0]["results"]
     for words in (
         "| started from | a local folder |",
         "| training data | folder, split train, 6 references |",
@@ -110,7 +110,9 @@ def test_run_goes_up_as_weights_configuration_and_a_card_that_names_no_machine(r
 def test_dry_run_shows_files_sizes_and_card_without_network_or_token(folder, hub, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     code, printed, errors = push(capsys, folder, "license=mit", "dry_run=true")
-    assert (code, errors, hub.asked) == (0, "", [])
+    assert (code, errors, hub.asked) == (0, "", []) and printed.startswith(
+        "alice/mine (public, if it is new): 3 files, "
+    )
     size = (folder / "model.safetensors").stat().st_size
     assert (
         f"  model.safetensors  {f'{size / 1e6:.1f} MB':>10}\n" in printed
