@@ -130,11 +130,15 @@ class Problem:
                     torch.compiler.cudagraph_mark_step_begin()
                 outputs = self.training_forward(module)
             ends = [output for output in outputs if output.requires_grad]
-            gradients = torch.autograd.grad(ends, list(leaves.values()), _random_like(ends, seed), allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
+            seeds = _random_like(ends, seed)
+            gradients = list(torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True))
+            for name in reversed(leaves):  # one at a time: in float64 a whole model's are gigabytes
+                if (gradient := gradients.pop()) is not None:
                     drawn[name].append(gradient.clone())
-        return found | {f"gradient of {name}": torch.stack(values) for name, values in drawn.items() if values}
+        stacked = {
+            name: values[0][None] if draws == 1 else torch.stack(values) for name, values in drawn.items() if values
+        }
+        return found | {f"gradient of {name}": values for name, values in stacked.items()}
 
     def _autocast(self) -> AbstractContextManager:
         low = self.dtype in LOW_PRECISION
