@@ -110,9 +110,8 @@ def run(config: PushConfig) -> int:
 def _show(made: Upload, config: PushConfig) -> None:
     """The files with their sizes, what the card lacks and, in a dry run, the card."""
     sizes = {name: file.stat().st_size for name, file in made.files.items()}
-    print(
-        f"{made.repo} ({'private' if config.private else 'public'}): {len(sizes)} files, {_size(sum(sizes.values()))}"
-    )
+    seen = "private" if config.private else "public, if it is new"
+    print(f"{made.repo} ({seen}): {len(sizes)} files, {_size(sum(sizes.values()))}")
     for name, size in sizes.items():
         print(f"  {name:<18} {_size(size):>10}")
     for note in made.notes:
