@@ -37,14 +37,14 @@ def run(options: ExportConfig) -> int:
     """Export, check, and print a line for each file and for the check."""
     from fastris.weights.shipped import NAME, shipped_model
 
-    shipped = shipped_model() if options.model is None else None  # before anything slow
+    source = shipped_model() if options.model is None else options.model  # before anything slow
     from fastris.exporting.folder import check_target, export_model
     from fastris.exporting.programs import need_libraries
     from fastris.weights.load import load_model
 
     need_libraries(options.format)
     check_target(Path(options.out).expanduser(), options.overwrite)
-    model = load_model(shipped or options.model).float()
+    model = load_model(source).float()
     written = export_model(
         model,
         options.out,

@@ -58,7 +58,7 @@ class Asked(NamedTuple):
 
     images: Tensor
     tokens: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # which hides a method of tuples that nobody needs here
 
 
 class _Encoder(nn.Module):
