@@ -31,7 +31,7 @@ def saved_storages(resident: Iterable[Tensor]) -> Iterator[dict[int, int]]:
         if storage.data_ptr() not in stays:
             held.append(storage)
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that holds its own node would never be freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,11 @@ def test_unknown_arms_list_the_rest_and_impossible_ones_say_why():
 def test_a_saved_storage_is_counted_once_whole_and_without_parameters():
     linear = nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)
+    with saved_storages(()):
+        answer = x.exp()  # whose node keeps it
+    kept = weakref.ref(answer)
+    del answer
+    assert kept() is None  # looking at it does not keep it
     with saved_storages(linear.parameters()) as first:
         hidden = linear(x)  # keeps x, and the weight, which is a parameter
         left = hidden.sigmoid()  # keeps its output

@@ -140,7 +140,7 @@ def test_the_page_of_exporting_runs_and_finds_what_the_model_finds(tmp_path, mon
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param(small_config(vlba="trunk"), id="cris"),
+        pytest.param(small_config(vlba="trunk"), id="cris", marks=pytest.mark.long),
         *(pytest.param(preset, id=preset, marks=pytest.mark.long) for preset in ("alignformer_tiny", "magnet_tiny")),
     ],
 )
