@@ -124,6 +124,7 @@ def small(case):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_decoder_agrees_with_float64():
     checker = Checker(NAMED["decoder"].check_problem(quick=True), composed=True)
     for name in ("compiled", "fastris_compiled"):
@@ -229,7 +230,7 @@ def test_a_batch_that_runs_out_of_memory_is_marked_and_the_next_case_runs(monkey
 @pytest.mark.parametrize(
     "case",
     every_case(
-        slow=("magnet_stage0", "magnet_inference"), long=("magnet_step", *(f"magnet_stage{n}" for n in (1, 2, 3)))
+        slow=("magnet_stage0",), long=("magnet_step", "magnet_inference", *(f"magnet_stage{n}" for n in (1, 2, 3)))
     ),
 )
 def test_work_of_every_case_is_counted_and_leaves_nothing_behind(case):

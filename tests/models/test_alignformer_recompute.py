@@ -93,13 +93,8 @@ def test_eval_mode_takes_no_detour(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "pointwise",
-        *(pytest.param(each, marks=pytest.mark.long) for each in recompute.RECOMPUTE_SETTINGS if each != "pointwise"),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("setting", recompute.RECOMPUTE_SETTINGS)
 def test_compiled_equals_eager(setting):
     images, tokens, masks = batch(SIZE)
 

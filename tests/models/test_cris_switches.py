@@ -395,11 +395,8 @@ def test_half_precision_is_near_float32(switches, impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "switches",
-    [NECK | ONE_LAYER, *(pytest.param(each, marks=pytest.mark.long) for each in (TRUNK, CAM))],
-    ids=by_name,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("switches", [NECK | ONE_LAYER, TRUNK, CAM], ids=by_name)
 def test_compiled_without_graph_breaks_equals_eager(switches):
     model, batch = opened(make_cris(**switches)).train(), make_batch()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")

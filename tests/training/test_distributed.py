@@ -204,6 +204,7 @@ def interrupted_run(folder: Path, changes: dict, step: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_that_are_interrupted_in_an_epoch_go_on_exactly(tmp_path):
     run_processes(run, 2, tmp_path / "whole", {"epochs": 2})
     main, other = run_processes(interrupted_run, 2, tmp_path / "parts", {"epochs": 2, "workers": 1}, 1)
