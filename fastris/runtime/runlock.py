@@ -39,7 +39,8 @@ if hasattr(os, "register_at_fork"):
 def locked(folder: Path, options: Sequence[str], patience: float = 0.0) -> Iterator[bool]:
     """Lock `folder` for this block against other processes and threads; it is created if it is missing.
 
-    Afterwards `run.lock` is removed, and so are the folders that were created, if nothing was written into them.
+    Afterwards `run.lock` is removed, and so are the folders that were created, if nothing was written into them and no
+    other run has locked them by then.
 
     Args:
         folder: the folder that the block writes into.

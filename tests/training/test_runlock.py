@@ -186,7 +186,8 @@ def test_threads_never_have_it_at_the_same_time(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1 and len(turns) == 45 and not (tmp_path / "run").exists()
+    assert most == 1 and len(turns) == 45
+    assert not list(tmp_path.glob("run/*"))  # the folder stays where another took the lock before its maker removed it
 
 
 def test_patience_waits_for_the_lock(tmp_path):
