@@ -198,13 +198,14 @@ def test_medians_ratios_and_verdicts():
     assert results.verdict(results.Spread(0.5, 0.5, 0.5), 0.5, at_most=True) == "yes"
 
 
-def every_case(slow: tuple[str, ...], long: tuple[str, ...] = ()) -> list[Any]:
-    """All cases, those that take seconds even on a small copy marked as slow, or as variations of such a one."""
-    marks = dict.fromkeys(slow, (pytest.mark.slow,)) | dict.fromkeys(long, (pytest.mark.slow, pytest.mark.long))
-    return [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in CASES]
+def every_case(long: tuple[str, ...]) -> list[Any]:
+    """All cases; those that take many seconds even on a small copy are variations of their parts, marked as long."""
+    assert set(long) <= {case.name for case in CASES}
+    marks = (pytest.mark.slow, pytest.mark.long)
+    return [pytest.param(case, id=case.name, marks=marks if case.name in long else ()) for case in CASES]
 
 
-@pytest.mark.parametrize("case", every_case(slow=("magnet_step",)))
+@pytest.mark.parametrize("case", every_case(long=("alignformer_step", "magnet_step")))
 def test_every_case_passes_its_own_check_on_a_small_copy(case):
     problem = case.check_problem(quick=True)
     checker = Checker(problem, case.composed)

@@ -229,9 +229,7 @@ def test_a_batch_that_runs_out_of_memory_is_marked_and_the_next_case_runs(monkey
 
 @pytest.mark.parametrize(
     "case",
-    every_case(
-        slow=("magnet_stage0",), long=("magnet_step", "magnet_inference", *(f"magnet_stage{n}" for n in (1, 2, 3)))
-    ),
+    every_case(long=("alignformer_step", "magnet_step", "magnet_inference", *(f"magnet_stage{n}" for n in range(4)))),
 )
 def test_work_of_every_case_is_counted_and_leaves_nothing_behind(case):
     case = small(case)

@@ -200,7 +200,10 @@ def test_bad_options_are_one_line(arguments, message, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "setting", "most"),
-    [("reference", "none", 476), *(("torch", name, goal) for name, goal in WHOLE_GOALS.items())],
+    [
+        pytest.param(arm, name, goal, marks=() if name == "stages" else pytest.mark.long)
+        for arm, name, goal in (("reference", "none", 476), *(("torch", *each) for each in WHOLE_GOALS.items()))
+    ],
 )
 def test_cris_r50_keeps_no_more_than_its_goal(arm, setting, most):
     with ARMS[arm].active():

@@ -315,6 +315,7 @@ def test_compiled_call_looks_at_its_sizes_while_it_is_traced():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_graph_of_open_sizes_is_ours_between_sizes_that_were_looked_at_and_the_original_beyond():
     torch.compiler.reset()  # what other tests compiled decides what stays open
     head = NarrowHead(48, 16).eval()

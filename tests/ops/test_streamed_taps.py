@@ -52,7 +52,10 @@ def test_streaming_has_the_published_values_and_gradients(case, dtype, streamed)
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, 1, 3, 3, 4, pointwise=2), pytest.param(Case(1, 2, 18, 2, 3, size=5), marks=pytest.mark.slow)],
+    [
+        Case(2, 1, 3, 3, 4, pointwise=2),
+        pytest.param(Case(1, 2, 18, 2, 3, size=5), marks=(pytest.mark.slow, pytest.mark.long)),
+    ],
     ids=str,
 )
 def test_first_and_second_derivatives_pass_gradcheck(case, streamed):

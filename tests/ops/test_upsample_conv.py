@@ -122,6 +122,7 @@ def test_compiled_answers_channels_last_as_eager_does():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not dispatch._compiles_functions, reason="before PyTorch 2.15 compiled code takes the published formula"
 )

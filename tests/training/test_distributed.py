@@ -91,7 +91,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     [
         pytest.param({"max_steps": 2}, marks=pytest.mark.long),
         {"accumulate": 2, "max_norm": 0.5, "published_first_epoch_quirk": True, "epochs": 2, "max_steps": 4},
-        {"max_steps": 2, "extra": {"vlba": "neck", "centre_layers": 3}},
+        pytest.param({"max_steps": 2, "extra": {"vlba": "neck", "centre_layers": 3}}, marks=pytest.mark.long),
         pytest.param({"max_steps": 2, "extra": {"vlba": "trunk", "centre_layers": 3}}, marks=pytest.mark.long),
         pytest.param({"max_steps": 2, "extra": {"alignment_loss": 0.5}}, marks=pytest.mark.long),
     ],
@@ -173,6 +173,7 @@ def test_two_processes_train_a_magnet_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_an_alignformer_as_one_does(tmp_path):
     changes = {"max_steps": 2}
     assert run_processes(alignformer_run, 1, tmp_path / "one", changes)

@@ -252,7 +252,7 @@ def test_search_prints_its_trials_and_the_option_to_use(capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("several", [1, 2])
+@pytest.mark.parametrize("several", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_probe_takes_real_steps_and_sees_memory_run_out(tmp_path, several: int) -> None:
     config = train_config(tmp_path, batch_size=8, expressions_per_image=several)
     probe = find_batch.probe_of(config)
