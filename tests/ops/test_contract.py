@@ -77,7 +77,8 @@ def test_every_operator_has_problems_of_every_kind():
 
 
 @EVERY
-def test_values_and_gradients_are_the_published_ones_in_float64_and_float32(impl, problem):
+def test_values_and_gradients_are_the_published_ones_in_float64_and_float32(impl, problem, monkeypatch):
+    poison(monkeypatch)  # an element that nothing writes is seen, too
     function, published = problem.call(impl), problem.call("reference")
     for dtype in {exact_dtype(impl), torch.float32}:
         assert_path_same(function, published, inputs_for(impl, problem, dtype), dtype)
@@ -185,14 +186,6 @@ def test_every_run_gives_the_same_bits(impl, problem):
     for dtype in {exact_dtype(impl), torch.float32}:
         inputs = inputs_for(impl, problem, dtype)
         assert_equal(*(run_with_gradients(problem.call(impl), inputs) for _ in range(2)))
-
-
-@each(lambda problem: problem.thorough or (WITH_KERNELS and problem.kernels))
-def test_every_element_is_written(impl, problem, monkeypatch):
-    inputs = inputs_for(impl, problem)
-    expected = run_with_gradients(problem.call(impl), inputs)
-    poison(monkeypatch)
-    assert_equal(run_with_gradients(problem.call(impl), inputs), expected)
 
 
 @THOROUGH
