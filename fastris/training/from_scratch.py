@@ -7,7 +7,8 @@ too. The model and its loss are the published ones; what a system needs besides 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -113,6 +114,8 @@ def guess_hidden_words(
     Args:
         images: scenes in a batch. seed: of the words that are hidden.
 
+    The model is asked as in training, BatchNorms with each batch's statistics, and stays as it was.
+
     Returns:
         The model's training metrics over the data set, such as ``masked_accuracy`` (a fraction of the hidden words) and
         ``most_frequent_share`` (the largest share of one word among all that were hidden since the training began);
@@ -122,16 +125,29 @@ def guess_hidden_words(
         return {}
     model.take_metrics()  # what the training's last steps left
     training, scenes = model.training, Scenes.draw(dataset, model.config, _untracked)
-    with torch.random.fork_rng(devices=[]):
+    start = STARTS.get(model.config.system, Start())
+    with torch.random.fork_rng(devices=[]), _statistics_kept(model):
         torch.manual_seed(seed)
         model.train()
         for sentence in range(scenes.tokens.shape[2]):
             for chosen in torch.arange(len(scenes.images)).split(images):
                 number = torch.full((len(chosen), REFERENCES), sentence)
                 pixels, tokens, masks, index = _batch(scenes, chosen, number, model.config)
-                model.loss(model.encode_image(pixels), tokens, masks, index)
+                model.loss(model.encode_image(pixels), tokens, start.masks(masks, model.config.input_size), index)
         model.train(training)
     return model.take_metrics()
+
+
+@contextmanager
+def _statistics_kept(model: ReferringModel) -> Iterator[None]:
+    """The running statistics of the model's BatchNorms are afterwards what they were before."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _prepare_cris(model: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastris import Segmenter
@@ -16,6 +17,8 @@ from fastris.commands.cli import main
 from fastris.commands.demo import DemoConfig, run
 from fastris.data.scenes.dataset import SyntheticExpressions
 from fastris.data.scenes.other_phrases import OtherPhrases
+from fastris.models.registry import create, preset
+from fastris.training.from_scratch import guess_hidden_words
 
 SHORT = {"steps": 3, "images": 2, "scenes": 4, "held_out": 2, "threads": 1, "progress": False}
 
@@ -61,6 +64,14 @@ def test_demo_repeats_itself_under_a_seed(demo, tmp_path):
     run(DemoConfig(out=str(tmp_path), **SHORT))
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (demo, tmp_path))
     assert first["last_loss"] == second["last_loss"]
+
+
+def test_guessing_hidden_words_leaves_the_model_as_it_was():
+    model = create(preset("tiny").to_dict() | {"mask_grounding": 1.0})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words = guess_hidden_words(model, SyntheticExpressions("val", scenes=2, size=96), images=2, seed=0)
+    assert words.keys() >= {"masked_accuracy", "most_frequent_share"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_other_phrases_keep_the_mask_and_name_another_object_of_the_scene():
