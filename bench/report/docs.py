@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import charts, pages, results, tables
+from . import charts, pages, results, switches, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench") / "results"
@@ -49,12 +49,14 @@ SPECIAL = {
     "alignformer-memory": ("alignformer_memory.json", Kind(pages.load_counts, pages.memory_page)),
     "magnet-memory": ("magnet_memory.json", Kind(pages.load_counts, pages.memory_page)),
     "demo": ("demo_metrics.json", Kind(results.load_json, pages.demo_page)),
+    "switches": ("switches.json", Kind(switches.load_switches, switches.switches_page)),
 }
 """Blocks that are no table of cases, with their files; any other block NAME is of NAME.json or NAME_*.json."""
 
 PLANNED = {
     "magnet_step_cpu": ("magnet_step_cpu_float32.json", "python -m bench op=magnet arms=torch,repaired"),
     "magnet-memory": ("magnet_memory.json", "python -m bench.memory model=magnet_swin_b counted=float32"),
+    "switches": ("switches.json", "python -m bench.studies.switches"),
 }
 """Blocks that may wait for their file, which a long command on a quiet machine writes; until then they name it."""
 

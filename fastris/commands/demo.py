@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastris.training.from_scratch import Track
 
 FAMILIES = ("attribute", "place", "relation")
+STOPPED = "finishing this step, then showing what was learnt; once more stops at once"
 
 
 class Lesson(NamedTuple):
@@ -118,14 +120,28 @@ def run(config: DemoConfig) -> int:
     with locked(Path(config.out), ("out",)):
         torch.set_num_threads(config.threads)
         try:
-            learnt = _learn(config)
+            learnt = learn(config)
             write_results(config, learnt)
         finally:
             torch.set_num_threads(threads)
     return 0
 
 
-def _learn(config: DemoConfig) -> Learnt:
+def learn(
+    config: DemoConfig,
+    losses: Mapping[str, float] | None = None,
+    *,
+    stop: StopSignal | None = None,
+    track: Track | None = None,
+) -> Learnt:
+    """Train and score what ``config`` asks for, on PyTorch's threads as they are, and write nothing.
+
+    Args:
+        losses: weights of the system's further losses, fields of its configuration; None for those of its lesson.
+        stop: ends the training after a step; None to end it at the first Ctrl-C, and to score what was learnt by then.
+        track: shows how far it is, as :func:`fastris.training.from_scratch.train` asks it to; None for what
+            ``config.progress`` says.
+    """
     import torch
 
     from fastris.data.scenes.speaker import words_in_use
@@ -137,21 +153,22 @@ def _learn(config: DemoConfig) -> Learnt:
 
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    model = create(preset(config.model).to_dict() | dict(LESSONS[config.model].losses))
+    weights = LESSONS[config.model].losses if losses is None else losses
+    model = create(preset(config.model).to_dict() | dict(weights))
     size = model.config.input_size
     scenes = min(config.scenes, config.steps * config.images)
     train_set = SyntheticExpressions("train", seed=config.seed, scenes=scenes, size=size)
     held_out = SyntheticExpressions("val", seed=config.seed, scenes=config.held_out, size=size)
-    with StopSignal("finishing this step, then showing what was learnt; once more stops at once") as stop:
-        losses = train(
+    with StopSignal(STOPPED) if stop is None else nullcontext(stop) as stopped:
+        trained = train(
             model,
             train_set,
             steps=config.steps,
             images=config.images,
             lr=config.lr,
             seed=config.seed,
-            stop=stop,
-            track=_progress(config.progress),
+            stop=stopped,
+            track=_progress(config.progress) if track is None else track,
         )
     hidden_words = guess_hidden_words(model, held_out, config.images, config.seed)
     model.eval()
@@ -161,7 +178,7 @@ def _learn(config: DemoConfig) -> Learnt:
         evaluate(model, data, progress=config.progress, batch_size=16, workers=0)
         for data in (held_out, OtherPhrases(held_out))
     )
-    return Learnt(model, held_out, right, wrong, hidden_words, losses, time.monotonic() - started)
+    return Learnt(model, held_out, right, wrong, hidden_words, trained, time.monotonic() - started)
 
 
 def write_results(config: DemoConfig, learnt: Learnt) -> None:
@@ -181,7 +198,7 @@ def write_results(config: DemoConfig, learnt: Learnt) -> None:
         learnt.model.save_pretrained(out / "model")
     write_card(out / "model" / CARD, _card(config, learnt))
     with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(_metrics(config, learnt, kinds), indent=2) + "\n")
+        path.write_text(json.dumps(metrics(config, learnt, kinds), indent=2) + "\n")
     rows = gallery_rows(learnt.model, held_out, right, scenes=min(8, held_out.scenes))
     summary = (
         f"right phrase: mIoU {100 * right.scores.mIoU:.1f} %; another object's phrase: {100 * wrong.scores.mIoU:.1f} %"
@@ -204,7 +221,7 @@ def write_results(config: DemoConfig, learnt: Learnt) -> None:
     print(f'try:  fastris predict {examples[0]} "{phrase}" model={out / "model"}')
 
 
-def _metrics(config: DemoConfig, learnt: Learnt, kinds: dict[str, float]) -> dict[str, Any]:
+def metrics(config: DemoConfig, learnt: Learnt, kinds: dict[str, float]) -> dict[str, Any]:
     """The content of ``metrics.json``; scores are fractions of 1."""
     import torch
 
