@@ -21,16 +21,19 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def saved_storages(resident: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Address -> bytes of every storage that autograd saves in this block, but those of the ``resident`` tensors."""
-    stays = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    """Storage -> bytes of every one that autograd saves in this block, but those of the ``resident`` tensors.
+
+    Tensors without values are counted by their shapes.
+    """
+    stays = set(map(_key, resident))
     found: dict[int, int] = {}
-    held = []  # so that no two storages have one address
+    held = []  # so that no two storages have one key
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in stays:
+        if (key := _key(tensor)) not in stays:
             held.append(storage)
-            found[storage.data_ptr()] = storage.nbytes()
+            found[key] = storage.nbytes()
         return tensor.detach()  # an output that holds its own node would never be freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

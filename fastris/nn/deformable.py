@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.lean_linear import Linear, normed_linear
+from fastris.nn.plain_modules import is_plainly
 from fastris.nn.separate_attention import xavier
 from fastris.ops.multiscale_deformable_attention import multiscale_deformable_attention
 
@@ -73,5 +74,9 @@ class DeformableLayer(nn.Module):
     def forward(self, y: Tensor, positions: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D); ``positions`` (M, D)."""
         attended = y + self.self_attn(y + positions, y, sizes, places)
-        y, hidden = normed_linear(attended, self.norm1, self.linear1)
+        if is_plainly(nn.LayerNorm, self.norm1) and is_plainly(Linear, self.linear1):
+            y, hidden = normed_linear(attended, self.norm1, self.linear1)
+        else:  # an adapter's layer, say
+            y = self.norm1(attended)
+            hidden = self.linear1(y)
         return self.norm2(y + self.linear2(F.relu(hidden)))

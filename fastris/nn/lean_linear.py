@@ -7,6 +7,7 @@ and under ``torch.compile``, which decides by itself what to keep, the modules r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class _NormedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        normed, _, _ = _norm(x, norm_weight, norm_bias, eps)
+        normed, _, _ = layer_norm(x, norm_weight, norm_bias, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -87,26 +88,19 @@ class _NormedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_normed: Tensor | None, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        normed, mean, deviation = _norm(x, norm_weight, norm_bias, ctx.eps)
+        normed, *statistics = layer_norm(x, norm_weight, norm_bias, ctx.eps)
         need_x, *need_norm, _, need_weight, need_bias = ctx.needs_input_grad
         d_weight = d_bias = None
         if upstream is not None:
-            d_normed, d_weight, d_bias = _linear_backward(
+            d_normed, d_weight, d_bias = linear_gradients(
                 upstream, normed, weight, (True, need_weight, need_bias), d_normed
             )
         if d_normed is None:
             return None, None, None, None, d_weight, d_bias
-        d_x, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            d_normed.contiguous(),
-            x.to(norm_weight.dtype),
-            (x.shape[-1],),
-            mean,
-            deviation,
-            norm_weight,
-            norm_bias,
-            (need_x, *need_norm),
+        d_x, d_norm_weight, d_norm_bias = layer_norm_gradients(
+            d_normed, x, statistics, norm_weight, norm_bias, (need_x, *need_norm)
         )
-        return None if d_x is None else d_x.to(x.dtype), d_norm_weight, d_norm_bias, None, d_weight, d_bias
+        return d_x, d_norm_weight, d_norm_bias, None, d_weight, d_bias
 
 
 class _Linear(torch.autograd.Function):
@@ -119,7 +113,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _linear_backward(upstream, x, weight, ctx.needs_input_grad)
+        return linear_gradients(upstream, x, weight, ctx.needs_input_grad)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -133,17 +127,28 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         activated, needs = F.gelu(hidden), ctx.needs_input_grad
-        d_activated, d_weight, d_bias = _linear_backward(upstream, activated, weight, needs)
+        d_activated, d_weight, d_bias = linear_gradients(upstream, activated, weight, needs)
         d_hidden = None if d_activated is None else torch.ops.aten.gelu_backward(d_activated, hidden)
         return d_hidden, d_weight, d_bias
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm in its parameters' dtype, with every row's mean and 1/deviation."""
     return torch.ops.aten.native_layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps)
 
 
-def _linear_backward(
+def layer_norm_gradients(
+    upstream: Tensor, x: Tensor, statistics: Sequence[Tensor], weight: Tensor, bias: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the norm's input, in x's dtype, weight and bias, where they are needed."""
+    found = torch.ops.aten.native_layer_norm_backward(
+        upstream.contiguous(), x.to(weight.dtype), (x.shape[-1],), *statistics, weight, bias, needs
+    )
+    d_x, d_weight, d_bias = (each if need else None for each, need in zip(found, needs, strict=True))
+    return None if d_x is None else d_x.to(x.dtype), d_weight, d_bias
+
+
+def linear_gradients(
     upstream: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], also: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``linear(x)``'s input, in x's dtype, ``also`` added, weight and bias, where they are needed."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
+from fastris.nn.plain_modules import is_plainly
 from fastris.ops.similarity import applies_norm
 from fastris.ops.upsample_conv import statistics_come_free, upsample2x_conv3x3, upsample2x_conv3x3_stats
 from fastris.reference import PixelNorm
@@ -29,9 +29,7 @@ def upsampled_to_be_scored(x: Tensor, block: Any, operator: str, columns: int) -
     hooks, they are called, and no norm is left to apply.
     """
     convolution, norm, activation = block
-    called = torch.compiler.is_compiling() or not (
-        _is_plainly(nn.BatchNorm2d, norm) and _is_plainly(nn.ReLU, activation)
-    )
+    called = torch.compiler.is_compiling() or not (is_plainly(nn.BatchNorm2d, norm) and is_plainly(nn.ReLU, activation))
     if called or not x.shape[0] or not applies_norm(operator, x, convolution.weight.shape[0], columns):
         return activation(upsampled_and_normed(x, convolution, norm)), None
     if not norm.training and norm.running_mean is not None and norm.running_var is not None:
@@ -64,16 +62,8 @@ def _with_statistics(x: Tensor, convolution: Any, norm: nn.BatchNorm2d) -> tuple
     return output, mean, var
 
 
-def _is_plainly(kind: type[nn.Module], module: Any) -> bool:
-    """Whether calling the module does what its kind does and nothing else."""
-    if type(module) is not kind:
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not (any(hooks) or _has_any_global_hook())
-
-
 def _normalises_by_the_batch(norm: Any) -> bool:
-    if torch.compiler.is_compiling() or not _is_plainly(nn.BatchNorm2d, norm):
+    if torch.compiler.is_compiling() or not is_plainly(nn.BatchNorm2d, norm):
         return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if any(tensor is not None and tensor.dtype is not torch.float32 for tensor in tensors):

@@ -14,7 +14,7 @@ Shapes: B batch, H heads of width D, Q queries, S levels, P points, N = B H Q S 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,28 +57,40 @@ class _SampledSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        value, reference_points, offsets, logits = ctx.saved_tensors
-        need_value, *need_others = ctx.needs_input_grad[:4]
-        origins = _origins(reference_points, ctx.sizes, value)
-        d_value, d_offsets, d_logits = (
-            torch.empty_like(each, memory_format=torch.contiguous_format) for each in (value, offsets, logits)
-        )
-        d_origins = torch.zeros_like(origins)
-        for chunk in _chunks(logits):
-            samples = _find(origins, chunk.of(offsets), chunk.of(logits), ctx.sizes)
-            gradient = chunk.of(upstream).to(origins.dtype, memory_format=torch.contiguous_format)
-            if need_value:
-                chunk.of(d_value).copy_(_value_gradient(gradient, samples, ctx.sizes))
-            if any(need_others):
-                table = _table(chunk.of(value), ctx.sizes, origins.dtype)
-                d_places, d_scores = _sample_gradients(gradient, table, samples)
-                chunk.of(d_offsets).copy_(d_places.movedim(0, -1))
-                chunk.of(d_logits).copy_(d_scores.flatten(-2))
-                if need_others[0]:
-                    d_origins += d_places.sum((1, 2, 5)).movedim(0, -1)
-        d_points = (d_origins * _scale(ctx.sizes, origins)).sum(1).to(reference_points.dtype)
-        found = zip((d_value, d_points, d_offsets, d_logits), ctx.needs_input_grad[:4], strict=True)
-        return *(gradient if needed else None for gradient, needed in found), None
+        return *sampled_gradients(upstream, *ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad[:4]), None
+
+
+def sampled_gradients(
+    upstream: Tensor,
+    value: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    sizes: Sizes,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`sampled_sum`'s four tensors where they are needed, from that of its sums (B, Q, H, D)."""
+    need_value, *need_others = needs
+    origins = _origins(reference_points, sizes, value)
+    d_value, d_offsets, d_logits = (
+        torch.empty_like(each, memory_format=torch.contiguous_format) for each in (value, offsets, logits)
+    )
+    d_origins = torch.zeros_like(origins)
+    for chunk in _chunks(logits):
+        samples = _find(origins, chunk.of(offsets), chunk.of(logits), sizes)
+        gradient = chunk.of(upstream).to(origins.dtype, memory_format=torch.contiguous_format)
+        if need_value:
+            chunk.of(d_value).copy_(_value_gradient(gradient, samples, sizes))
+        if any(need_others):
+            table = _table(chunk.of(value), sizes, origins.dtype)
+            d_places, d_scores = _sample_gradients(gradient, table, samples)
+            chunk.of(d_offsets).copy_(d_places.movedim(0, -1))
+            chunk.of(d_logits).copy_(d_scores.flatten(-2))
+            if need_others[0]:
+                d_origins += d_places.sum((1, 2, 5)).movedim(0, -1)
+    d_points = (d_origins * _scale(sizes, origins)).sum(1).to(reference_points.dtype)
+    found = zip((d_value, d_points, d_offsets, d_logits), needs, strict=True)
+    return tuple(gradient if needed else None for gradient, needed in found)
 
 
 def _scale(sizes: Sizes, like: Tensor) -> Tensor:

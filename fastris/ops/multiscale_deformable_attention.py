@@ -24,7 +24,7 @@ from torch import Tensor
 from fastris import reference
 from fastris.dispatch import resolve
 from fastris.ops.checks import check_shape, check_tensors
-from fastris.ops.deformable_samples import sampled_sum
+from fastris.ops.deformable_samples import sampled_gradients, sampled_sum
 
 OPERATOR = "multiscale_deformable_attention"
 
@@ -77,6 +77,37 @@ def multiscale_deformable_attention(
         else:
             output = sampled_sum(value, reference_points, offsets, logits, levels).flatten(2)
     return output.to(torch.promote_types(value.dtype, torch.float32)) if widened else output
+
+
+def gradients_of_sums(
+    upstream: Tensor,
+    value: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    path: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of value, offsets and logits where they are needed, from that of the weighted sums (B, Q, H * D).
+
+    For autograd Functions that make these three again in the backward pass. Everything is as it was for
+    :func:`multiscale_deformable_attention`, whose sums are not made again; ``path``, ``"torch"`` or ``"triton"``, is
+    the one that made them.
+    """
+    upstream = upstream.view(*logits.shape[:3], -1)
+    if path == "triton":
+        from fastris.kernels.deformable_attention_backward import deformable_gradients
+
+        shape = [number for size in sizes for number in size]
+        found: Sequence[Tensor | None] = deformable_gradients(
+            upstream, value, reference_points.float(), offsets, logits, shape, needs[0]
+        )
+    else:
+        levels, wanted = tuple(sizes), (needs[0], False, *needs[1:])
+        found = sampled_gradients(upstream, value, reference_points, offsets, logits, levels, wanted)
+    d_value, _, *others = found
+    return tuple(gradient if need else None for gradient, need in zip((d_value, *others), needs, strict=True))
 
 
 def _check(

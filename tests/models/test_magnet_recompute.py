@@ -19,7 +19,7 @@ SIZE = (72, 56)  # windows of 4 patches pad both sides, and shift
 
 
 def prepared(setting: str, dtype: torch.dtype = torch.float32) -> MagNet:
-    return small(drop_path=0.4, window=4).to(dtype).train().set_recompute(setting)
+    return small(drop_path=0.4, window=4, pixel_layers=2).to(dtype).train().set_recompute(setting)
 
 
 def one_step(model: MagNet, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

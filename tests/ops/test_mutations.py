@@ -271,7 +271,7 @@ INSIDE = {
         deformable_samples.sampled_sum deformable_samples._SampledSum.forward deformable_samples._SampledSum.backward
         deformable_samples._scale deformable_samples._origins deformable_samples._table deformable_samples._inner
         deformable_samples._find deformable_samples._softmax deformable_samples._summed
-        deformable_samples._sample_gradients
+        deformable_samples.sampled_gradients deformable_samples._sample_gradients
         deformable_samples._value_gradient""",
 }
 """Problem -> the functions within its fast path whose results are scaled: folded tensors, tables, gradients."""
@@ -291,6 +291,7 @@ HARMLESS = {
     "contrastive._checked_pos_weight": "as _counted_pixels",
     "absorbed_scores._rounded": "of half precision alone, which is held to looser bounds",
     "absorbed_scores._largest": "as _rounded",
+    "multiscale_deformable_attention.gradients_of_sums": "for stacks of layers; hands on what is attacked by itself",
     "similarity._sum_of_shifted": "of exported programs alone, which are held against the model as they are written",
 }
 """What else computes tensors, and why it is not attacked."""

@@ -101,9 +101,10 @@ class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
     def set_recompute(self, setting: str) -> MagNet:
         """Trade time for memory in training; returns the model. Weights, numbers and eval mode stay as they are.
 
-        ``"none"`` keeps what autograd keeps. ``"pointwise"`` keeps the products of Swin's blocks, of the exchanges
-        between pixels and words and of the pixel decoder's layers, and computes norms, GELU, softmax and the rest again
-        in the backward pass; ``"stages"`` keeps the input of each of these alone. Of BERT's parts both keep the input
+        ``"none"`` keeps what autograd keeps, but of the pixel decoder's layers, which always keep little.
+        ``"pointwise"`` keeps the products of Swin's blocks and of the exchanges between pixels and words, and computes
+        norms, GELU, softmax and the rest again in the backward pass; ``"stages"`` keeps the input of each of these
+        alone, and of each of the pixel decoder's layers. Of BERT's parts both keep the input
         alone. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
         """
         encoder = self.classifier.pixel_decoder.transformer.encoder

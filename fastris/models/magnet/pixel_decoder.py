@@ -15,6 +15,7 @@ from fastris import reference
 from fastris.models.magnet.config import LEVELS, POINTS
 from fastris.models.swin_bert import NORM_GROUPS
 from fastris.nn.deformable import DeformableLayer
+from fastris.nn.lean_deformable import lean_stack
 from fastris.nn.positions import box_positions
 from fastris.nn.recompute import recomputed
 from fastris.nn.separate_attention import stacked
@@ -31,7 +32,10 @@ class Decoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """The layers. ``recompute`` is set by :meth:`fastris.MagNet.set_recompute`; each is computed again by itself."""
+    """The layers, which keep little for the backward pass: see :mod:`fastris.nn.lean_deformable`.
+
+    ``recompute`` is set by :meth:`fastris.MagNet.set_recompute`; ``"stages"`` computes each again by itself.
+    """
 
     layers: Any
     recompute = "none"
@@ -42,6 +46,10 @@ class Encoder(nn.Module):
 
     def forward(self, y: Tensor, positions: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D); ``positions`` (M, D) with their level's embedding, ``places`` (M, 2)."""
+        if self.recompute != "stages":
+            decoded = lean_stack(self.layers, y, positions, sizes, places)
+            if decoded is not None:
+                return decoded
         for layer in self.layers:
 
             def run(y: Tensor, positions: Tensor, layer: Any = layer) -> Tensor:
