@@ -375,7 +375,10 @@ def region_contrast_problem(
 
 
 def pixel_contrast_problem(batch: int, channels: int, height: int, width: int, **uses: bool) -> Problem:
-    """Of masks four times as large; the second object is too small for a cell, the last sample has none."""
+    """Of masks four times as large; the second object is too small for a cell, the last sample has none.
+
+    Below the first image is a border.
+    """
 
     def make() -> dict[str, Tensor]:
         mask = torch.zeros(batch, 1, 4 * height, 4 * width, dtype=torch.bool)
@@ -384,15 +387,16 @@ def pixel_contrast_problem(batch: int, channels: int, height: int, width: int, *
         if batch > 2:
             mask[1] = False
             mask[1, :, :2, 3:6] = True
+        known = torch.ones_like(mask)
+        known[:1, :, -3:] = False
         shapes = {"features": (batch, channels, height, width), "sentence": (batch, channels)}
-        return drawn(shapes) | {"mask": mask}
+        return drawn(shapes) | {"mask": mask, "known": known}
 
     def call(impl: str) -> Callable:
         return partial(ops.pixel_contrast, pixel_temperature=0.5, text_temperature=0.3, impl=impl)
 
-    samples = "features", "sentence", "mask"
-    label = f"B{batch}-D{channels}-{height}x{width}"
-    return Problem("pixel_contrast", label, make, call, samples, ("mask",), **uses)
+    label, data = f"B{batch}-D{channels}-{height}x{width}", ("mask", "known")
+    return Problem("pixel_contrast", label, make, call, ("features", "sentence", *data), data, **uses)
 
 
 def upsampled_bce_problem(

@@ -65,7 +65,7 @@ def assemble(
     saved = None if checkpoint is None else distributed.from_main(lambda: SavedState.read(checkpoint))
     with distributed.together():
         model = make_model(options, precision.device, with_weights=saved is None and distributed.is_main())
-        batches = make_batches(options, train_set, model.config)
+        batches = make_batches(options, train_set, model.config, tells_known=model.asks_known)
         run = make_run(options, precision, model, train_set, batches.sampler.batches_per_epoch)
         if saved is not None:
             run.restore(saved)
@@ -196,8 +196,12 @@ def model_config(options: TrainConfig) -> ModelConfig:
     return registry.read_config(base | options.extra | own, source)
 
 
-def make_batches(options: TrainConfig, train_set: ReferringDataset, model: ModelConfig) -> Batches:
+def make_batches(
+    options: TrainConfig, train_set: ReferringDataset, model: ModelConfig, *, tells_known: bool = False
+) -> Batches:
     """The samples that the run trains on, and which of them make a batch.
+
+    `tells_known`: they tell where a letterbox's border is, as the model's `asks_known` has it.
 
     Raises:
         ValueError: they do not fill one batch.
@@ -210,6 +214,7 @@ def make_batches(options: TrainConfig, train_set: ReferringDataset, model: Model
         batch_size=options.batch_size,
         references=options.limit_train or None,
         augment=options.augment,
+        tells_known=tells_known,
     )
     count = used_references(options, train_set)
     if count < options.batch_size:

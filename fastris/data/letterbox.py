@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -86,6 +87,16 @@ class Letterbox:
         warped = cv2.warpAffine(levels, self.matrix, square, flags=cv2.INTER_LINEAR, borderValue=0)
         return torch.from_numpy(warped / 255).float()[None]
 
+    def known(self) -> torch.Tensor:
+        """Which pixels of the square lie on the image, and with no part on the border: (1, S, S) bool on the CPU."""
+        import torch
+
+        (left, top), (right, _), (_, bottom) = self._corners()[1].tolist()
+        known = torch.zeros(1, self.size, self.size, dtype=torch.bool)
+        rows, columns = ((math.ceil(a - 0.01), math.floor(b + 0.01)) for a, b in ((top, bottom), (left, right)))
+        known[:, slice(*rows), slice(*columns)] = True
+        return known
+
     def unwarp(self, probabilities: np.ndarray) -> np.ndarray:
         """Warp a map of the square back to the image, with cubic interpolation and zeros outside.
 
@@ -139,6 +150,12 @@ class Squash(Letterbox):
         mask = self._checked("mask", mask, (self.height, self.width), np.bool_)
         rows, columns = (((np.arange(self.size) + 0.5) * side / self.size).astype(int) for side in mask.shape)
         return torch.from_numpy(mask[np.ix_(rows, columns)]).float()[None]
+
+    def known(self) -> torch.Tensor:
+        """All pixels: (1, S, S) bool on the CPU. There is no border."""
+        import torch
+
+        return torch.ones(1, self.size, self.size, dtype=torch.bool)
 
     def unwarp(self, probabilities: np.ndarray) -> np.ndarray:
         """Resize a map (S, S) float32 of the square to the image's (H, W), linearly."""

@@ -67,6 +67,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
         seed: of the choice of sentences.
         inputs: how the model wants pixels normalised and sentences tokenised.
         augment: vary pictures and sentences, see :func:`fastris.data.augment.augment`.
+        tells_known: items have `known`, too, which a loss on the background asks for.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class TrainSamples(Dataset[dict[str, Any]]):
         seed: int = 0,
         inputs: Inputs = CLIP_INPUTS,
         augment: bool = False,
+        tells_known: bool = False,
     ):
         self.dataset = dataset
         self.augment = augment
+        self.tells_known = tells_known
         self.inputs = inputs
         self.input_size = input_size
         self.word_len = word_len
@@ -129,7 +132,8 @@ class TrainSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reference `index`: image (3, S, S) float32, tokens (L,) int64, mask (1, S, S) float32 in [0, 1], index.
 
-        And `image_id`, a number that is the same for references of one image.
+        And `image_id`, a number that is the same for references of one image; with `tells_known`, `known` (1, S, S)
+        bool, False on the letterbox's border.
         """
         reference = self.dataset.reference(index)
         sentences = reference.sentences
@@ -144,6 +148,7 @@ class TrainSamples(Dataset[dict[str, Any]]):
             "mask": warp.warp_mask(mask),
             "index": index,
             "image_id": number_of(reference.image_id),
+            **({"known": warp.known()} if self.tells_known else {}),
         }
 
 

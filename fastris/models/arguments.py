@@ -37,6 +37,13 @@ def check_mask(mask: Tensor | None, images: int, expressions: int) -> None:
         raise ValueError(f"mask must have pixels, got {tuple(mask.shape)}")
 
 
+def check_known(known: Tensor, images: int) -> None:
+    """Raise ValueError or TypeError unless ``known`` is a (B, 1, H, W) tensor with pixels, B = ``images``."""
+    check_is_tensor("known", known)
+    if known.ndim != 4 or known.shape[:2] != (images, 1) or not known.shape[2] * known.shape[3]:
+        raise ValueError(f"known must be ({images}, 1, H, W) with pixels, one of each image, got {tuple(known.shape)}")
+
+
 def check_images(images: Tensor, weights: torch.dtype, statistics: str, multiple: int = 1) -> None:
     """Raise ValueError or TypeError unless ``images`` are (B, 3, H, W), B > 0, for weights of that dtype.
 

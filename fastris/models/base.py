@@ -17,7 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastris.models.ancestry import Ancestor, saved_card
-from fastris.models.arguments import check_is_tensor, check_mask
+from fastris.models.arguments import check_is_tensor, check_known, check_mask
 from fastris.models.config import ModelConfig
 from fastris.models.pretrained import CARD, SAFETENSORS, load_pretrained
 from fastris.models.state_dicts import Adopted
@@ -145,16 +145,23 @@ class ReferringModel(
         mask: Tensor,
         index: Tensor | None = None,
         origin: Origin | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (scalar loss, logits (E, 1, h, w)). Arguments as for :meth:`segment`, plus the masks (E, 1, H, W).
 
         ``origin`` tells which expressions are about the same image or reference, for losses that compare expressions
-        with each other. The default is the mean binary cross-entropy over all pixels and expressions, with the masks
-        resized to the logits.
+        with each other; ``known`` (E, 1, H, W), 0 on a letterbox's border, for losses that look at the background, and
+        comes only where the model :attr:`asks_known`. The default is the mean binary cross-entropy over all pixels and
+        expressions, with the masks resized to the logits.
         """
         logits = self.segment(features, tokens, index)
         target = resize_target(mask, logits.shape[-2:]).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, target), logits
+
+    @property
+    def asks_known(self) -> bool:
+        """Whether training shall tell its loss what of the images is no border of a letterbox; see :meth:`loss`."""
+        return False
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by group: "head" trains at the full learning rate, every other at ``lr_multi`` times it.
@@ -170,12 +177,18 @@ class ReferringModel(
             raise ValueError("word holds no expressions, so there is no loss; give at least two in training mode")
 
     def forward(
-        self, img: Tensor, word: Tensor, mask: Tensor | None = None, origin: Origin | None = None
+        self,
+        img: Tensor,
+        word: Tensor,
+        mask: Tensor | None = None,
+        origin: Origin | None = None,
+        known: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """As described in the class. ``img`` (B, 3, H, W), ``word`` (B, L) int64, ``mask`` (B, 1, H, W).
 
         With K expressions about each image, ``word`` is (B, K, L) and ``mask`` (B, K, 1, H, W). Each image is encoded
         once, and the results have B*K entries, ordered image by image, as ``origin`` has, too.
+        ``known`` (B, 1, H, W) has one of each image.
         """
         check_is_tensor("word", word)
         index, word, mask = _flatten_expressions(word, mask)
@@ -186,7 +199,11 @@ class ReferringModel(
         self.check_training(len(word))
         assert mask is not None
         told = () if origin is None else (origin,)
-        loss, logits = self.loss(self.encode_image(img), word, mask, index, *told)
+        border: dict[str, Tensor] = {}
+        if known is not None:
+            check_known(known, len(img))
+            border["known"] = known if index is None else known[index]
+        loss, logits = self.loss(self.encode_image(img), word, mask, index, *told, **border)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
     @property

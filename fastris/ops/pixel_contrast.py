@@ -36,6 +36,7 @@ def pixel_contrast(
     sentence: Tensor,
     mask: Tensor,
     *,
+    known: Tensor | None = None,
     pixel_temperature: float = 0.1,
     text_temperature: float = 0.07,
     impl: str = "auto",
@@ -48,30 +49,31 @@ def pixel_contrast(
         sentence: (B, D), in the pixels' space.
         mask: (B, 1, H, W) of any size and dtype, in [0, 1]. See
             :func:`fastris.reference.pixel_contrast.pixel_sets` for which cells are inside, outside or neither.
+        known: (B, 1, H', W') or None; 0 on a letterbox's border, whose cells belong to neither.
         pixel_temperature, text_temperature: of the softmaxes along the mean pixels and along the sentence, above 0.
         impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``; see :mod:`fastris.dispatch`.
 
     Computed and returned in float32, or float64 for float64 features, under autocast, too. Gradients reach features and
-    sentence; the mask is data. For the backward pass the fast path keeps the features, and three cosines, a norm and
-    two bytes a cell; it can be differentiated once. ``triton`` reads the map in its own dtype. An empty batch, or one
-    in which no sample has both an inside and an outside, has loss 0.
+    sentence; mask and ``known`` are data. For the backward pass the fast path keeps the features, and three cosines, a
+    norm and two bytes a cell; it can be differentiated once. ``triton`` reads the map in its own dtype. An empty
+    batch, or one in which no sample has both an inside and an outside, has loss 0.
 
     Raises ValueError for a wrong shape or temperature, or tensors on different devices; TypeError for dtypes that do
     not fit; RuntimeError when ``impl="triton"`` cannot run here.
 
     Source: :func:`fastris.reference.pixel_contrast`, which defines the loss.
     """
-    _check(features, sentence, mask, pixel_temperature, text_temperature)
+    _check(features, sentence, mask, known, pixel_temperature, text_temperature)
     mask = mask.detach()
+    known = None if known is None else known.detach()
     path = resolve("pixel_contrast", features.device, features.dtype, impl, len(features))
     if path == "reference":
-        return reference.pixel_contrast(
-            features, sentence, mask, pixel_temperature=pixel_temperature, text_temperature=text_temperature
-        )
+        temperature = {"pixel_temperature": pixel_temperature, "text_temperature": text_temperature}
+        return reference.pixel_contrast(features, sentence, mask, known=known, **temperature)
     wide = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         height, width = features.shape[-2:]
-        sets = torch.stack(pixel_sets(mask, (height, width)), dim=1).flatten(2)  # [B, 2, N]
+        sets = torch.stack(pixel_sets(mask, (height, width), known=known), dim=1).flatten(2)  # [B, 2, N]
         unit = F.normalize(sentence.to(wide), dim=-1, eps=LEAST_NORM)
         temperatures = pixel_temperature, pixel_temperature, text_temperature
         by_kernels = path == "triton"
@@ -199,7 +201,14 @@ def _slopes(cosines: Tensor, sets: Tensor, temperatures: tuple[float, ...]) -> T
     return torch.stack([row / t for row, t in zip(slopes.unbind(1), temperatures, strict=True)], dim=1)
 
 
-def _check(features: Tensor, sentence: Tensor, mask: Tensor, pixel_temperature: float, text_temperature: float) -> None:
+def _check(
+    features: Tensor,
+    sentence: Tensor,
+    mask: Tensor,
+    known: Tensor | None,
+    pixel_temperature: float,
+    text_temperature: float,
+) -> None:
     name = "pixel_contrast"
     check_tensors(name, features=features, sentence=sentence)
     check_shape(name, "features", features, ("B", "D", "h", "w"))
@@ -207,14 +216,22 @@ def _check(features: Tensor, sentence: Tensor, mask: Tensor, pixel_temperature: 
     if 0 in features.shape[1:]:
         raise ValueError(f"{name}: features must have channels and pixels, got {tuple(features.shape)}")
     check_shape(name, "sentence", sentence, (batch, channels))
-    check_is_tensor(name, "mask", mask)
-    check_shape(name, "mask", mask, (batch, 1, "H", "W"))
-    if 0 in mask.shape[2:]:
-        raise ValueError(f"{name}: mask must have pixels, got {tuple(mask.shape)}")
-    if mask.device != features.device:
-        raise ValueError(
-            f"{name}: mask is on {mask.device} but features is on {features.device}; move them to one device"
-        )
+    for field, data in (("mask", mask), ("known", known)):
+        if data is not None or field == "mask":
+            _check_data(name, field, data, features)
     for field, value in (("pixel_temperature", pixel_temperature), ("text_temperature", text_temperature)):
         if not value > 0:
             raise ValueError(f"{name}: {field} must be above 0, got {value}")
+
+
+def _check_data(name: str, field: str, tensor: Tensor | None, features: Tensor) -> None:
+    """Masks are (B, 1, H, W) with pixels, on the features' device."""
+    check_is_tensor(name, field, tensor)
+    assert tensor is not None
+    check_shape(name, field, tensor, (len(features), 1, "H", "W"))
+    if 0 in tensor.shape[2:]:
+        raise ValueError(f"{name}: {field} must have pixels, got {tuple(tensor.shape)}")
+    if tensor.device != features.device:
+        raise ValueError(
+            f"{name}: {field} is on {tensor.device} but features is on {features.device}; move them to one device"
+        )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastris.reference.region_contrast import known_cells
+
 
 class PixelSets(NamedTuple):
     """Which cells (B, h, w) belong to the object, and which to the background; an ambiguous one to neither. Bool."""
@@ -21,16 +23,21 @@ class PixelSets(NamedTuple):
     outside: Tensor
 
 
-def pixel_sets(mask: Tensor, size: tuple[int, int]) -> PixelSets:
+def pixel_sets(mask: Tensor, size: tuple[int, int], *, known: Tensor | None = None) -> PixelSets:
     """Sort the cells of a map of ``size`` (h, w) by how much of each the mask (B, 1, H, W) covers.
 
     A cell is inside where more than half of it is covered, outside where nothing is. An object too small for that has
-    its most covered cells as its inside.
+    its most covered cells as its inside. ``known`` (B, 1, H', W') is 0 on a letterbox's border; a cell of which the
+    border has any part belongs to neither: see :func:`fastris.reference.region_contrast.known_cells`.
     """
     covered = F.adaptive_avg_pool2d(mask.float(), size)[:, 0]
+    outside = covered == 0
+    if known is not None:
+        seen = known_cells(known, size)
+        covered, outside = covered * seen, outside & seen
     inside, most = covered > 0.5, covered.amax((1, 2), keepdim=True)
     small = ~inside.flatten(1).any(1)[:, None, None] & (most > 0)
-    return PixelSets(inside | (small & (covered == most)), covered == 0)
+    return PixelSets(inside | (small & (covered == most)), outside)
 
 
 def pixel_contrast(
@@ -38,6 +45,7 @@ def pixel_contrast(
     sentence: Tensor,
     mask: Tensor,
     *,
+    known: Tensor | None = None,
     pixel_temperature: float = 0.1,
     text_temperature: float = 0.07,
 ) -> Tensor:
@@ -53,6 +61,7 @@ def pixel_contrast(
         features: (B, D, h, w), the pixel map.
         sentence: (B, D), in the pixels' space.
         mask: (B, 1, H, W) at full size, in [0, 1].
+        known: as for :func:`pixel_sets`.
         pixel_temperature: tau for a and b. text_temperature: tau for t.
 
     A sample without an inside or an outside is left out; if there is no other, the loss is 0. Gradients flow through a
@@ -61,7 +70,7 @@ def pixel_contrast(
     wide = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         height, width = features.shape[-2:]
-        inside, outside = (cells.flatten(1) for cells in pixel_sets(mask, (height, width)))
+        inside, outside = (cells.flatten(1) for cells in pixel_sets(mask, (height, width), known=known))
         pixels = F.normalize(features.to(wide).flatten(2), dim=1, eps=1e-6)  # [B, D, N]
         counts = inside.any(1) & outside.any(1)
         total = contrast(_along(pixels, sentence.to(wide)), inside, outside, text_temperature)

@@ -29,9 +29,7 @@ def regions(mask: Tensor, size: tuple[int, int], *, known: Tensor | None = None,
     instead. ``known`` (B, 1, H, W) is 0 on a letterbox's border, whose cells belong to neither.
     """
     covered = F.adaptive_avg_pool2d(mask.float(), size)[:, 0]
-    seen = torch.ones_like(covered, dtype=torch.bool)
-    if known is not None:
-        seen = F.adaptive_avg_pool2d(known.float(), size)[:, 0] > 0.99
+    seen = torch.ones_like(covered, dtype=torch.bool) if known is None else known_cells(known, size)
     sure_inside, sure_outside = covered > 0.99, covered < 0.01
     if band:
         ambiguous = (~(sure_inside | sure_outside)).float()
@@ -41,6 +39,14 @@ def regions(mask: Tensor, size: tuple[int, int], *, known: Tensor | None = None,
     has_sure = sure_inside.flatten(1).any(1)[:, None, None]
     inside = torch.where(has_sure, sure_inside.to(covered.dtype), covered * seen)
     return Regions(inside, sure_outside.to(covered.dtype))
+
+
+def known_cells(known: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which cells (B, h, w) show the image alone: more than 0.99 of them is not a letterbox's border. Bool.
+
+    ``known`` (B, 1, H, W) of any size and dtype is 0 on the border and 1 on the image.
+    """
+    return F.adaptive_avg_pool2d(known.float(), size)[:, 0] > 0.99
 
 
 def region_means(features: Tensor, weights: Tensor) -> Tensor:

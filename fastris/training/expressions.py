@@ -37,7 +37,7 @@ class ImageSamples(TrainSamples):
     again, so that every image weighs the same.
 
     Args:
-        dataset, input_size, word_len, seed, inputs, augment: as for :class:`TrainSamples`.
+        dataset, input_size, word_len, seed, inputs, augment, tells_known: as for :class:`TrainSamples`.
         expressions: K.
         references: only the first so many of the data set; None for all.
 
@@ -53,11 +53,12 @@ class ImageSamples(TrainSamples):
         seed: int = 0,
         inputs: Inputs = CLIP_INPUTS,
         augment: bool = False,
+        tells_known: bool = False,
         *,
         expressions: int,
         references: int | None = None,
     ):
-        super().__init__(dataset, input_size, word_len, seed, inputs, augment)
+        super().__init__(dataset, input_size, word_len, seed, inputs, augment, tells_known)
         if expressions < 1:
             raise ValueError(f"expressions={expressions} must be at least 1")
         self.expressions = expressions
@@ -72,7 +73,7 @@ class ImageSamples(TrainSamples):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Image `position`: image (3, S, S), tokens (K, L), mask (K, 1, S, S), index (K,) of the references.
 
-        And `image_id`, as :class:`TrainSamples` has it.
+        And `image_id`, and with `tells_known` `known` (1, S, S), as :class:`TrainSamples` has them.
         """
         chosen = self.choose(position)
         objects = list({index for index, _ in chosen})
@@ -90,6 +91,7 @@ class ImageSamples(TrainSamples):
             "mask": torch.stack([masks[index] for index, _ in chosen]),
             "index": torch.tensor([index for index, _ in chosen]),
             "image_id": torch.tensor(number_of(self.dataset.reference(chosen[0][0]).image_id)),
+            **({"known": warp.known()} if self.tells_known else {}),
         }
 
     def choose(self, position: int) -> list[tuple[int, str]]:
@@ -112,17 +114,18 @@ def training_samples(
     batch_size: int,
     references: int | None,
     augment: bool = False,
+    tells_known: bool = False,
 ) -> TrainSamples:
     """The items of a training run: references with one sentence each, or images with `several` expressions.
 
     Args:
         batch_size: expressions in a batch. references: only the first so many of the data set; None for all.
-        augment: vary pictures and sentences.
+        augment: vary pictures and sentences. tells_known: tell where a letterbox's border is.
 
     Raises:
         ValueError: fewer images than a batch holds.
     """
-    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model), augment)
+    common = (dataset, model.input_size, model.word_len, seed, inputs_of(model), augment, tells_known)
     if several == 1:
         return TrainSamples(*common)
     samples = ImageSamples(*common, expressions=several, references=references)

@@ -191,11 +191,12 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     total_loss = total_iou = torch.zeros((), device=device)
     run.model.zero_grad(set_to_none=True)  # also of parameters that no group updates
     run.statistics.keep()
-    given: list[Any] = [image, tokens, mask, *_origin(run.model, batch)]
+    told = _told(run.model, batch)
+    given: list[Any] = [image, tokens, mask, *told.values()]
     for number, part in enumerate(zip(*(each.chunk(parts) for each in given), strict=True), 1):
         with run.keeping_gradients_here(more_to_come=number < parts):
             with run.precision.autocast():
-                logits, target, loss = run.replica(*part)
+                logits, target, loss = run.replica(*part[:3], **dict(zip(told, part[3:], strict=True)))
             run.scaler.scale(loss / parts).backward()
         total_loss = total_loss + loss.detach() / parts
         total_iou = total_iou + batch_iou(logits, target) / parts
@@ -217,15 +218,21 @@ def train_step(plan: Plan, run: Run, batch: dict[str, Tensor], *signals: float) 
     return StepResult(loss, iou, norm_, applied, tuple(sums), run.model.take_metrics())
 
 
-def _origin(model: ReferringModel, batch: dict[str, Tensor]) -> list[Origin]:
-    """Which expressions share an image or a reference, where the loss compares expressions; else nothing."""
-    if not model.instance_contrast:
-        return []
-    references, images = batch["index"], batch["image_id"]
-    if references.ndim == 2:  # several expressions about each image
-        images = images[:, None].expand_as(references)
-    device = next(model.parameters()).device
-    return [Origin(images.flatten().to(device), references.flatten().to(device))]
+def _told(model: ReferringModel, batch: dict[str, Tensor]) -> dict[str, Origin | Tensor]:
+    """What the model's loss asks for besides image, tokens and mask, by the name of its argument.
+
+    Which expressions share an image or a reference, where it compares expressions; what of the images is no border of a
+    letterbox, where it looks at the background.
+    """
+    device, told = next(model.parameters()).device, dict[str, Origin | Tensor]()
+    if model.instance_contrast:
+        references, images = batch["index"], batch["image_id"]
+        if references.ndim == 2:  # several expressions about each image
+            images = images[:, None].expand_as(references)
+        told["origin"] = Origin(images.flatten().to(device), references.flatten().to(device))
+    if model.asks_known and "known" in batch:
+        told["known"] = batch["known"].to(device, non_blocking=True)
+    return told
 
 
 def _gradient_norm(run: Run) -> Tensor:

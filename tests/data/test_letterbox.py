@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastris.data.letterbox import letterbox
+from fastris.data.letterbox import letterbox, squash
 from fastris.models.inputs import CLIP_MEAN, CLIP_STD
 
 SIZES = [(416, 416), (480, 640), (640, 427), (33, 500), (500, 33), (1, 1), (2, 3), (1, 700), (700, 1), (1000, 1333)]
@@ -135,3 +135,15 @@ def test_arrays_of_another_size_or_type_are_refused() -> None:
         warp.warp_mask(np.zeros((20, 30), np.uint8))
     with pytest.raises(ValueError, match="probabilities is Tensor"):
         warp.unwarp(torch.zeros(32, 32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("height", "width", "rows"), [(50, 90, (15, 49)), (32, 32, (0, 64)), (427, 640, (11, 53))])
+def test_known_pixels_are_those_with_no_part_on_the_border(height: int, width: int, rows: tuple[int, int]) -> None:
+    expected = torch.zeros(1, 64, 64, dtype=torch.bool)
+    expected[:, slice(*rows)] = True
+    assert torch.equal(letterbox(height, width, 64).known(), expected)
+    assert torch.equal(letterbox(width, height, 64).known(), expected.mT)
+    white = np.full((height, width, 3), 255, np.uint8)
+    if width > 64:  # where the picture is enlarged, the border's colour blends into its edge
+        assert letterbox(height, width, 64).warp_image(white)[:, expected[0]].amin(1).min() > 1.8
+    assert squash(height, width, 64).known().all()

@@ -67,6 +67,15 @@ def test_small_object_is_where_it_covers_most_and_ambiguous_cells_are_nowhere():
     assert pixel_sets(mask, (2, 2)).outside[0].tolist() == [[False, False], [False, False]]
 
 
+def test_cells_with_any_part_on_the_border_are_nowhere():
+    mask, known = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    mask[0, :, :4, :4], mask[1, :, 3:5, 3:5], mask[2, :, 7:] = 1, 1, 1
+    known[:, :, 7:] = 0  # a quarter of the lower cells
+    inside, outside = pixel_sets(mask, (2, 2), known=known.bool())
+    assert inside.flatten(1).tolist() == [[True, False, False, False], [True, True, False, False], [False] * 4]
+    assert outside.flatten(1).tolist() == [[False, True, False, False], [False] * 4, [True, True, False, False]]
+
+
 def test_four_numbers_and_two_bytes_a_pixel_are_kept_beside_the_map():
     inputs = {name: value.requires_grad_(name != "mask") for name, value in problem().items()}
     kept: list[Tensor] = []
@@ -136,6 +145,8 @@ def test_half_precision_and_autocast_answer_in_float32():
         ("mask must be (2, 1, H, W)", {"mask": torch.ones(2, 48, 48)}),
         ("mask must have pixels", {"mask": torch.ones(2, 1, 0, 48)}),
         ("mask is on meta but features is on cpu", {"mask": torch.ones(2, 1, 48, 48, device="meta")}),
+        ("known must be (2, 1, H, W)", {"known": torch.ones(1, 1, 48, 48)}),
+        ("known is on meta but features is on cpu", {"known": torch.ones(2, 1, 48, 48, device="meta")}),
         ("pixel_temperature must be above 0, got 0", {"pixel_temperature": 0}),
         ("text_temperature must be above 0, got nan", {"text_temperature": float("nan")}),
     ],

@@ -157,6 +157,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
         mask: Tensor,
         index: Tensor | None = None,
         origin: Origin | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, logits (E, 1, H, W) of the last embedding).
 
@@ -181,6 +182,7 @@ class AlignFormer(ReferringModel, tags=["alignformer"]):
                 scored.features,
                 scored.kernels[:, -1],
                 mask,
+                known=known,
                 image_ids=images,
                 ref_ids=references,
                 pointwise_weight=conv.weight,

@@ -168,6 +168,7 @@ class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
         mask: Tensor,
         index: Tensor | None = None,
         origin: Origin | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (text-to-pixel contrastive loss, logits (E, 1, H/4, W/4)), computed together.
 
@@ -179,23 +180,30 @@ class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
         its taps, which is what scores a patch of equal pixels.
 
         In training mode ``mask_grounding`` and ``alignment_loss`` times their losses are added, too.
+
+        The instance contrast and the alignment loss leave out what ``known`` (E, 1, H, W) says is a letterbox's border.
         """
         self._check_features(features)
         check_mask(mask, len(features[0]), len(tokens))
         decoded = self._decode(features, tokens, index, hides=self.training and self.grounding is not None)
-        loss, logits = self._segmentation_loss(decoded, mask, index, origin)
+        loss, logits = self._segmentation_loss(decoded, mask, index, origin, known)
         if decoded.hidden is not None:
             assert self.grounding is not None and isinstance(features, GroundingFeatures)
             embedding = self.backbone.token_embedding.weight
             grounding = self.grounding.loss(decoded.hidden, decoded.tokens, features.c5, mask, embedding, index)
             loss = loss + self.config.mask_grounding * grounding
         if self.cal is not None and self.training:
-            alignment = self.cal(decoded.pixels, decoded.words, decoded.tokens, mask)
+            alignment = self.cal(decoded.pixels, decoded.words, decoded.tokens, mask, known)
             loss = loss + self.config.alignment_loss * alignment
         return loss, logits
 
     def _segmentation_loss(
-        self, decoded: Decoded, mask: Tensor, index: Tensor | None, origin: Origin | None
+        self,
+        decoded: Decoded,
+        mask: Tensor,
+        index: Tensor | None,
+        origin: Origin | None,
+        known: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The loss on the logits, with the instance contrast, and the logits."""
         if self.centre is None and not self.instance_contrast:
@@ -213,6 +221,7 @@ class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
                 scored,
                 centres,
                 mask,
+                known=known,
                 image_ids=images,
                 ref_ids=references,
                 pointwise_weight=last.weight,
@@ -304,6 +313,11 @@ class CRIS(TrainingMetrics, ReferringModel, tags=["cris"]):
         """Run CLIP's text encoder on token ids (E, L): the words (E, L, C) and the sentences' states (E, S)."""
         _check_tokens(tokens, self.config)
         return self.backbone.encode_text(tokens)
+
+    @property
+    def asks_known(self) -> bool:
+        """Where the instance contrast or the alignment loss is on."""
+        return bool(self.instance_contrast or self.cal is not None)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """``backbone``: the CLIP encoders. ``head``: all else and, as published, CLIP's positional embeddings."""

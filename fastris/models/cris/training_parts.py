@@ -88,15 +88,18 @@ class Alignment(nn.Module):
         self.text_projection = nn.Linear(config.vis_dim, ALIGNMENT_WIDTH)
         self.meter = LossMeter()
 
-    def forward(self, pixels: Tensor, words: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, pixels: Tensor, words: Tensor, tokens: Tensor, mask: Tensor, known: Tensor | None = None
+    ) -> Tensor:
         """Of the decoder's map (E, D, h, w), the words (E, L, D) it heard, their ids (E, L) and masks (E, 1, H, W).
 
-        The sentence is the mean of its words, without the tokens of its start and end.
+        The sentence is the mean of its words, without the tokens of its start and end. ``known`` (E, 1, H, W) is 0 on a
+        letterbox's border, which is no background.
         """
         said = spoken(tokens, self.vocabulary).to(words.dtype)[..., None]
         sentence = self.text_projection((said * words).sum(1) / said.sum(1).clamp_min(1))
         weight, bias = self.pixel_projection.weight, self.pixel_projection.bias
-        loss = pixel_contrast(F.conv2d(pixels, weight[:, :, None, None], bias), sentence, mask)
+        loss = pixel_contrast(F.conv2d(pixels, weight[:, :, None, None], bias), sentence, mask, known=known)
         self.meter.count(loss.detach())
         return loss
 

@@ -134,6 +134,7 @@ class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
         mask: Tensor,
         index: Tensor | None = None,
         origin: Origin | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, logits (E, 1, H, W) of the last prediction).
 
@@ -155,7 +156,7 @@ class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
             left_out = None if hidden is None or twice else hidden.masking.selected.any(1)
             with torch.autocast(images.device.type, enabled=False):
                 features = self.classifier.pixel_decoder.mask_features(scored.features)
-            alignment = cal(features, encoded, self.lang_proj, tokens, mask, left_out)
+            alignment = cal(features, encoded, self.lang_proj, tokens, mask, left_out, known)
             loss = loss + self.config.alignment_loss * alignment
         if hidden is not None:
             assert self.grounding is not None

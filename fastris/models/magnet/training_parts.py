@@ -104,11 +104,13 @@ class Alignment(nn.Module):
         tokens: Tensor,
         mask: Tensor,
         left_out: Tensor | None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """The loss of mask features (E, D, h, w) and the last words, whose mean ``sentence`` projects to D.
 
         The mean is of the tokens between the first and the last, which are marks. ``tokens`` (E, L), ``mask``
-        (E, 1, H, W); the samples that are ``left_out`` (E,) give no loss, None leaves out none.
+        (E, 1, H, W); the samples that are ``left_out`` (E,) give no loss, None leaves out none. ``known``
+        (E, 1, H, W) is 0 on a border, which is no background.
         """
         assert encoded.words is not None
         valid = tokens != 0
@@ -118,6 +120,6 @@ class Alignment(nn.Module):
         mean = (said * encoded.words).sum(1) / said.sum(1).clamp_min(1)
         if left_out is not None:  # without an object there is no loss
             mask = mask * ~left_out[:, None, None, None]
-        loss = pixel_contrast(features, sentence(mean).to(features.dtype), mask)
+        loss = pixel_contrast(features, sentence(mean).to(features.dtype), mask, known=known)
         self.meter.count(loss.detach())
         return loss
