@@ -8,6 +8,10 @@ import pytest
 import torch
 from operator_cases import deformable_problem
 
+from fastris import reference, use_impl
+from fastris.nn.deformable import DeformableLayer
+from fastris.nn.lean_deformable import lean_stack
+from fastris.nn.separate_attention import stacked
 from fastris.testing import run_with_gradients
 
 HAS_GPU = torch.cuda.is_available()
@@ -74,3 +78,23 @@ def test_the_operators_pass_opcheck():
     upstream = torch.randn(2, 5, 2, 6, device=DEVICE)
     for need_value in (True, False):
         torch.library.opcheck(backward._gradients, (upstream, *tensors, sizes, need_value))
+
+
+def test_a_stack_that_makes_its_inputs_again_has_the_bits_of_its_layers():
+    torch.manual_seed(0)
+    sizes = ((1, 2), (2, 3))
+    layers = stacked(DeformableLayer(16, 32, 2, 2, 2), 2).to(DEVICE)
+    y, positions = torch.randn(2, 8, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
+    upstream, places = torch.randn_like(y), reference.pixel_centres(sizes, DEVICE)
+    results = []
+    for lean in (True, False):
+        output = given = y.clone().requires_grad_()
+        with use_impl("triton"):
+            if lean:
+                output = lean_stack(layers, output, positions, sizes, places)
+            for layer in () if lean else layers:
+                output = layer(output, positions, sizes, places)
+        results.append([output, *torch.autograd.grad(output, [given, *layers.parameters()], upstream)])
+    assert len(results[0]) == 2 + 2 * 16
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 1e-5)
