@@ -66,7 +66,9 @@ def lean_stack(
 
 def _path(layers: Sequence[DeformableLayer], y: Tensor, positions: Tensor, places: Tensor) -> str | None:
     """The path of deformable attention, or None where the layers have to be called."""
-    if not (torch.is_grad_enabled() and len(layers) and y.shape[0]) or runs_as_published():
+    if runs_as_published() or not torch.is_grad_enabled():  # first: a traced batch's size must not be asked for
+        return None
+    if not (len(layers) and y.shape[0]):
         return None
     if torch.is_autocast_enabled(y.device.type) or places.requires_grad or not all(map(_is_as_built, layers)):
         return None
