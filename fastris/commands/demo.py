@@ -49,7 +49,7 @@ class Lesson(NamedTuple):
 LESSONS = {
     "tiny": Lesson(900, 16, 1e-3),
     "alignformer_tiny": Lesson(3000, 8, 1e-3),
-    "magnet_tiny": Lesson(2000, 8, 1e-3, {"mask_grounding": 1.0, "alignment_loss": 0.5}),
+    "magnet_tiny": Lesson(1600, 8, 1e-3, {"mask_grounding": 1.0, "alignment_loss": 0.5}),
 }
 """By preset: those that a laptop's CPU can train."""
 

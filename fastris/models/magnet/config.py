@@ -46,7 +46,7 @@ MAGNET_PRESETS: dict[str, dict[str, Any]] = {
         "drop_path": 0.0,
         "conv_dim": 64,
         "decoder_heads": 4,
-        "pixel_layers": 2,
+        "pixel_layers": 1,
         "pixel_ffn": 128,
         "query_layers": 3,
         "query_ffn": 128,
