@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastris.ops.absorbed_scores import product
+from fastris.runtime import cpu_products
+
+BANDS = 4
+"""Of rows, in which a symmetric matrix is made: 5/8 of the multiplications, in products that are still large."""
 
 
 class Answers(NamedTuple):
@@ -103,7 +107,7 @@ class _ThroughGram(torch.autograd.Function):
             scaled = pixels * d_half[..., None]
             d_absorbed = product(d_raw, pixels, dtype)
             d_offset = d_raw.sum(2, keepdim=True)
-            moment, total = _outer(scaled, pixels, dtype), scaled.sum((0, 1))
+            moment, total = _moment(scaled, pixels, dtype), scaled.sum((0, 1))
             d_weight = weight @ moment + shift[:, None] * total + key.flatten(0, 1).T @ d_absorbed.flatten(0, 1)
             d_shift = weight @ total + shift * d_half.sum() + (key * d_offset).sum((0, 1))
             d_key = _mapped(d_absorbed, weight.T) + d_offset * shift
@@ -164,7 +168,7 @@ class _ThroughQuery(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x W^T + b`` in the dtype of x, rounded once."""
     if x.dtype is weight.dtype:
-        return F.linear(x, weight, bias)
+        return cpu_products.linear(x, weight, bias) if _is_plain(x) else F.linear(x, weight, bias)
     return (_flat_product(x, weight.T, x.dtype) + bias).to(x.dtype)
 
 
@@ -287,15 +291,34 @@ def _slope(rstd: Tensor, gradient: Tensor) -> Tensor:
 
 def _flat_product(x: Tensor, matrix: Tensor, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
     """``product`` of (B, N, K) and one (K, M) for all samples."""
+    if _is_plain(x) and x.dtype is matrix.dtype is dtype:
+        found = cpu_products.product(x, matrix)
+        return found if onto is None else onto.add_(found)
     flat = x.reshape(1, -1, x.shape[2])
     onto = None if onto is None else onto.view(1, -1, onto.shape[2])
     return product(flat, matrix[None], dtype, onto).view(*x.shape[:2], matrix.shape[1])
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the product may be one of :mod:`fastris.runtime.cpu_products`: on a CPU, and not while compiling."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, K): the sum over all pixels of the products of (B, N, M) and (B, N, K)."""
     left, right = left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
     return product(left.mT, right, dtype)[0]
+
+
+def _moment(scaled: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``_outer`` of x (B, N, C) and of x times a number for each pixel: it is symmetric, and half of it is enough."""
+    width = x.shape[2]
+    if not _is_plain(x) or width < BANDS:
+        return _outer(scaled, x, dtype)
+    found, step = scaled.new_zeros(width, width), -(-width // BANDS)
+    for at in range(0, width, step):
+        found[at : at + step, at:] = _outer(scaled[..., at : at + step], x[..., at:], dtype)
+    return found.triu() + found.triu(1).T
 
 
 def _mapped(x: Tensor, matrix: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ INSIDE = {
         pixel_word_products._listen_backward
         pixel_word_products._heard pixel_word_products._with_ones pixel_word_products._mix_backward
         pixel_word_products._slope pixel_word_products._flat_product pixel_word_products._outer
-        pixel_word_products._mapped""",
+        pixel_word_products._mapped pixel_word_products._moment""",
     "pixel_word_attention, queries": """
         pixel_word_products._ThroughQuery.forward pixel_word_products._ThroughQuery.backward
         pixel_word_products._unit""",

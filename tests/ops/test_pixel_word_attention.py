@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_cases import pixel_word_problem
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris.bench.counter import saved_storages
+from fastris.nn.recompute import recomputed
 from fastris.ops import pixel_word_attention
 from fastris.ops.pixel_word_products import gram_pays
 from fastris.reference import PixelWordWeights
+from fastris.runtime import cpu_products
 from fastris.testing import run_with_gradients
 
 FORMS = {"gram": pixel_word_problem(40, 8, 6, (3, 5)), "queries": pixel_word_problem(5, 8, 6, (3, 5))}
@@ -52,6 +55,46 @@ def test_fewer_pixels_than_words_are_computed_as_published():
     one, two = (run_with_gradients(call(impl), few) for impl in ("torch", "reference"))
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert not torch.equal(call("torch")(**inputs), call("reference")(**inputs))
+
+
+class Products(TorchDispatchMode):
+    """Counts oneDNN's products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += "_linear_pointwise" in str(function)
+        return function(*arguments, **named or {})
+
+
+@BOTH
+def test_selective_checkpoints_keep_onednns_products(monkeypatch, problem):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch has no oneDNN here")
+    monkeypatch.setattr(cpu_products, "SMALLEST", 0)
+    monkeypatch.setattr(cpu_products, "_onednn_wins", lambda: True)
+    found, counts = [], []
+    for setting in ("none", "pointwise"):
+        inputs = {
+            name: x.requires_grad_(x.is_floating_point()) for name, x in inputs_of(problem, torch.float32).items()
+        }
+        out = recomputed([nn.Identity().train()], setting, lambda *x, of=inputs: call("torch")(**of), *inputs.values())
+        with Products() as backward:
+            out.square().sum().backward()
+        found.append([out, *(each.grad for each in inputs.values() if each.requires_grad)])
+        counts.append(backward.count)
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+    assert counts[0] == counts[1] > 0
+
+
+def test_compiled_programs_hold_no_products_of_onednn(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(cpu_products, "SMALLEST", 0)
+    monkeypatch.setattr(cpu_products, "_onednn_wins", lambda: True)
+    with Products() as products:
+        inputs = inputs_of(FORMS["gram"], torch.float32)
+        call("torch")(**inputs | {"pixels": inputs["pixels"].requires_grad_()}).sum().backward()
+    assert products.count == 0
 
 
 @BOTH
