@@ -5,6 +5,7 @@
 
     command.py     the command; options.py its options, and what the ``python -m bench.*`` commands share
     memory.py      what the model's whole training step keeps and needs: ``python -m bench.memory``
+    switch_memory.py  what CRIS's switches add to that, for training's settings of small GPUs
     counter.py     the one counter of bytes kept for the backward pass
     cases/         what is measured (table.py), what is compared (arms.py), and how both are built
     timing/        rounds, an arm's numbers against float64 before its time counts, rooflines, traces

@@ -352,6 +352,7 @@ def memory_use(options: TrainConfig) -> MemoryUse:
         options.gpu,
         processes=distributed.world_size(),
         system=options.system,
+        switches=options.switches,
     )
 
 

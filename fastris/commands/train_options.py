@@ -20,6 +20,7 @@ from fastris.options.declare import extra_option, option
 from fastris.options.shared import Amp
 from fastris.runtime.processes import world_size
 from fastris.training.gpu_settings import GPU_SETTINGS, Recompute, find_setting, parts_for
+from fastris.training.switch_memory import switched_on
 
 
 def recipe_option(name: str, help: str, unit: str = "") -> Any:
@@ -334,9 +335,15 @@ class TrainConfig(DataOptions):
         found = registry.system_of_preset(self.model) if self.model else registry.system_of(self.extra)
         return found or registry.DEFAULT
 
+    @property
+    def switches(self) -> dict[str, Any]:
+        """What is switched on that a plain CRIS has not, and needs memory in training."""
+        return switched_on({**self.extra, "instance_contrast": self.instance_contrast})
+
     def _follow_gpu(self) -> None:
         """Fill in what the user left to `gpu`, so that the saved options say what was done."""
-        setting = find_setting(self.gpu, self.system) if self.gpu else None
+        left = self.accumulate == 0 or self.recompute == "auto"
+        setting = find_setting(self.gpu, self.system, self.switches if left else None) if self.gpu else None
         if self.accumulate == 0:
             self.accumulate = self.parts_of(setting.micro_batch, world_size()) if setting else 1
         if self.recompute == "auto":

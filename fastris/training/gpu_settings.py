@@ -39,14 +39,18 @@ gpu=   micro-batch  recompute   GiB    of a batch of 32
 24gb   8            pointwise   17.3   4 parts; less is computed again
 =====  ===========  ==========  =====  ===================================================
 
-Every system has a row in :data:`SYSTEMS`; one without a row of its own goes by CRIS's.
+Every system has a row in :data:`SYSTEMS`; one without a row of its own goes by CRIS's. What switches add to a CRIS is
+in :mod:`fastris.training.switch_memory`; where a setting would then leave less than a quarter of the card, more is
+computed again, or fewer references are in a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from fastris.training.switch_memory import added_by
 
 Recompute = Literal["auto", "none", "pointwise", "stages"]
 
@@ -70,6 +74,8 @@ class GpuSetting:
 
 _OTHER_GIB = 1.5
 """A guess at what CUDA's context, cuDNN's workspaces and fragmentation take."""
+_SHARE, _MOST_SHARE = 0.75, 0.9
+"""How much of a card a CRIS with switches may need by the estimate, and how much where no setting needs less."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class SystemMemory:
     """
 
     settings: Mapping[str, GpuSetting]
-    step_mib: Mapping[str, tuple[int, int]]
+    step_mib: Mapping[str, tuple[float, float]]
     weights_gib: float
     smallest_part: int
 
@@ -93,6 +99,43 @@ class SystemMemory:
     def statistics(self) -> bool:
         """Whether BatchNorm takes statistics from a part of the batch."""
         return self.smallest_part > 1
+
+    def gib(self, micro_batch: int, recompute: str) -> float:
+        """What a training step should need, in GiB."""
+        fixed, each = self.step_mib[recompute]
+        return self.weights_gib + _OTHER_GIB + (fixed + each * micro_batch) / 1024
+
+    def with_switches(self, switches: Mapping[str, Any]) -> SystemMemory:
+        """The same for a CRIS with switches, by the names of their options. A card too small for it has no setting."""
+        added = added_by(switches)
+        if not added.parameters and not any(map(any, added.step_mib.values())):
+            return self
+        step = {
+            name: (fixed + added.step_mib[name][0], each + added.step_mib[name][1])
+            for name, (fixed, each) in self.step_mib.items()
+        }
+        memory = replace(self, step_mib=step, weights_gib=self.weights_gib + 16 * added.parameters / 2**30)
+        found = {name: memory._fitting(setting) for name, setting in self.settings.items()}
+        return replace(memory, settings={name: setting for name, setting in found.items() if setting is not None})
+
+    def _fitting(self, setting: GpuSetting) -> GpuSetting | None:
+        """The setting, or the first that needs less and leaves a quarter of its card; None if none fits the card."""
+        for each in _less_and_less(setting, self.smallest_part):
+            needed = self.gib(each.micro_batch, each.recompute)
+            if needed < _SHARE * each.memory:
+                return each
+        return each if needed < _MOST_SHARE * each.memory else None
+
+
+def _less_and_less(setting: GpuSetting, smallest: int) -> Iterator[GpuSetting]:
+    """The setting, then all computed again, then ever smaller parts of a batch."""
+    yield setting
+    if setting.recompute != "stages":
+        setting = replace(setting, recompute="stages")
+        yield setting
+    while setting.micro_batch // 2 >= smallest:
+        setting = replace(setting, micro_batch=setting.micro_batch // 2)
+        yield setting
 
 
 SYSTEMS = {
@@ -143,28 +186,35 @@ GPU_SETTINGS = SYSTEMS[DEFAULT].settings
 """CRIS's settings, whose names are those of all systems."""
 
 
-def memory_of(system: str) -> SystemMemory:
-    """The row of a system, or CRIS's for one without."""
-    return SYSTEMS.get(system, SYSTEMS[DEFAULT])
+def memory_of(system: str, switches: Mapping[str, Any] | None = None) -> SystemMemory:
+    """The row of a system, or CRIS's for one without; of a CRIS with ``switches`` by the names of their options."""
+    memory = SYSTEMS.get(system, SYSTEMS[DEFAULT])
+    return memory.with_switches(switches) if switches and system == DEFAULT else memory
 
 
-def estimate_gib(micro_batch: int, recompute: str, system: str = DEFAULT) -> float:
+def estimate_gib(
+    micro_batch: int, recompute: str, system: str = DEFAULT, switches: Mapping[str, Any] | None = None
+) -> float:
     """What a training step of cris_r50, or a ``system``'s model, should need, in GiB. Worked out, not measured."""
-    memory = memory_of(system)
-    fixed, each = memory.step_mib[recompute]
-    return memory.weights_gib + _OTHER_GIB + (fixed + each * micro_batch) / 1024
+    return memory_of(system, switches).gib(micro_batch, recompute)
 
 
-def find_setting(name: str, system: str = DEFAULT) -> GpuSetting:
-    """The setting of that name for a system.
+def find_setting(name: str, system: str = DEFAULT, switches: Mapping[str, Any] | None = None) -> GpuSetting:
+    """The setting of that name for a system, with ``switches`` where it is a CRIS.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the card is too small for the switches.
     """
-    settings = memory_of(system).settings
-    if name not in settings:
-        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(settings)}, the memory of the card")
-    return settings[name]
+    every, memory = memory_of(system).settings, memory_of(system, switches)
+    if name not in every:
+        raise ValueError(f"gpu={name!r} is unknown; choose one of {', '.join(every)}, the memory of the card")
+    if name not in memory.settings:
+        least = memory.gib(memory.smallest_part, "stages")
+        raise ValueError(
+            f"gpu={name} has no setting for a model with these switches: even {memory.smallest_part} references at a "
+            f"time should need {least:.1f} GiB. Choose one of {', '.join(memory.settings)}, or leave a switch out"
+        )
+    return memory.settings[name]
 
 
 def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of: int = 1, smallest: int = 2) -> int:
@@ -189,7 +239,10 @@ def parts_for(batch_size: int, micro_batch: int, processes: int = 1, multiple_of
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What decides how much memory a training step needs: the options of those names, the processes, the system."""
+    """What decides how much memory a training step needs: the options of those names, the processes, the system.
+
+    ``switches`` are those of a CRIS, by the names of their options.
+    """
 
     batch_size: int
     accumulate: int = 1
@@ -197,6 +250,7 @@ class MemoryUse:
     gpu: str | None = None
     processes: int = 1
     system: str = DEFAULT
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def at_once(self) -> int:
@@ -213,7 +267,7 @@ def what_next(use: MemoryUse) -> str:
     )
     if use.recompute != "stages":
         text += "recompute=stages needs less memory and changes no number, so that --resume takes it. "
-    memory, smaller = memory_of(use.system), next_smaller(use)
+    memory, smaller = memory_of(use.system, use.switches), next_smaller(use)
     if smaller is None:
         text += f"There is no smaller setting; more parts are accumulate={2 * use.accumulate}"
     else:
@@ -234,13 +288,15 @@ def next_smaller(use: MemoryUse) -> str | None:
 
     Where `gpu` is given, only settings for smaller cards come into question.
     """
-    settings = memory_of(use.system).settings
-    names = list(settings)
-    names = names[: names.index(use.gpu)] if use.gpu else names
-    now = estimate_gib(use.at_once, use.recompute, use.system)
+    memory = memory_of(use.system, use.switches)
+    settings, names = memory.settings, list(memory.settings)
+    if use.gpu:
+        card = memory_of(use.system).settings[use.gpu].memory
+        names = [name for name in names if settings[name].memory < card]
+    now = memory.gib(use.at_once, use.recompute)
 
     def needs(setting: GpuSetting) -> float:
-        return estimate_gib(setting.micro_batch, setting.recompute, use.system)
+        return memory.gib(setting.micro_batch, setting.recompute)
 
     less = [name for name in names if needs(settings[name]) < now - 0.1]
     return less[-1] if less else None
