@@ -191,3 +191,16 @@ def test_it_can_be_differentiated_once():
     (slope,) = torch.autograd.grad(output.sum(), y, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_compiled_it_is_one_graph_of_the_layers():
+    pytest.importorskip("transformers", reason="MagNet's text encoder is BERT")
+    from fastris.models.magnet.pixel_decoder import Encoder
+
+    torch.manual_seed(0)
+    encoder = Encoder(WIDTH, 2, HIDDEN, 2).double()
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    found = step(lambda _, *inputs: compiled(*inputs), encoder.layers, "auto")
+    assert_exact(found, step(lambda _, *inputs: encoder(*inputs), encoder.layers, "auto"))
