@@ -74,7 +74,7 @@ class SwitchMemoryConfig:
 
     model: str = option("cris_r50", "a preset of CRIS")
     only: tuple[str, ...] = option((), "names of what to count besides a plain CRIS; all if empty")
-    json: Path | None = option(None, "file for all counts; what it has already is not counted again")
+    json: Path | None = option(None, "file for all counts, written after each switch")
 
 
 def run(config: SwitchMemoryConfig) -> int:
