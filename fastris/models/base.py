@@ -198,12 +198,11 @@ class ReferringModel(
         check_mask(mask, len(img), len(word))
         self.check_training(len(word))
         assert mask is not None
-        told = () if origin is None else (origin,)
-        border: dict[str, Tensor] = {}
+        told: dict[str, Any] = {} if origin is None else {"origin": origin}
         if known is not None:
             check_known(known, len(img))
-            border["known"] = known if index is None else known[index]
-        loss, logits = self.loss(self.encode_image(img), word, mask, index, *told, **border)
+            told["known"] = known if index is None else known[index]
+        loss, logits = self.loss(self.encode_image(img), word, mask, index, **told)
         return logits.detach(), resize_target(mask, logits.shape[-2:]), loss
 
     @property
