@@ -43,8 +43,8 @@ BRIEFLY = (
     "eval",
 )
 """The scenarios of a brief gate."""
-SIBLINGS = ("sm_89", "sm_103")
-"""Cards that a brief gate leaves out for time: the nearest to them, sm_86 and sm_100, have the same tiles."""
+SIBLINGS = ("sm_89", "sm_100", "sm_103", "gfx1100")
+"""Cards that a brief gate leaves out for time: sm_86, sm_90 and gfx942 have the same tiles."""
 
 
 def build_all(arch: int | str, dtype: torch.dtype, only: str = "", brief: bool = False) -> Built:
@@ -89,7 +89,7 @@ def main() -> int:
         "--brief",
         action="store_true",
         help="build only what CRIS-RN50 and AlignFormer launch in training, and CRIS in evaluation, in bfloat16 for "
-        f"all cards but {' and '.join(SIBLINGS)}",
+        f"all cards but {', '.join(SIBLINGS)}",
     )
     arguments = parser.parse_args()
     if arguments.brief and arguments.refresh:
