@@ -27,8 +27,8 @@ def pixel_sets(mask: Tensor, size: tuple[int, int], *, known: Tensor | None = No
     """Sort the cells of a map of ``size`` (h, w) by how much of each the mask (B, 1, H, W) covers.
 
     A cell is inside where more than half of it is covered, outside where nothing is. An object too small for that has
-    its most covered cells as its inside. ``known`` (B, 1, H', W') is 0 on a letterbox's border; a cell of which the
-    border has any part belongs to neither: see :func:`fastris.reference.region_contrast.known_cells`.
+    its most covered cells as its inside. ``known`` (B, 1, H', W') is 0 on a letterbox's border; a cell with
+    more than 1 % of border belongs to neither: see :func:`fastris.reference.region_contrast.known_cells`.
     """
     covered = F.adaptive_avg_pool2d(mask.float(), size)[:, 0]
     outside = covered == 0

@@ -104,8 +104,8 @@ class MagNet(TrainingMetrics, ReferringModel, tags=["magnet"]):
         ``"none"`` keeps what autograd keeps, but of the pixel decoder's layers, which always keep little.
         ``"pointwise"`` keeps the products of Swin's blocks and of the exchanges between pixels and words, and computes
         norms, GELU, softmax and the rest again in the backward pass; ``"stages"`` keeps the input of each of these
-        alone, and of each of the pixel decoder's layers. Of BERT's parts both keep the input
-        alone. See :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
+        alone, and of each of the pixel decoder's layers. Of BERT's parts both keep the input alone. See
+        :mod:`fastris.nn.recompute`. Raises ValueError for any other setting.
         """
         encoder = self.classifier.pixel_decoder.transformer.encoder
         parts: list[Any] = [self, self.language_model, encoder, *([self.grounding] if self.grounding else [])]
